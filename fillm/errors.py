@@ -1,0 +1,41 @@
+"""Named errors. Each carries the exit code its command ends with.
+
+Exit codes: 0 done, 1 a fault of ours (any other exception), 2 wrong use or bad input, 3 interrupted and resumable.
+A message is one line: what is wrong, where (file, row, field, tensor), what to do about it.
+"""
+
+
+class FillmError(Exception):
+    """A mistake that the person at the keyboard can mend."""
+
+    exit_code = 2
+
+
+class UsageError(FillmError):
+    """An option, or a combination of options, that cannot be honoured."""
+
+
+class DataError(FillmError):
+    """A data file, row or field that cannot be used."""
+
+
+class ModelError(FillmError):
+    """A model, adapter or tokenizer that cannot be loaded or does not fit the task."""
+
+
+class NumericsError(FillmError):
+    """A loss or a gradient that is not finite; the message names sample and tensor."""
+
+
+class OutOfMemoryError(FillmError):
+    """Not even one sample fits; the message says what would."""
+
+
+class RunFolderError(FillmError):
+    """A run folder that exists, is damaged, or was made from something else."""
+
+
+class InterruptedRun(FillmError):
+    """Stopped by a signal at a point from which `--resume` continues."""
+
+    exit_code = 3

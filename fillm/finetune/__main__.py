@@ -1,0 +1,23 @@
+"""`python -m fillm.finetune`."""
+
+import sys
+from collections.abc import Sequence
+
+from fillm.config import run_command
+from fillm.finetune.config import FinetuneConfig
+from fillm.finetune.run import run
+
+
+def _finetune(config: FinetuneConfig) -> None:
+    result = run(config)
+    measured = "" if result.eval_loss is None else f", evaluation loss {result.eval_loss:.4f}"
+    print(f"loss {result.loss:.4f}{measured} after {result.steps} steps, {result.seconds:.0f} s: {result.folder}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    return run_command(FinetuneConfig, _finetune, argv, "fillm finetune")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

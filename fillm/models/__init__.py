@@ -1,0 +1,22 @@
+"""Load a model, catalogue its tensors (kind, layer, ties, adapters), choose among them, find their attention heads."""
+
+from fillm.models.catalogue import KINDS, TensorInfo, catalogue
+from fillm.models.fingerprint import model_fingerprint
+from fillm.models.heads import HeadLayout, head_layout
+from fillm.models.loading import DTYPES, load_model, load_tokenizer, quiet_transformers, resolve_device
+from fillm.models.selection import select_tensors
+
+__all__ = [
+    "DTYPES",
+    "KINDS",
+    "HeadLayout",
+    "TensorInfo",
+    "catalogue",
+    "head_layout",
+    "load_model",
+    "load_tokenizer",
+    "model_fingerprint",
+    "quiet_transformers",
+    "resolve_device",
+    "select_tensors",
+]

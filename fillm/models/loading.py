@@ -1,0 +1,227 @@
+"""Load a causal language model and its tokenizer: safetensors only, no remote code unless asked, errors on one line."""
+
+import contextlib
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from fillm.errors import ModelError
+
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+_HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+)
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_CAUSAL = ("CausalLM", "LMHeadModel", "ConditionalGeneration")
+
+
+def resolve_device(device: str = "auto") -> torch.device:
+    """`auto` (the first CUDA device if there is one, else the CPU), `cpu`, `cuda` or `cuda:i` as a device that is there.
+
+    Raises:
+        ModelError: no such device on this machine, or no device's name.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ModelError(f"--device {device}: no device's name; give auto, cpu, cuda or cuda:i") from None
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if chosen.type == "cuda" and (chosen.index or 0) >= count:
+        raise ModelError(f"--device {device}: this machine has {count or 'no'} CUDA devices; give --device cpu or auto")
+    if chosen.type not in ("cpu", "cuda"):
+        raise ModelError(f"--device {device}: only cpu and cuda are supported")
+    return chosen
+
+
+def load_model(
+    model: str,
+    *,
+    adapter: str | None = None,
+    dtype: str = "float32",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A causal language model in eval mode, no parameter requiring grad.
+
+    Args:
+        model: a folder as `save_pretrained` writes it, or a Hub id.
+        adapter: a PEFT adapter's folder or Hub id, put around the model and not merged.
+        dtype: dtype of the weights: `float32`, `bfloat16`, `float16`, or `auto` for the one they were saved in.
+        device: see `resolve_device`.
+        trust_remote_code: whether Python code that comes with the weights may run.
+    Returns:
+        The `PreTrainedModel` (with an adapter, the `PeftModel` around it) on the device.
+    Raises:
+        ModelError: no such folder or id, no config or weights, pickled weights only, damaged or missing tensors, not a
+            causal language model, remote code without leave, no such device, adapter that cannot be put on.
+    """
+    target = resolve_device(device)
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ModelError(f"--dtype {dtype}: give one of {', '.join(DTYPES)} or auto")
+    config = _load_config(model, trust_remote_code)
+    with quiet_transformers(), _explained(model):
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            model,
+            config=config,
+            dtype="auto" if dtype == "auto" else DTYPES[dtype],
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below by name, where transformers only logs the names
+        )
+    missing = sorted(report.get("missing_keys") or ()) + sorted(map(_first, report.get("mismatched_keys") or ()))
+    if missing:
+        raise ModelError(
+            f"{model}: the weights lack {_some(missing)} or hold it in another shape than config.json says"
+        )
+    if adapter is not None:
+        loaded = _with_adapter(loaded, adapter)
+    loaded = loaded.to(target).eval()
+    return loaded.requires_grad_(False)
+
+
+def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer in a model's folder or under a Hub id.
+
+    Raises:
+        ModelError: no such folder or id, no tokenizer in it, or one that cannot be read.
+    """
+    folder = _local_folder(source)
+    if folder is not None and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise ModelError(f"{source}: holds no tokenizer (no tokenizer.json); give --tokenizer")
+    with quiet_transformers(), _explained(source):
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+
+
+def _local_folder(source: str) -> Path | None:
+    """The folder, `None` for what can only be a Hub id."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ModelError(f"{source}: is a file; give the folder that holds config.json and the weights")
+    if not _HUB_ID.fullmatch(source):
+        raise ModelError(f"{source}: no such folder")
+    return None
+
+
+def _load_config(model: str, trust_remote_code: bool) -> Any:
+    folder = _local_folder(model)
+    if folder is not None:
+        if not (folder / "config.json").is_file():
+            hint = "an adapter: give its base as --model and it as --adapter"
+            is_adapter = (folder / "adapter_config.json").is_file()
+            raise ModelError(f"{model}: no config.json in it{f' ({hint})' if is_adapter else ''}; not a model's folder")
+        if not any(folder.glob("*.safetensors")):
+            pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+            found = f"only pickled weights ({_some(pickled)}), which are never loaded" if pickled else "no weights"
+            raise ModelError(f"{model}: {found}; save the model as model.safetensors")
+    with quiet_transformers(), _explained(model):
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    named = [str(name) for name in getattr(config, "architectures", None) or ()]
+    known = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if (known is None and not remote) or (named and not any(word in name for name in named for word in _CAUSAL)):
+        raise ModelError(f"{model}: {', '.join(named) or config.model_type} is not a causal language model")
+    return config
+
+
+def _with_adapter(model: PreTrainedModel, adapter: str) -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise ModelError(f"--adapter {adapter}: needs the package peft; pip install 'fillm[peft]'") from None
+    folder = _local_folder(adapter)
+    if folder is None:
+        # Fetched by name: left to itself, peft falls back to an adapter_model.bin where it finds no safetensors.
+        with quiet_transformers(), _explained(adapter):
+            folder = Path(huggingface_hub.snapshot_download(adapter, allow_patterns=list(_ADAPTER_FILES)))
+    for name in _ADAPTER_FILES:
+        if not (folder / name).is_file():
+            raise ModelError(f"--adapter {adapter}: no {name} in it; adapters are read from safetensors only")
+    try:
+        with quiet_transformers(), _explained(adapter), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning)  # peft reads what transformers has deprecated
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            wrapped = peft.PeftModel.from_pretrained(model, str(folder), torch_device="cpu")
+    except (RuntimeError, KeyError, TypeError, UserWarning) as error:
+        raise ModelError(f"--adapter {adapter}: does not fit the model: {_shortened(error)}") from None
+    return wrapped
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No loading bars and no advice from transformers: what matters of it is raised as an error."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _explained(source: str) -> Iterator[None]:
+    """What loading raises, as one line that says what is wrong with `source`."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ModelError(f"{source}: damaged weights in {_damaged_file(source)}: {_shortened(error)}") from None
+    except (OSError, ValueError) as error:
+        text = str(error)
+        if "trust_remote_code" in text:
+            raise ModelError(
+                f"{source}: needs Python code that comes with it; read that code, then give --trust-remote-code"
+            ) from None
+        if Path(source).expanduser().is_dir():
+            raise ModelError(f"{source}: {_shortened(error)}") from None
+        raise ModelError(f"{source}: no such folder, and the Hub does not give it: {_shortened(error)}") from None
+
+
+def _damaged_file(source: str) -> str:
+    for path in sorted(Path(source).expanduser().glob("*.safetensors")):
+        try:
+            with safe_open(str(path), framework="pt"):
+                pass
+        except (SafetensorError, OSError):
+            return path.name
+    return "a safetensors file"
+
+
+def _first(key: Any) -> str:
+    """Mismatched keys come with their shapes."""
+    return str(key[0] if isinstance(key, tuple) else key)
+
+
+def _some(names: list[str]) -> str:
+    rest = f" and {len(names) - 2} more" if len(names) > 2 else ""
+    return ", ".join(names[:2]) + rest
+
+
+def _shortened(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."
