@@ -135,7 +135,7 @@ def parse(cls: type[Config], argv: Sequence[str], prog: str) -> Config | None:
 
 def to_yaml(settings: Mapping[str, Any]) -> str:
     """YAML in the order of the mapping; what `read_settings` reads back."""
-    return yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.safe_dump(dict(settings), sort_keys=False, width=120)
 
 
 def one_line(error: BaseException) -> str:

@@ -68,8 +68,10 @@ def plan_batches(
         max_samples: most samples of a batch; None for no limit.
         shuffle_seed: None puts the batches longest first, so that a lack of memory shows at once, and samples by
             falling length, ties by index. A seed puts batches, samples in a batch and ties into random order.
+
     Returns:
         Positions of the samples, batch by batch; every position once. Deterministic.
+
     Raises:
         UsageError: if a limit is below 1 or a sample is empty.
     """
@@ -105,6 +107,7 @@ def collate(samples: SampleSet, indices: Sequence[int], layout: Layout = "right"
         samples: the set that `indices` point into.
         indices: positions, at least one.
         layout: `right` or `left` padding to the longest, or `packed` into one row without padding.
+
     Raises:
         UsageError: if the layout is unknown or no index is given.
     """

@@ -182,9 +182,11 @@ def fictional_rows(split: str, *, seed: int = 0, small: bool = False) -> list[di
             facts as a control).
         seed: which authors; a model knows those of the seed it was trained on only.
         small: the first 40 authors instead of all 200; without the splits of one percent.
+
     Returns:
         Rows with `question`, `answer`, `paraphrased_question`, `paraphrased_answer`, `perturbed_answer` (five, in the
         form of the paraphrase; for `general` in the form of the answer), `attribute`, and but for `general` `author`.
+
     Raises:
         DataError: if there is no such split.
     """

@@ -18,8 +18,10 @@ def read_records(path: str) -> list[Record]:
 
     Args:
         path: ends in .json (an array or JSON Lines), .jsonl, .csv or .parquet; `~` is the home folder.
+
     Returns:
         (row, line) pairs. A row of a JSON file is whatever stands there; whether it is an object is checked later.
+
     Raises:
         DataError: if the file is missing, empty, unreadable, not UTF-8 or not what its extension says.
     """

@@ -40,6 +40,7 @@ def read_benchmark(spec: DataSpec, data_root: str | None) -> list[Record]:
         spec: its kind is `tofu` or `knowundo`.
         data_root: folder that holds `tofu/full.json`, `knowundo/privacy/unlearn_train.json`, ...; None stands for
             the environment variable FILLM_DATA.
+
     Raises:
         DataError: if the split does not exist, its file cannot be used, or the Hub cannot be reached.
         UsageError: if the data root is no folder.
@@ -85,6 +86,7 @@ def load_from_hub(name: str, config: str | None, split: str | None) -> list[Reco
         name: `owner/name`.
         config: configuration; None for the default one.
         split: split; None if the data set has one only.
+
     Raises:
         DataError: if `datasets` cannot load it, or the split has to be named.
     """

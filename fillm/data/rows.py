@@ -57,8 +57,10 @@ def load_rows(
         data_root: folder for `tofu:` and `knowundo:`; None stands for the environment variable FILLM_DATA.
         seed: which fictional authors `fictional:` means; other specs do not depend on it. Not the seed of a run: a
             model that learned one seed's authors knows nothing of another's.
+
     Returns:
         At least one row, in the order of the data set.
+
     Raises:
         DataError: if the spec, its split, slice or file cannot be used.
         UsageError: if the data root is no folder.

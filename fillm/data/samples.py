@@ -119,6 +119,7 @@ def take(sample_set: SampleSet, count: int | None, seed: int) -> SampleSet:
         sample_set: the samples to choose from.
         count: how many; None keeps all.
         seed: of the draw.
+
     Raises:
         UsageError: if `count` is below 1 or above the number of samples.
     """

@@ -65,8 +65,10 @@ def tokenize_rows(
         skip_bad_rows: leave bad rows out and list them in `SampleSet.skipped`.
         source: what the set is called in messages and records; None takes it from the first row.
         vocab_size: ids at or above it are refused; None takes it from the tokenizer, if there is one.
+
     Returns:
         At least one sample, in the order of the rows.
+
     Raises:
         DataError: names source, row and field of the first bad row; or no row is usable.
         ModelError: if the tokenizer lacks an end-of-sequence token or a chat template that is needed.

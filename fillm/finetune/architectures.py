@@ -34,6 +34,7 @@ def architecture_config(architecture: str) -> PretrainedConfig:
     Args:
         architecture: `tiny` (a Llama of 4 layers, hidden 128, vocabulary 2048), `small` (hidden 256, vocabulary 4096;
             both 4 heads, head and embedding apart), or the path of a transformers `config.json` or of its folder.
+
     Raises:
         UsageError: neither of the names nor a path.
         ModelError: a file that is no configuration of a causal language model.
@@ -105,6 +106,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     Args:
         texts: what it is trained on.
         vocab_size: most tokens, the 256 bytes and the 3 special tokens included.
+
     Raises:
         UsageError: no room for the bytes.
     """

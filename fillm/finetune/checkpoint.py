@@ -45,6 +45,7 @@ def save_checkpoint(
         parameters: the parameters that are trained, by name.
         optimizer: an AdamW over them that has taken a step.
         progressed: how far it has come.
+
     Raises:
         RunFolderError: the disk is full or the file cannot be written; the last checkpoint stays.
     """

@@ -61,6 +61,7 @@ def finetune_model(
         eval_data: the same as `data`; its loss is measured after every epoch.
         show: whether progress is shown on stderr.
         **settings: fields of `FinetuneConfig`: `architecture` or `model`, `epochs`, `lr`, ...
+
     Raises:
         UsageError, DataError, ModelError, RunFolderError, NumericsError, OutOfMemoryError: see docs/finetune.md.
         InterruptedRun: SIGINT or SIGTERM; the state is saved.

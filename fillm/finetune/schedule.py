@@ -44,6 +44,7 @@ def epoch_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int
         batch_size: samples a batch; the last may have fewer.
         seed: of the run.
         epoch: number of the epoch, from 0.
+
     Returns:
         ceil(len(lengths) / batch_size) batches of positions, every position once.
     """

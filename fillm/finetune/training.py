@@ -75,6 +75,7 @@ def sample_losses(model: nn.Module, samples: SampleSet, indices: Sequence[int], 
         samples: the set that `indices` point into.
         indices: positions of B samples.
         device: where the model is.
+
     Returns:
         [B] float32, in nats.
     """
@@ -129,6 +130,7 @@ class Training:
         Args:
             interrupted: asked after every step; once it says yes the state is saved and the run stops.
             show: whether progress is shown on stderr.
+
         Raises:
             InterruptedRun: stopped, and saved.
             NumericsError: a loss or gradient that is not finite; the last checkpoint stays.

@@ -91,6 +91,7 @@ def catalogue(model: nn.Module) -> list[TensorInfo]:
     Args:
         model: a `PreTrainedModel`, a PEFT model around one, or any module (then no tensor is told to be `lm_head` by
             structure). Works on the meta device: no value is read.
+
     Returns:
         One `TensorInfo` a tensor; tied tensors appear under their first name.
     """

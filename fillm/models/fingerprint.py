@@ -17,6 +17,7 @@ def model_fingerprint(model: nn.Module) -> str:
 
     Args:
         model: any module; its parameters must hold values (not be on the meta device).
+
     Returns:
         64 hexadecimal digits.
     """

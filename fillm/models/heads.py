@@ -50,6 +50,7 @@ def head_layout(model: nn.Module, info: TensorInfo) -> HeadLayout | None:
     Args:
         model: the model the catalogue was made from.
         info: one of its tensors.
+
     Returns:
         The layout; `None` for tensors that are not split by head (no attention tensor, norms, output biases) and for
         fused layouts this function does not know.

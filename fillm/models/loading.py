@@ -35,7 +35,7 @@ _CAUSAL = ("CausalLM", "LMHeadModel", "ConditionalGeneration")
 
 
 def resolve_device(device: str = "auto") -> torch.device:
-    """`auto` (the first CUDA device if there is one, else the CPU), `cpu`, `cuda` or `cuda:i` as a device that is there.
+    """`auto` (the first CUDA device, or else the CPU), `cpu`, `cuda` or `cuda:i`, as a device that is there.
 
     Raises:
         ModelError: no such device on this machine, or no device's name.
@@ -70,8 +70,10 @@ def load_model(
         dtype: dtype of the weights: `float32`, `bfloat16`, `float16`, or `auto` for the one they were saved in.
         device: see `resolve_device`.
         trust_remote_code: whether Python code that comes with the weights may run.
+
     Returns:
         The `PreTrainedModel` (with an adapter, the `PeftModel` around it) on the device.
+
     Raises:
         ModelError: no such folder or id, no config or weights, pickled weights only, damaged or missing tensors, not a
             causal language model, remote code without leave, no such device, adapter that cannot be put on.

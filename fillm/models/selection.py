@@ -17,6 +17,7 @@ def select_tensors(
         include: comma-separated kinds (`mlp`, `attn`, ...) and globs on names (`*.mlp.*`); `None` or empty is all of
             them. A tied tensor is matched by any of its names.
         exclude: the same; what it matches is left out.
+
     Raises:
         UsageError: a pattern that matches no tensor (a kind the model has none of may be excluded all the same), or
             nothing left.

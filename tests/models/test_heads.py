@@ -1,8 +1,8 @@
 """Heads: silencing a group changes exactly what removing that head from the attention would change.
 
 The reference is the model itself: the input of every attention output projection is the heads' outputs side by side,
-[..., heads * head_dim]. Changing the rows of one query (or key/value) head may change only that head's (or its sharers')
-part of it.
+[..., heads * head_dim]. Changing the rows of one query (or key/value) head may change only the part of that
+head (or of those that share it).
 """
 
 import pytest

@@ -1,0 +1,1 @@
+"""Whole rankings, timed and checked against float64."""

@@ -1,0 +1,17 @@
+"""What backpropagation sees at each tensor: one rule per kind of operation, one exact fallback."""
+
+from fillm.capture.engine import Capture, batch_one_gradients, frozen
+from fillm.capture.gradients import PerSampleGradients
+from fillm.capture.losses import LossReduction, sample_losses
+from fillm.capture.verification import Verification, verify
+
+__all__ = [
+    "Capture",
+    "LossReduction",
+    "PerSampleGradients",
+    "Verification",
+    "batch_one_gradients",
+    "frozen",
+    "sample_losses",
+    "verify",
+]

@@ -1,0 +1,179 @@
+"""One forward and backward over a batch, in which every tensor's per-sample gradients pass by once."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from fillm.capture.combined import ScaledGradients, combine
+from fillm.capture.experts import followed_experts, fused_experts, replaced_forward
+from fillm.capture.gradients import DenseGradients, PerSampleGradients
+from fillm.capture.interception import Interception
+from fillm.capture.losses import LossReduction, sample_losses
+from fillm.capture.rows import RowMap
+from fillm.capture.rules import Rules
+from fillm.data import Batch, SampleSet, collate
+
+Observe = Callable[[str, PerSampleGradients, Tensor], None]
+# Float16 has no numbers below 6e-8: the loss is multiplied by this in the backward pass, and the gradients divided.
+FLOAT16_LOSS_SCALE = 1024.0
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no parameter requiring a gradient; both restored afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    model.eval()
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def checkpointed_layers(model: nn.Module, interception: Interception) -> Iterator[None]:
+    """Honours `model.gradient_checkpointing_enable()` in eval mode, where transformers would ignore it."""
+    wrapped = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
+    with ExitStack() as stack:
+        for module in wrapped:
+            # Backward runs outside the interception; the recomputed forward has to be seen like the first.
+            again = partial(
+                checkpoint, module.forward, use_reentrant=False, context_fn=lambda: (nullcontext(), interception)
+            )
+            stack.enter_context(replaced_forward(module, again))
+        yield
+
+
+class Capture:
+    """Runs batches and hands out per-sample gradients, tensor by tensor, without forming `.grad`.
+
+    Args:
+        model: a causal language model; its parameters are left as they are.
+        names: tensors in scope, names as in `named_parameters()`.
+        loss_reduction: `mean` or `sum` over a sample's answer tokens.
+        fallback: tensors for which no rule holds, with the reason; they take batch-1 autograd, exact and slower.
+            Tensors met later in an operation without a rule are added.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        names: Sequence[str],
+        loss_reduction: LossReduction = "mean",
+        fallback: Mapping[str, str] | None = None,
+    ) -> None:
+        self.model, self.loss_reduction = model, loss_reduction
+        every = dict(model.named_parameters())
+        self.parameters = {name: every[name] for name in names}
+        self.fallback = dict(fallback or {})
+        self._experts = fused_experts(model)
+        self._scale = FLOAT16_LOSS_SCALE if next(model.parameters()).dtype == torch.float16 else 1.0
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches have to be."""
+        return next(self.model.parameters()).device
+
+    def run(self, batch: Batch, samples: SampleSet, observe: Observe) -> Tensor:
+        """One batch: `observe(name, gradients, positions)` is called once for every tensor that a gradient reaches.
+
+        Args:
+            batch: the collated batch, on any device.
+            samples: the set the batch was made from (the fallback reads its samples one by one).
+            observe: receives the name, the batch's per-sample gradients and the samples' positions [B] in the set.
+
+        Returns:
+            [B] each sample's loss, float64, on the CPU.
+        """
+        batch = batch.to(self.device)
+        with frozen(self.model), torch.enable_grad():
+            losses = self._run_rules(batch, observe)
+            if any(name in self.parameters for name in self.fallback):
+                self._run_fallback(batch, samples, observe)
+        return losses
+
+    def _run_rules(self, batch: Batch, observe: Observe) -> Tensor:
+        covered = {name: p for name, p in self.parameters.items() if name not in self.fallback}
+        count, uses, pending = len(batch.indices), dict.fromkeys(covered, 0), {}
+        forward = True
+
+        def used(name: str) -> None:
+            if forward:  # gradient checkpointing recomputes the forward inside the backward
+                uses[name] += 1
+
+        def hand_over(name: str, gradients: PerSampleGradients) -> None:
+            if self._scale != 1.0:
+                gradients = ScaledGradients(gradients, 1.0 / self._scale)
+            observe(name, gradients, batch.indices)
+
+        def deliver(name: str, gradients: PerSampleGradients) -> None:
+            if name in self.fallback:
+                return
+            if uses[name] == 1:
+                hand_over(name, gradients)
+            else:
+                pending.setdefault(name, []).append(gradients)
+
+        def uncovered(name: str, operation: str) -> None:
+            self.fallback.setdefault(name, f"no rule for {operation}")
+
+        rows = RowMap.of(batch)
+        rules = Rules(rows, torch.zeros((), device=self.device, requires_grad=True), used, deliver)
+
+        own = {t.untyped_storage().data_ptr() for t in [*self.model.parameters(), *self.model.buffers()]}
+
+        def is_activation(tensor: Tensor) -> bool:
+            shaped = tensor.is_floating_point() and tensor.ndim > 1 and rows.holds_tokens(tensor.shape[:-1])
+            return shaped and tensor.untyped_storage().data_ptr() not in own
+
+        names = {id(p): name for name, p in covered.items()}
+        with ExitStack() as stack:
+            stack.enter_context(followed_experts(self._experts, names, rules))
+            interception = Interception(covered, rules, uncovered, is_activation)
+            stack.enter_context(checkpointed_layers(self.model, interception))
+            stack.enter_context(interception)
+            losses = sample_losses(self.model, batch, self.loss_reduction)
+            forward = False
+            if losses.requires_grad:
+                (losses.sum() * self._scale).backward()
+        with torch.no_grad():
+            for name, parts in pending.items():
+                if name not in self.fallback:
+                    hand_over(name, combine(parts, count))
+        return losses.detach().double().cpu()
+
+    def _run_fallback(self, batch: Batch, samples: SampleSet, observe: Observe) -> None:
+        names = [name for name in self.parameters if name in self.fallback]
+        for position in batch.indices.tolist():
+            single = collate(samples, [position]).to(self.device)
+            for name, gradient in batch_one_gradients(self.model, names, single, self.loss_reduction):
+                observe(name, DenseGradients(gradient[None]), single.indices)
+
+
+def batch_one_gradients(
+    model: nn.Module, names: Sequence[str], batch: Batch, loss_reduction: LossReduction = "mean"
+) -> list[tuple[str, Tensor]]:
+    """Plain autograd for a batch of one sample; a tensor that no gradient reaches is left out."""
+    every = dict(model.named_parameters())
+    parameters = [every[name] for name in names]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        with torch.enable_grad():
+            loss = sample_losses(model, batch, loss_reduction).sum()
+            if not loss.requires_grad:
+                return []
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+    return [(name, g.detach()) for name, g in zip(names, gradients, strict=True) if g is not None]

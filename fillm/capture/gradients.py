@@ -1,0 +1,194 @@
+"""Per-sample gradients of one tensor for one batch, kept in factored form.
+
+A linear layer's per-sample gradient `G_b = dy_b^T x_b` is never formed: its norm, its dot with a tensor and its
+weighted sum follow from `x` and `dy` (docs/method.md (4) to (6)). Every class here answers the same questions, so that
+the statistics need not know which layer they look at. Sample `b` owns rows `offsets[b] .. offsets[b + 1]`.
+"""
+
+from typing import Protocol
+
+import fillm_kernels as fk
+import torch
+from torch import Tensor
+
+
+class PerSampleGradients(Protocol):
+    """Gradients of `B` samples' own losses with respect to one tensor of shape `shape`."""
+
+    shape: torch.Size
+
+    def squared_norms(self) -> Tensor:
+        """`q_b = |g_b|^2`, [B], float64."""
+        ...
+
+    def dots(self, v: Tensor) -> Tensor:
+        """`d_b = <g_b, v>` for `v` of the tensor's shape, [B], float64."""
+        ...
+
+    def add_weighted_(self, out: Tensor, weights: Tensor | None, alpha: float = 1.0) -> None:
+        """`out += alpha * sum_b weights[b] g_b`; `weights=None` means all ones."""
+        ...
+
+    def axis_dots(self, u: Tensor, axis: int) -> Tensor:
+        """`<g_b, u>` separately for every row (`axis` 0: all leading dimensions, flattened) or column (`axis` 1).
+
+        Returns:
+            [B, rows] or [B, columns], float64; a vector's rows are its entries.
+        """
+        ...
+
+    def materialise(self, sample: int) -> Tensor:
+        """The gradient of one sample, of the tensor's shape: for checks and element-level squares only."""
+        ...
+
+
+def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
+    """Sum of each sample's rows: [N, ...] -> [B, ...]; the same bits whatever the order of calls."""
+    count = offsets.numel() - 1
+    rows = values.shape[0]
+    if (
+        count
+        and rows % count == 0
+        and torch.equal(offsets, torch.arange(count + 1, device=offsets.device) * (rows // count))
+    ):
+        return values.reshape(count, rows // count, *values.shape[1:]).sum(1)
+    out = values.new_zeros(count, *values.shape[1:])
+    return add_rows_(out, sample_of_row(offsets), values)
+
+
+def sample_of_row(offsets: Tensor) -> Tensor:
+    """[B + 1] -> [N], the sample that owns each row."""
+    count = offsets.numel() - 1
+    return torch.repeat_interleave(torch.arange(count, device=offsets.device), offsets.diff())
+
+
+def add_rows_(out: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    """`out[index[r]] += rows[r]` in a fixed order on every device."""
+    if out.device.type == "cpu":
+        return out.index_add_(0, index, rows.to(out.dtype))
+    # index_add_ on a GPU adds with atomics; accumulation through index_put_ sorts first and is deterministic.
+    return out.index_put_((index,), rows.to(out.dtype), accumulate=True)
+
+
+class OuterGradients:
+    """`G_b = dy_b^T x_b`, [O, I]; with `transposed`, the tensor is stored as its transpose [I, O] (GPT-2's Conv1D)."""
+
+    def __init__(self, x: Tensor, dy: Tensor, offsets: Tensor, transposed: bool = False) -> None:
+        self.x, self.dy, self.offsets = (dy, x, offsets) if transposed else (x, dy, offsets)  # [N, I], [N, O], [B + 1]
+        self.shape = torch.Size((self.dy.shape[1], self.x.shape[1]))
+
+    def squared_norms(self) -> Tensor:
+        """Equation (4) of docs/method.md."""
+        return fk.ghost_norm(self.x, self.dy, self.offsets).double()
+
+    def dots(self, v: Tensor) -> Tensor:
+        """Equation (5) of docs/method.md."""
+        return fk.ghost_dot(self.x, self.dy, v, self.offsets).double()
+
+    def add_weighted_(self, out: Tensor, weights: Tensor | None, alpha: float = 1.0) -> None:
+        """Equation (6) of docs/method.md."""
+        x, dy, offsets = self.x, self.dy, self.offsets
+        if weights is not None:
+            weights = weights.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+            kept = weights != 0
+            if 4 * int(kept.sum()) < 3 * kept.numel():  # fewer rows are worth a copy
+                rows = kept[sample_of_row(offsets)].nonzero().squeeze(1)
+                lengths = offsets.diff()[kept]
+                x, dy, weights = x[rows], dy[rows], weights[kept]
+                offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        fk.weighted_outer_(out, x, dy, weights, offsets, alpha=alpha)
+
+    def axis_dots(self, u: Tensor, axis: int) -> Tensor:
+        """Row `o` of `G_b` dot row `o` of `u` is `sum_t dy[t, o] (x_t . u_o)`; columns with the roles changed."""
+        x, dy = self.x.to(u.dtype), self.dy.to(u.dtype)
+        product = (x @ u.T) * dy if axis == 0 else (dy @ u) * x
+        return segment_sum(product, self.offsets).double()
+
+    def materialise(self, sample: int) -> Tensor:
+        """`dy_b^T x_b`."""
+        rows = slice(int(self.offsets[sample]), int(self.offsets[sample + 1]))
+        dtype = torch.promote_types(self.x.dtype, torch.float32)
+        return self.dy[rows].to(dtype).T @ self.x[rows].to(dtype)
+
+
+class LookupGradients:
+    """An embedding: row `ids[t]` of the gradient receives `dy_t`. Equal ids of a sample add up before squaring."""
+
+    def __init__(self, ids: Tensor, dy: Tensor, offsets: Tensor, num_rows: int) -> None:
+        self.ids, self.dy, self.offsets = ids, dy, offsets  # [N], [N, H], [B + 1]
+        self.shape = torch.Size((num_rows, dy.shape[1]))
+
+    def grouped(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Sample, id and summed `dy` of every distinct (sample, id): [U], [U], [U, H]."""
+        keys, inverse = torch.unique(sample_of_row(self.offsets) * self.shape[0] + self.ids, return_inverse=True)
+        dtype = torch.promote_types(self.dy.dtype, torch.float32)
+        rows = torch.zeros(keys.numel(), self.shape[1], dtype=dtype, device=self.dy.device)
+        return keys // self.shape[0], keys % self.shape[0], add_rows_(rows, inverse, self.dy)
+
+    def squared_norms(self) -> Tensor:
+        """`sum over distinct ids |sum_t dy_t|^2`."""
+        samples, _, rows = self.grouped()
+        out = torch.zeros(self.offsets.numel() - 1, dtype=torch.float64, device=rows.device)
+        return add_rows_(out, samples, rows.double().square().sum(1))
+
+    def dots(self, v: Tensor) -> Tensor:
+        """`sum_t <dy_t, v[id_t]>`."""
+        return segment_sum((v[self.ids] * self.dy).sum(1, dtype=torch.float64), self.offsets)
+
+    def add_weighted_(self, out: Tensor, weights: Tensor | None, alpha: float = 1.0) -> None:
+        """Scatters the scaled rows."""
+        rows = self.dy.to(out.dtype) * alpha
+        if weights is not None:
+            rows = rows * weights.to(out.dtype)[sample_of_row(self.offsets), None]
+        add_rows_(out, self.ids, rows)
+
+    def axis_dots(self, u: Tensor, axis: int) -> Tensor:
+        """Rows: dots gathered by (sample, id); columns: products summed over the sample's tokens."""
+        product = (u[self.ids] * self.dy.to(u.dtype)).double()
+        if axis == 1:
+            return segment_sum(product, self.offsets)
+        count = self.offsets.numel() - 1
+        out = product.new_zeros(count * self.shape[0])
+        add_rows_(out, sample_of_row(self.offsets) * self.shape[0] + self.ids, product.sum(1))
+        return out.view(count, self.shape[0])
+
+    def materialise(self, sample: int) -> Tensor:
+        """The dense gradient of one sample."""
+        rows = slice(int(self.offsets[sample]), int(self.offsets[sample + 1]))
+        out = torch.zeros(self.shape, dtype=torch.promote_types(self.dy.dtype, torch.float32), device=self.dy.device)
+        return add_rows_(out, self.ids[rows], self.dy[rows])
+
+
+class DenseGradients:
+    """Per-sample gradients held outright, `[B, *shape]`: norm weights, biases, and what the fallback computes."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+        self.shape = values.shape[1:]
+
+    def squared_norms(self) -> Tensor:
+        """Directly."""
+        return self.values.flatten(1).double().square().sum(1)
+
+    def dots(self, v: Tensor) -> Tensor:
+        """Directly."""
+        return self.values.flatten(1).double() @ v.flatten().double()
+
+    def add_weighted_(self, out: Tensor, weights: Tensor | None, alpha: float = 1.0) -> None:
+        """Directly."""
+        values = self.values.double()
+        if weights is not None:
+            values = values * weights.double().view(-1, *[1] * (values.ndim - 1))
+        out.add_(values.sum(0).to(out.dtype), alpha=alpha)
+
+    def axis_dots(self, u: Tensor, axis: int) -> Tensor:
+        """Directly."""
+        product = self.values.double() * u.double()
+        if product.ndim == 2:
+            return product
+        product = product.reshape(product.shape[0], -1, product.shape[-1])
+        return product.sum(2 if axis == 0 else 1)
+
+    def materialise(self, sample: int) -> Tensor:
+        """One row."""
+        return self.values[sample]

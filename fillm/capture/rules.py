@@ -1,0 +1,218 @@
+"""One rule per operation at which a parameter meets an activation (docs/method.md).
+
+A rule receives the operation's arguments and answers with the operation's result, computed through a boundary that will
+report `x` and `dy`; or with `NotImplemented`, and then the tensor is left to the exact batch-1 fallback.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fillm.capture.boundaries import LinearBoundary, LookupBoundary, ProductBoundary, ShiftBoundary
+from fillm.capture.gradients import DenseGradients, LookupGradients, OuterGradients, segment_sum
+from fillm.capture.interception import Tracked
+from fillm.capture.rows import RowMap
+
+Find = Callable[[Any], Tracked | None]
+
+
+def rounded_to_zero(summed: Tensor, terms: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sums [B, ...] set to zero where they are the rounding noise of terms that cancel.
+
+    A key bias without rotary positions, for one, has gradient zero in real arithmetic and noise in floating point; its
+    score would divide noise by noise squared and come out on top. Independent terms add up to about the root of the sum
+    of their squares, `terms` [B]; a sum a thousand roundings below that (or 1/64 in low precision) is no accident.
+    """
+    floor = min(1024.0 * torch.finfo(dtype).eps, 1.0 / 64.0) * terms
+    noise = summed.flatten(1).norm(dim=1) <= floor.to(summed.dtype)
+    return summed.masked_fill(noise.view(-1, *[1] * (summed.ndim - 1)), 0.0)
+
+
+class Rules:
+    """The rules bound to one batch.
+
+    Args:
+        rows: which activation rows belong to which sample.
+        anchor: scalar that requires a gradient.
+        used: called with a tensor's name at every use in the forward.
+        deliver: called with (name, per-sample gradients) in the backward, once per use.
+    """
+
+    def __init__(self, rows: RowMap, anchor: Tensor, used: Callable[..., None], deliver: Callable[..., None]) -> None:
+        self.rows, self.anchor, self.used, self.deliver = rows, anchor, used, deliver
+
+    def __call__(self, name: str, func: Any, args: Any, kwargs: Any, find: Find) -> Any:
+        """Dispatches on the operation's name."""
+        if name not in _RULES:
+            return NotImplemented
+        try:
+            bound = _SIGNATURES[name].bind(self, find, *args, **kwargs)
+        except TypeError:  # a way of calling it that the rule does not know, such as `out=`
+            return NotImplemented
+        return _RULES[name](*bound.args, **bound.kwargs)
+
+    def _linear(self, find: Find, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+        return self.affine(find, input, weight, bias, transposed=False)
+
+    def _addmm(self, find: Find, bias: Tensor, input: Tensor, weight: Tensor, **scales: Any) -> Any:
+        if find(input) or any(value != 1 for value in scales.values()):
+            return NotImplemented
+        return self.affine(find, input, weight, bias, transposed=True)
+
+    def _matmul(self, find: Find, input: Tensor, weight: Tensor) -> Any:
+        return NotImplemented if find(input) else self.affine(find, input, weight, None, transposed=True)
+
+    def affine(self, find: Find, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Any:
+        """`x W^T + b` (`x W + b` if `transposed`), each of `W` and `b` tracked or not."""
+        matrix, shift = find(weight), find(bias)
+        offsets = self.rows.row_offsets(x.shape[:-1])
+        if offsets is None or not self.rows.holds_tokens(x.shape[:-1]) or find(x) or weight.ndim != 2 or x.ndim < 2:
+            return NotImplemented
+        if any(operand is not None and operand.requires_grad for operand in (weight, bias)):
+            return NotImplemented  # one that is an activation itself, such as the residual in `addmm(residual, x, W)`
+        if matrix is not None and not (matrix.is_parameter or matrix.transposed):
+            return NotImplemented
+        if shift is not None and (shift.value.ndim != 1):
+            return NotImplemented
+        stored_transposed = transposed != (matrix is not None and matrix.transposed)
+
+        def site(x: Tensor, dy: Tensor) -> None:
+            rows, grads = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+            if matrix is not None:
+                self.deliver(matrix.name, OuterGradients(rows, grads, offsets, stored_transposed))
+            if shift is not None:
+                self.deliver(shift.name, self.shift_gradients(shift, grads, offsets))
+
+        for record in (matrix, shift):
+            if record is not None:
+                self.used(record.name)
+        return LinearBoundary.apply(self.anchor, x, weight, bias, transposed, site)
+
+    def shift_gradients(self, shift: Tracked, dy: Tensor, offsets: Tensor) -> DenseGradients:
+        """Per-sample gradients of a bias: `sum_t dy_t`, or zero where that is rounding noise."""
+        wide = dy.to(torch.promote_types(dy.dtype, torch.float32))
+        terms = segment_sum(wide.square().sum(1), offsets).sqrt()
+        return DenseGradients(shift.to_parameter(rounded_to_zero(segment_sum(wide, offsets), terms, dy.dtype)))
+
+    def _embedding(
+        self,
+        find: Find,
+        input: Tensor,
+        weight: Tensor,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+    ) -> Any:
+        record = find(weight)
+        if record is None or not record.is_parameter or max_norm is not None or scale_grad_by_freq or sparse:
+            return NotImplemented
+        ids = input
+        tokens, samples = self.rows.num_tokens, self.rows.num_samples
+        if not self.rows.packed and ids.ndim == 2 and ids.shape[0] == 1 and samples > 1:
+            # Positions shared by the batch: one row a sample, so that each keeps its own gradient.
+            ids = ids.expand(samples, -1)
+        offsets = self.rows.row_offsets(ids.shape)
+        if offsets is None or ids.numel() % tokens:
+            return NotImplemented
+
+        def site(ids: Tensor, dy: Tensor) -> None:
+            flat, grads = ids.reshape(-1), dy.reshape(-1, dy.shape[-1])
+            if padding_idx is not None:
+                grads = grads.masked_fill((flat == padding_idx % weight.shape[0])[:, None], 0.0)
+            self.deliver(record.name, LookupGradients(flat, grads, offsets, weight.shape[0]))
+
+        self.used(record.name)
+        return LookupBoundary.apply(self.anchor, ids, weight, site)
+
+    def _product(self, find: Find, left: Any, right: Any) -> Any:
+        h, w = (right, left) if find(left) else (left, right)
+        record = self._broadcast(find, h, w)
+        if record is None:
+            return NotImplemented
+
+        def site(h: Tensor, dy: Tensor) -> None:
+            wide = torch.promote_types(torch.promote_types(h.dtype, dy.dtype), torch.float32)
+            summed = self.rows.sum_by_sample(h.to(wide) * dy.to(wide), w.shape)
+            self.deliver(record.name, DenseGradients(record.to_parameter(summed)))
+
+        self.used(record.name)
+        return ProductBoundary.apply(self.anchor, h, w, site)
+
+    def _shift(self, find: Find, left: Any, right: Any, alpha: float = 1.0) -> Any:
+        h, w = (right, left) if find(left) else (left, right)
+        record = self._broadcast(find, h, w)
+        if record is None or alpha != 1:
+            return NotImplemented
+
+        def site(dy: Tensor) -> None:
+            wide = dy.to(torch.promote_types(dy.dtype, torch.float32))
+            lead = dy.shape[: dy.ndim - w.ndim]
+            terms = segment_sum(wide.reshape(lead.numel(), -1).square().sum(1), self.rows.row_offsets(lead)).sqrt()
+            summed = rounded_to_zero(self.rows.sum_by_sample(wide, w.shape), terms, dy.dtype)
+            self.deliver(record.name, DenseGradients(record.to_parameter(summed)))
+
+        self.used(record.name)
+        return ShiftBoundary.apply(self.anchor, h, w, site)
+
+    def _broadcast(self, find: Find, h: Any, w: Any) -> Tracked | None:
+        """The record of `w` if `h` is an activation of known rows to whose last dimensions `w` broadcasts."""
+        record = find(w)
+        if record is None or not isinstance(h, Tensor) or find(h) is not None or h.ndim <= w.ndim or w.ndim < 1:
+            return None
+        tail = h.shape[h.ndim - w.ndim :]
+        if not self.rows.holds_tokens(h.shape[:-1]):
+            return None
+        fits = all(a in (1, b) for a, b in zip(w.shape, tail, strict=True))
+        return record if fits and self.rows.row_offsets(h.shape[: h.ndim - w.ndim]) is not None else None
+
+    def _layer_norm(
+        self,
+        find: Find,
+        input: Tensor,
+        normalized_shape: Any,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+        cudnn_enable: bool = True,
+    ) -> Any:
+        if find(input) is not None:
+            return NotImplemented
+        return self._scaled(find, F.layer_norm(input, normalized_shape, None, None, eps), weight, bias)
+
+    def _rms_norm(
+        self, find: Find, input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
+    ) -> Any:
+        if find(input) is not None:
+            return NotImplemented
+        return self._scaled(find, F.rms_norm(input, normalized_shape, None, eps), weight, None)
+
+    def _scaled(self, find: Find, y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Any:
+        """`y * weight + bias` through the boundaries of whichever is tracked."""
+        for operand, rule, plain in ((weight, self._product, torch.mul), (bias, self._shift, torch.add)):
+            if operand is not None:
+                y = rule(find, y, operand) if find(operand) is not None else plain(y, operand)
+                if y is NotImplemented:
+                    return NotImplemented
+        return y
+
+
+_RULES: dict[str, Callable[..., Any]] = {
+    "linear": Rules._linear,
+    "addmm": Rules._addmm,
+    "matmul": Rules._matmul,
+    "mm": Rules._matmul,
+    "embedding": Rules._embedding,
+    "mul": Rules._product,
+    "rmul": Rules._product,
+    "add": Rules._shift,
+    "radd": Rules._shift,
+    "layer_norm": Rules._layer_norm,
+    "rms_norm": Rules._rms_norm,
+}
+_SIGNATURES = {name: inspect.signature(rule) for name, rule in _RULES.items()}

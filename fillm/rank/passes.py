@@ -1,0 +1,201 @@
+"""One pass over a data set: batches, progress, checkpoints, memory that runs out, numbers that are not finite."""
+
+import os
+import resource
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fillm.capture import Capture, PerSampleGradients
+from fillm.data import SampleSet, collate, plan_batches
+from fillm.errors import InterruptedRun, NumericsError, OutOfMemoryError
+from fillm.rank.console import Console
+from fillm.rank.run_folder import RunFolder
+
+
+class Statistic(Protocol):
+    """What a pass feeds."""
+
+    def observe(self, name: str, gradients: PerSampleGradients, positions: Tensor) -> None:
+        """Takes one batch of one tensor."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """What a resumed run needs."""
+        ...
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Continues from `state()`."""
+        ...
+
+
+@dataclass
+class Passes:
+    """Runs passes under one policy.
+
+    Attributes:
+        layout: of the batches.
+        tokens_per_batch: budget, padding included.
+        folder: where states are saved; None in the Python API.
+        checkpoint_seconds: at most this much work is lost.
+        shuffle_seed: order of the samples within batches, for tests of invariance.
+        record: a row per pass for `run.yaml`.
+        losses: per stage, every sample's loss.
+    """
+
+    console: Console
+    layout: str = "right"
+    tokens_per_batch: int | None = None
+    folder: RunFolder | None = None
+    checkpoint_seconds: float = 120.0
+    shuffle_seed: int | None = None
+    record: list[dict[str, Any]] = field(default_factory=list)
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    _stopped: int = 0
+    _limit: int | None = None  # samples a batch, once memory has run out
+
+    def run(
+        self,
+        stage: str,
+        label: str,
+        capture: Capture,
+        samples: SampleSet,
+        statistic: Statistic,
+        positions: Sequence[int] | None = None,
+    ) -> None:
+        """Feeds `statistic` every sample (or those at `positions`) once; continues where an interrupted run stopped."""
+        chosen = list(range(len(samples))) if positions is None else list(positions)
+        lengths = [len(samples[i].input_ids) for i in chosen]
+        plan = plan_batches(lengths, self.tokens_per_batch, shuffle_seed=self.shuffle_seed)
+        row = {"pass": stage, "samples": len(chosen), "tokens": sum(lengths), "batches": len(plan)}
+        finished = self.folder.load_stage(stage) if self.folder else None
+        if finished is not None:
+            tensors, meta = finished
+            self._finish(stage, {**row, **meta}, tensors.pop("losses"))
+            statistic.load(tensors)
+            return
+        losses = torch.zeros(len(samples), dtype=torch.float64)
+        start, before = 0, 0.0
+        saved = self.folder.load_state() if self.folder else None
+        if saved is not None and saved[0] == stage:
+            _, start, tensors, meta = saved
+            losses, before = tensors.pop("losses"), meta["seconds"]
+            statistic.load(tensors)
+        # A pass too short to be saved is run again on the way to a later one's state, which must not be lost to it.
+        saves = self.folder is not None and (saved is None or saved[0] == stage)
+        begun = last_save = time.monotonic()
+        with self.console.progress(label, len(chosen)) as bar:
+            bar.skip(sum(len(members) for members in plan[:start]))
+            for cursor, members in enumerate(plan[start:], start=start + 1):
+                batch = [chosen[i] for i in members]
+                losses[batch] = self._batch(capture, samples, batch, statistic)
+                if hasattr(statistic, "after_batch"):
+                    statistic.after_batch()
+                bar.advance(len(batch), sum(lengths[i] for i in members), loss=float(losses[batch].mean()))
+                now = time.monotonic()
+                due = now - last_save >= self.checkpoint_seconds and cursor < len(plan)
+                if saves and (due or self._stopped):
+                    state = {"losses": losses, **statistic.state()}
+                    self.folder.save_state(stage, cursor, state, {"seconds": before + now - begun})
+                    last_save = now
+                if self._stopped:
+                    name = signal.Signals(self._stopped).name
+                    raise InterruptedRun(f"stopped by {name} in the {label}; continue with --resume")
+        seconds = round(before + time.monotonic() - begun, 3)
+        measured = {"seconds": seconds, "peak_memory_bytes": peak_memory(capture.device)}
+        if saves and seconds >= self.checkpoint_seconds:
+            self.folder.save_stage(stage, {"losses": losses, **statistic.state()}, measured)
+        self._finish(stage, {**row, **measured}, losses)
+
+    def _finish(self, stage: str, row: dict[str, Any], losses: Tensor) -> None:
+        self.losses[stage] = losses
+        self.record.append(row)
+
+    def _batch(self, capture: Capture, samples: SampleSet, batch: list[int], statistic: Statistic) -> Tensor:
+        """One batch, in halves if memory runs out; a tensor that has already been fed is not fed twice."""
+        done: dict[str, set[int]] = {}
+        accumulating = False
+
+        def observe(name: str, gradients: PerSampleGradients, positions: Tensor) -> None:
+            nonlocal accumulating
+            # Parts of a retried batch are parts of what failed: their samples have all been fed, or none.
+            fed, these = done.setdefault(name, set()), positions.tolist()
+            if these[0] in fed:
+                return
+            accumulating = True
+            statistic.observe(name, gradients, positions)
+            accumulating = False
+            fed.update(these)
+
+        parts = [batch] if self._limit is None else _split(batch, self._limit)
+        while True:
+            try:
+                losses = torch.cat(
+                    [capture.run(collate(samples, part, self.layout), samples, observe) for part in parts]
+                )
+                break
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                size = max(len(part) for part in parts)
+                longest = max(len(samples[i].input_ids) for i in batch)
+                if size == 1 or accumulating:
+                    raise OutOfMemoryError(
+                        f"out of memory with {size} sample(s) of up to {longest} tokens; give --max-length below "
+                        f"{longest}, --tokens-per-batch below {size * longest}, --gradient-checkpointing, or --include"
+                    ) from None
+            self._limit = max(1, size // 2)
+            self.console.once("halved", f"out of memory: batches are halved to at most {self._limit} sample(s)")
+            parts = _split(batch, self._limit)
+            if capture.device.type == "cuda":
+                torch.cuda.empty_cache()
+        if not bool(losses.isfinite().all()):
+            row = int((~losses.isfinite()).nonzero()[0, 0])
+            raise NumericsError(f"the loss of sample {samples[batch[row]].id} is {float(losses[row])}")
+        check = getattr(statistic, "first_not_finite", None)
+        if check is not None and (found := check(batch)) is not None:
+            name, position = found
+            raise NumericsError(f"the gradient of sample {samples[position].id} with respect to {name} is not finite")
+        return losses
+
+    @contextmanager
+    def stopping(self) -> Iterator[None]:
+        """SIGINT and SIGTERM end the run after the batch in hand, with its state saved; a second one at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            if self._stopped:
+                os._exit(3)
+            self._stopped = number
+
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _split(batch: list[int], size: int) -> list[list[int]]:
+    return [batch[i : i + size] for i in range(0, len(batch), size)]
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the allocator's peak on a GPU, the process's peak resident size on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,341 @@
+"""`--dry-run`: what a run will take before it is started. Memory, FLOP, time, a line each; no data goes to a device."""
+
+import os
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import fillm_kernels
+import torch
+from fillm_kernels.ghost_norm import BLOCK_ENTRIES
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from fillm.data import SampleSet
+from fillm.errors import ModelError
+from fillm.models import DTYPES, TensorInfo, catalogue, quiet_transformers, resolve_device, select_tensors
+from fillm.rank.activations import saved_activation_bytes
+from fillm.rank.config import WITHOUT_GRADIENTS, RankConfig
+from fillm.rank.console import Console
+from fillm.rank.costs import (
+    BatchShape,
+    Costs,
+    accumulator_bytes,
+    batch_shapes,
+    estimated_activation_bytes,
+    trims_logits,
+)
+
+_LOGIT_COPIES = 3  # logits, their rows with an answer in float32, and the softmax; in the backward as many gradients
+_SCALAR_BYTES = 16  # q and d, float64
+_SLACK = 0.15  # of the activations: what malloc holds beyond what it was asked for, measured on glibc
+
+
+@dataclass(frozen=True)
+class PassPlan:
+    """One pass over one set.
+
+    Attributes:
+        name: what its progress bar says.
+        samples, tokens, batches: what it visits; tokens without padding.
+        flop: by what they are spent on.
+    """
+
+    name: str
+    samples: int
+    tokens: int
+    batches: int
+    flop: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will take.
+
+    Attributes:
+        tensors, parameters: in scope.
+        passes: in the order of the run; a pass over what the bracket does not certify comes on top, if it is needed.
+        memory: bytes by purpose; their sum is the expected peak.
+        rate: FLOP/s that `seconds` assumes.
+        notes: what the figures rest on.
+    """
+
+    tensors: int
+    parameters: int
+    passes: tuple[PassPlan, ...]
+    memory: Mapping[str, int]
+    rate: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def peak_bytes(self) -> int:
+        """Expected peak memory."""
+        return sum(self.memory.values())
+
+    @property
+    def flop(self) -> dict[str, float]:
+        """FLOP of all passes, by what they are spent on."""
+        total: dict[str, float] = {}
+        for one in self.passes:
+            for name, value in one.flop.items():
+                total[name] = total.get(name, 0.0) + value
+        return total
+
+    @property
+    def seconds(self) -> float:
+        """Time at `rate`."""
+        return sum(self.flop.values()) / self.rate
+
+    def lines(self) -> list[str]:
+        """The plan for people, figures aligned."""
+        rows: list[tuple[str, str]] = [("tensors in scope", f"{self.tensors} ({self.parameters:,} parameters)")]
+        for one in self.passes:
+            rows.append((one.name, f"{one.samples} samples, {one.tokens:,} tokens, {one.batches} batches"))
+        rows += [("memory", ""), *((f"  {name}", _bytes(size)) for name, size in self.memory.items())]
+        rows += [("  expected peak", _bytes(self.peak_bytes)), ("FLOP", "")]
+        rows += [(f"  {name}", f"{value:.3e}") for name, value in self.flop.items()]
+        rows += [("  total", f"{sum(self.flop.values()):.3e}")]
+        rows += [("time", f"{_duration(self.seconds)} at {self.rate / 1e9:,.1f} GFLOP/s")]
+        width = max(len(name) for name, _ in rows)
+        return [f"{name.ljust(width)}  {value}".rstrip() for name, value in rows] + [
+            f"note: {note}" for note in self.notes
+        ]
+
+
+def plan(
+    model: nn.Module,
+    scope: Sequence[TensorInfo],
+    sets: Mapping[str, SampleSet],
+    config: RankConfig,
+    *,
+    rate: float,
+    program_bytes: int = 0,
+    device_type: str = "cpu",
+) -> Plan:
+    """Works out a run without starting it.
+
+    Args:
+        model: with values or on the meta device; only shapes are read.
+        scope: tensors to rank.
+        sets: `forget` and `retain`, those that the method needs.
+        config: the run's settings.
+        rate: FLOP/s for the time.
+        program_bytes: what the process holds besides.
+        device_type: `cpu` or `cuda`.
+
+    Returns:
+        The plan. FLOP count matrix products only: forward, backward of the activations, products (5) and (6), ghost
+        norms (4), attention; a multiplication and an addition are two.
+    """
+    if config.canonical_method in WITHOUT_GRADIENTS:
+        sets = {}
+    everything = catalogue(model)
+    costs, trims = Costs.of(model, everything, scope), trims_logits(model)
+    shapes = {which: batch_shapes(s, config.tokens_per_batch, config.layout, trims) for which, s in sets.items()}
+    passes = [
+        _pass(name, sets[which], shapes[which], costs, products, ghost)
+        for name, which, products, ghost in _passes(config)
+        if which in sets
+    ]
+    memory, notes = {"weights": sum(p.numel() * p.element_size() for p in model.parameters())}, []
+    if config.canonical_method == "parameter-shift":
+        memory["weights of the base model"] = memory["weights"]
+    memory |= _accumulators(config, scope, model, sets)
+    every = [shape for batches in shapes.values() for shape in batches]
+    if every:
+        memory["activations"], counted = _activations(model, everything, every, config.gradient_checkpointing)
+        vocabulary = _vocabulary(model)
+        rows = max(max(shape.rows * shape.kept, sum(shape.answers)) for shape in every)
+        logits = 4 * _LOGIT_COPIES * rows * vocabulary
+        memory[f"logits ({rows} rows x {vocabulary}, {_LOGIT_COPIES} copies)"] = logits
+        memory["buffers of the backward pass"] = _buffers(costs, every, device_type)
+        if device_type == "cpu":
+            memory["allocator slack"] = int(_SLACK * (memory["activations"] + logits))
+        notes.append(f"activations are {'counted on the graph' if counted else 'estimated from shapes'}")
+        if config.canonical_method == "soir" and not config.needs_update:
+            notes.append("weighted sums are dropped once the bracket certifies a tensor; what fails comes on top")
+    if program_bytes:
+        memory["program"] = program_bytes
+    return Plan(len(scope), sum(info.numel for info in scope), tuple(passes), memory, rate, tuple(notes))
+
+
+def plan_run(config: RankConfig, sets: Mapping[str, SampleSet], console: Console, rate: float | None = None) -> Plan:
+    """Prints the plan of a run; of the model only its configuration is read.
+
+    Args:
+        config: the run's settings, with a model.
+        sets: the tokenised samples.
+        console: where the lines go.
+        rate: FLOP/s; measured on the run's device if not given.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ModelError: if the model's or the adapter's configuration cannot be read.
+        UsageError: if nothing is in scope or the device is not there.
+    """
+    device = resolve_device(config.device)
+    model = _meta_model(config)
+    scope = select_tensors(catalogue(model), config.include, config.exclude)
+    program = _resident_bytes() if device.type == "cpu" else 0
+    rate = measured_rate(device) if rate is None else rate
+    found = plan(model, scope, sets, config, rate=rate, program_bytes=program, device_type=device.type)
+    console.say("\n".join(found.lines()))
+    return found
+
+
+def measured_rate(device: torch.device, seconds: float = 0.2) -> float:
+    """FLOP/s of float32 products of 1024 x 1024 matrices on `device`, repeated for `seconds` after one to warm up."""
+    a = torch.ones(1024, 1024, device=device)
+    done, _ = 0, a @ a
+    _wait(device)
+    begun = time.perf_counter()
+    while not done or time.perf_counter() - begun < seconds:
+        a @ a
+        _wait(device)
+        done += 1
+    return done * 2.0 * 1024**3 / (time.perf_counter() - begun)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _passes(config: RankConfig) -> list[tuple[str, str, int, bool]]:
+    """(name, set, products per weight in scope, whether norms are taken) of the method's passes."""
+    method = config.canonical_method
+    if method in WITHOUT_GRADIENTS:
+        return []
+    out = [("forget pass", "forget", 1, False)]
+    if method == "saliency":
+        return out
+    out.append(("retain pass", "retain", 2, True) if method == "soir" else ("retain pass", "retain", 1, False))
+    if config.objective != "forget":
+        out.append(("damage pass", "retain", 1, False))
+    return out
+
+
+def _pass(
+    name: str, samples: SampleSet, shapes: Sequence[BatchShape], costs: Costs, products: int, ghost: bool
+) -> PassPlan:
+    attention = sum(costs.attention_forward(shape) for shape in shapes)
+    forward = sum(costs.forward(shape) for shape in shapes)
+    flop = {
+        "forward": forward,
+        "backward of activations": forward,
+        "attention, forward and backward": 3.0 * attention,
+        "products with weights in scope": products * sum(costs.product(shape) for shape in shapes),
+    }
+    if ghost:
+        flop["ghost norms"] = sum(costs.ghost_norms(shape) for shape in shapes)
+    return PassPlan(name, len(samples), sum(sample.num_tokens for sample in samples), len(shapes), flop)
+
+
+def _accumulators(
+    config: RankConfig, scope: Sequence[TensorInfo], model: nn.Module, sets: Mapping[str, SampleSet]
+) -> dict[str, int]:
+    if not sets:
+        return {}
+    itemsize = max(4, next(iter(model.parameters())).element_size())
+    plain = accumulator_bytes(scope, itemsize)
+    out = {"mean forget gradient v": plain}
+    if config.canonical_method == "soir":
+        out["weighted sums"] = accumulator_bytes(scope, itemsize, expanded=True)
+        out["two scalars a sample and tensor"] = _SCALAR_BYTES * len(sets["retain"]) * len(scope)
+    elif config.canonical_method != "saliency":
+        out["mean retain gradient"] = plain
+    if config.canonical_method == "soir-sum":
+        out["update u"] = plain
+    if config.objective != "forget" and config.granularity == "element":
+        out["step moments per weight"] = 2 * plain
+    return out
+
+
+def _activations(
+    model: nn.Module, infos: Sequence[TensorInfo], shapes: Sequence[BatchShape], checkpointing: bool
+) -> tuple[int, bool]:
+    """Bytes of the costliest batch, and whether they were counted rather than estimated."""
+    # What is kept grows with R T and with R T^2: the largest of either kind are the candidates.
+    sizes = {(shape.rows, shape.width) for shape in shapes}
+    candidates = {max(sizes, key=lambda s: (s[0] * s[1], s)), max(sizes, key=lambda s: (s[0] * s[1] ** 2, s))}
+    counts = [saved_activation_bytes(model, *size) for size in sorted(candidates)]
+    counted = all(count is not None for count in counts)
+    most = max(
+        count if count is not None else estimated_activation_bytes(model, infos, *size)
+        for count, size in zip(counts, sorted(candidates), strict=True)
+    )
+    layers = 1 + max((info.layer for info in infos), default=0)
+    if checkpointing and layers > 1:  # the inputs of all layers, and one layer in full
+        hidden = model.get_input_embeddings().weight.shape[1] * next(iter(model.parameters())).element_size()
+        most = most // layers + layers * hidden * max(rows * width for rows, width in candidates)
+    return most, counted
+
+
+def _buffers(costs: Costs, shapes: Sequence[BatchShape], device_type: str) -> int:
+    """Output gradients scaled for (6), and, where torch's operators take the norms, their padded copies."""
+    native = fillm_kernels.backends()["ghost_norm"]["used"].get(device_type) not in (None, "torch", "reference")
+    most = 0
+    for shape in shapes:
+        for inputs, outputs, use, is_head in set(costs.scoped_shapes):
+            tokens = shape.rows * (shape.kept if is_head else shape.width) * use
+            copies = 0 if native else min(tokens * (inputs + outputs), 2 * BLOCK_ENTRIES)
+            most = max(most, int(4 * (tokens * outputs + copies)))
+    return most
+
+
+def _vocabulary(model: nn.Module) -> int:
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    embedding = output if output is not None else model.get_input_embeddings()
+    return int(embedding.weight.shape[0])
+
+
+def _meta_model(config: RankConfig) -> nn.Module:
+    """The model without its weights."""
+    try:
+        with quiet_transformers():
+            settings = AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+            dtype = (
+                (getattr(settings, "dtype", None) or torch.float32) if config.dtype == "auto" else DTYPES[config.dtype]
+            )
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(
+                    settings, dtype=dtype, trust_remote_code=config.trust_remote_code
+                )
+                return model if config.adapter is None else _with_adapter(model, config.adapter)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{config.model}: its configuration cannot be read: {' '.join(str(error).split())}") from None
+
+
+def _with_adapter(model: nn.Module, adapter: str) -> nn.Module:
+    try:
+        import peft
+    except ImportError:
+        raise ModelError(f"--adapter {adapter}: needs the package peft; pip install 'fillm[peft]'") from None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)  # peft reads what transformers has deprecated
+        return peft.get_peft_model(model, peft.PeftConfig.from_pretrained(adapter))
+
+
+def _resident_bytes() -> int:
+    """What this process holds now: the interpreter and its libraries."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+def _bytes(size: int) -> str:
+    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if size >= factor:
+            return f"{size / factor:,.1f} {unit}"
+    return f"{size} B"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120.0:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200.0 else f"{seconds / 3600:.1f} h"

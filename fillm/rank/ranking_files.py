@@ -1,0 +1,179 @@
+"""The files of a ranking's run folder. `run.yaml` comes last and holds the checksum of every other file."""
+
+import csv
+import io
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fillm.config import to_yaml
+from fillm.errors import RunFolderError
+from fillm.figures import score_heatmap
+from fillm.rank.run_folder import RUN_RECORD
+from fillm.rank.state_files import check_file, file_sha256, save_tensors
+
+if TYPE_CHECKING:
+    from fillm.rank.ranking import Ranking
+
+_REMEDY = "rank again, or copy the folder again from where it is whole"
+_UNITS = {
+    "soir": "score |u| (weight per nat)",
+    "soir-sum": "score mean |u|",
+    "saliency": "score sum |v| (nat per weight)",
+    "memflex": "score mean |v| (nat per weight)",
+    "wagle": "score (nat)",
+    "parameter-shift": "score |shift| (weight)",
+}
+_OBJECTIVE_UNITS = {"retain": "damage of the step u", "trade-off": "predicted retain change (nat)"}
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """The tensors of `update.safetensors`, one read at a time; the file's checksum is compared before the first.
+
+    Raises:
+        RunFolderError: on first access, if the file is damaged.
+        KeyError: for a tensor that is not in it.
+    """
+
+    def __init__(self, folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+        self._path, self._entry = folder / "update.safetensors", files["update.safetensors"]
+        self._opened: Any = None
+
+    def _file(self) -> Any:
+        if self._opened is None:
+            check_file(self._path, self._entry["sha256"], self._entry["bytes"], _REMEDY)
+            try:
+                self._opened = safe_open(str(self._path), framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise RunFolderError(f"{self._path}: {error}; {_REMEDY}") from None
+        return self._opened
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in set(self._file().keys()):
+            raise KeyError(name)
+        return self._file().get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._file().keys()))
+
+    def __len__(self) -> int:
+        return len(self._file().keys())
+
+
+def write_files(ranking: "Ranking", folder: Path) -> None:
+    """Writes everything that belongs to a ranking into an existing folder.
+
+    Raises:
+        OSError, SafetensorError: if the disk refuses.
+    """
+    write_table(ranking.table, folder / "ranking.parquet")
+    (folder / "ranking.csv").write_text(to_csv(ranking.table), encoding="utf-8", newline="")
+    if ranking.updates is not None:
+        save_tensors(folder / "update.safetensors", ranking.updates)
+    if ranking.samples is not None:
+        write_table(ranking.samples, folder / "samples.parquet")
+    if len(ranking):
+        _draw(ranking, folder / "heatmap.png")
+    described = {
+        "ranking": {
+            "method": ranking.method,
+            "objective": ranking.objective,
+            "granularity": ranking.granularity,
+            "entries": len(ranking),
+        },
+        "settings": ranking.settings,
+        **ranking.record,
+        "files": {
+            path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in sorted(folder.iterdir())
+        },
+    }
+    (folder / RUN_RECORD).write_text(to_yaml(described), encoding="utf-8")
+
+
+def write_table(table: pa.Table, path: Path) -> None:
+    """Parquet with every option that reaches the bytes fixed, and a checksum on every page."""
+    pq.write_table(
+        table.replace_schema_metadata(None).combine_chunks(),
+        path,
+        compression="zstd",
+        compression_level=3,
+        use_dictionary=["kind", "note", "set"],
+        row_group_size=1 << 20,
+        write_statistics=True,
+        write_page_checksum=True,
+        version="2.6",
+        data_page_version="1.0",
+    )
+
+
+def read_table(path: Path) -> pa.Table:
+    """Parquet back, its page checksums compared.
+
+    Raises:
+        RunFolderError: if it is missing or damaged.
+    """
+    try:
+        return pq.read_table(path, page_checksum_verification=True).replace_schema_metadata(None)
+    except (pa.ArrowException, OSError) as error:
+        raise RunFolderError(f"{path}: damaged or missing ({' '.join(str(error).split())}); {_REMEDY}") from None
+
+
+def to_csv(table: pa.Table) -> str:
+    """Comma-separated, a header, lines ended by a line feed; floats read back to the bit, null is nothing."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(table.column_names)
+    for batch in table.to_batches(max_chunksize=1 << 16):
+        writer.writerows(zip(*(column.to_pylist() for column in batch.columns), strict=True))
+    return text.getvalue()
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """`run.yaml` of a ranking's folder.
+
+    Raises:
+        RunFolderError: if the folder is not there, not whole, not of a ranking, or the file damaged.
+    """
+    path = folder / RUN_RECORD
+    if not path.is_file():
+        if folder.with_name(folder.name + ".partial").is_dir():
+            raise RunFolderError(f"{folder}: the run is not finished; continue it with --resume")
+        where = f"{path}: missing; not the folder of a finished run" if folder.is_dir() else f"{folder}: no such folder"
+        raise RunFolderError(where)
+    try:
+        record = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RunFolderError(f"{path}: damaged ({' '.join(str(error).split())}); {_REMEDY}") from None
+    keys = ("ranking", "settings", "files")
+    if not isinstance(record, dict) or not all(isinstance(record.get(key), dict) for key in keys):
+        raise RunFolderError(f"{path}: not the record of a ranking; give the folder that fillm.rank wrote")
+    return record
+
+
+def check_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuses a folder in which a file is missing or differs; of the large `update.safetensors` only the size is read.
+
+    Raises:
+        RunFolderError: naming the file.
+    """
+    for name in {"ranking.parquet", *files}:
+        entry, path = files.get(name), folder / name
+        if not isinstance(entry, Mapping) or not {"bytes", "sha256"} <= set(entry):
+            raise RunFolderError(f"{folder / RUN_RECORD}: damaged (says nothing of {name}); {_REMEDY}")
+        if name != "update.safetensors":
+            check_file(path, entry["sha256"], entry["bytes"], _REMEDY)
+        elif not path.is_file() or path.stat().st_size != entry["bytes"]:
+            raise RunFolderError(f"{path}: missing or damaged (its size is not {entry['bytes']} bytes); {_REMEDY}")
+
+
+def _draw(ranking: "Ranking", path: Path) -> None:
+    columns = [ranking.table[name].to_pylist() for name in ("name", "kind", "layer", "score")]
+    label = _OBJECTIVE_UNITS.get(ranking.objective) or _UNITS.get(ranking.method, "score")
+    each = f", largest {ranking.granularity} of each tensor" if ranking.granularity in ("row", "head") else ""
+    score_heatmap(*columns, path, title=f"{ranking.method}, objective {ranking.objective}{each}", label=label)

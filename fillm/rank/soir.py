@@ -1,0 +1,124 @@
+"""Second-Order Influence Ranking: one pass over the forget set, one over the retain set (docs/method.md)."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fillm.capture import Capture
+from fillm.data import SampleSet
+from fillm.errors import NumericsError
+from fillm.rank.passes import Passes
+from fillm.statistics import MeanGradient, RetainMoments, Scalars, SquaredNorms, WeightedSum, squared_norm, uncertified
+
+
+@dataclass
+class Influence:
+    """What the passes say of every tensor.
+
+    Attributes:
+        low, high: bounds of `|u|`; equal where `u` was computed.
+        update: `u`, where it was computed; then `forget_mean` is `v`.
+        visited_again: number of retain samples that the follow-up pass visited.
+    """
+
+    low: dict[str, float] = field(default_factory=dict)
+    high: dict[str, float] = field(default_factory=dict)
+    lambda_: dict[str, float] = field(default_factory=dict)
+    mean_retain_sq_norm: dict[str, float] = field(default_factory=dict)
+    forget_norm: dict[str, float] = field(default_factory=dict)
+    gain: dict[str, float] = field(default_factory=dict)
+    update: dict[str, Tensor] = field(default_factory=dict)
+    forget_mean: dict[str, Tensor] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+    visited_again: int = 0
+
+
+def mean_gradient(passes: Passes, stage: str, label: str, capture: Capture, samples: SampleSet) -> dict[str, Tensor]:
+    """The mean per-sample gradient of a set, or a `NumericsError` that names the sample and tensor that spoil it."""
+    statistic = MeanGradient(capture.parameters, len(samples))
+    passes.run(stage, label, capture, samples, statistic)
+    spoilt = [name for name, mean in statistic.mean.items() if not math.isfinite(squared_norm(mean))]
+    if spoilt:
+        # Which sample it was is worth a second look at the data: the search stops at the first.
+        passes.run(
+            f"{stage}-search",
+            f"search of the {label}",
+            capture,
+            samples,
+            SquaredNorms(capture.parameters, len(samples)),
+        )
+        raise NumericsError(f"the mean gradient of {spoilt[0]} overflows although every sample's is finite")
+    return statistic.mean
+
+
+def rank_soir(
+    passes: Passes,
+    capture: Capture,
+    forget: SampleSet,
+    retain: SampleSet,
+    *,
+    damping: float,
+    tolerance: float,
+    need_update: bool,
+) -> Influence:
+    """Scores every tensor in scope by `|u|`, equation (3); with `need_update`, computes `u` itself."""
+    v = mean_gradient(passes, "forget", "forget pass", capture, forget)
+    moments = RetainMoments(v, len(retain), damping, weighted=v, tolerance=None if need_update else tolerance)
+    passes.run("retain", "retain pass", capture, retain, moments)
+    scalars = {name: moments.scalars(name) for name in v}
+    out = _from_scalars(scalars)
+    wanted = set(v) if need_update else _uncertified(out, moments, tolerance)
+    wanted = {name for name in wanted if scalars[name].lambda_ > 0}
+    sums: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
+    for name in sorted(wanted):
+        if name in moments.sums:
+            sums[name], delta = moments.weighted_sum(name)
+            delta = moments.to_revisit(name, delta)
+        else:
+            delta = scalars[name].coefficients()
+        if name not in sums or bool(delta.any()):
+            weights[name] = delta
+    moments.sums.clear()
+    if weights:
+        restricted = Capture(capture.model, sorted(weights), capture.loss_reduction, capture.fallback)
+        follow = WeightedSum(restricted.parameters, weights, len(retain))
+        chosen = follow.samples()
+        passes.run("follow-up", "follow-up pass", restricted, retain, follow, positions=chosen)
+        out.visited_again = len(chosen)
+        for name, total in follow.total.items():
+            sums[name] = sums[name].add_(total) if name in sums else total
+    for name, w in sums.items():
+        u = w.sub_(v[name]).div_(scalars[name].lambda_)  # -(v - w) / lambda
+        out.low[name] = out.high[name] = math.sqrt(squared_norm(u))
+        if need_update:
+            out.update[name] = u
+    if need_update:
+        out.forget_mean = v
+        for name in set(v) - set(sums):
+            out.update[name] = torch.zeros_like(v[name])
+    return out
+
+
+def _uncertified(out: Influence, moments: RetainMoments, tolerance: float) -> set[str]:
+    """Tensors that neither the scalars nor the partial sums certify; narrows the brackets of the others."""
+    failed = uncertified({name: (out.low[name], out.high[name]) for name in out.low}, tolerance)
+    for name in failed & set(moments.sums):
+        low, high = moments.partial_bracket(name)
+        out.low[name], out.high[name] = max(low, out.low[name]), min(high, out.high[name])
+    return uncertified({name: (out.low[name], out.high[name]) for name in out.low}, tolerance)
+
+
+def _from_scalars(scalars: dict[str, Scalars]) -> Influence:
+    out = Influence()
+    for name, s in scalars.items():
+        out.low[name], out.high[name] = s.bracket()
+        out.lambda_[name] = s.lambda_
+        out.mean_retain_sq_norm[name] = float(s.q.mean())
+        out.forget_norm[name] = math.sqrt(s.forget_sq_norm)
+        out.gain[name] = s.gain if s.forget_sq_norm > 0 else 0.0
+        if s.lambda_ == 0.0:
+            out.notes[name] = "unused" if s.forget_sq_norm == 0.0 else "no retain gradient"
+    return out

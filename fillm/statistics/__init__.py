@@ -1,0 +1,29 @@
+"""Accumulators that turn per-sample gradients into what the methods need."""
+
+from fillm.statistics.accumulators import (
+    Groups,
+    MeanGradient,
+    SquaredNorms,
+    StepDots,
+    accumulator_dtype,
+    inner,
+    squared_norm,
+)
+from fillm.statistics.influence import Scalars, relative_width, uncertified
+from fillm.statistics.retain import EXPANSION_NUMEL, RetainMoments, WeightedSum
+
+__all__ = [
+    "EXPANSION_NUMEL",
+    "Groups",
+    "MeanGradient",
+    "RetainMoments",
+    "Scalars",
+    "SquaredNorms",
+    "StepDots",
+    "WeightedSum",
+    "accumulator_dtype",
+    "inner",
+    "relative_width",
+    "squared_norm",
+    "uncertified",
+]

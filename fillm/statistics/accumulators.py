@@ -1,0 +1,174 @@
+"""Sums of per-sample gradients over a data set: one accumulator a tensor, however many samples."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fillm.capture import PerSampleGradients
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Float64 for float64 models, else float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def zeros_like(tensor: Tensor) -> Tensor:
+    """A zeroed accumulator for one tensor, on its device."""
+    return torch.zeros(tensor.shape, dtype=accumulator_dtype(tensor.dtype), device=tensor.device)
+
+
+def squared_norm(tensor: Tensor) -> float:
+    """`|tensor|^2` in float64, block by block, so that no float64 copy of the whole is made."""
+    return sum(float(block.double().square().sum()) for block in _blocks(tensor))
+
+
+def inner(left: Tensor, right: Tensor) -> float:
+    """`<left, right>` in float64, block by block."""
+    pairs = zip(_blocks(left), _blocks(right), strict=True)
+    return sum(float((a.double() * b.double()).sum()) for a, b in pairs)
+
+
+def _blocks(tensor: Tensor) -> Sequence[Tensor]:
+    return tensor.reshape(-1).split(1 << 20)
+
+
+class MeanGradient:
+    """`v = (1/m) sum_j f_j`, docs/method.md.
+
+    Args:
+        parameters: tensors in scope.
+        count: number of samples `m`.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], count: int) -> None:
+        self.count = count
+        self.mean = {name: zeros_like(p) for name, p in parameters.items()}
+
+    def observe(self, name: str, gradients: PerSampleGradients, positions: Tensor) -> None:
+        """Adds a batch."""
+        gradients.add_weighted_(self.mean[name], None, alpha=1.0 / self.count)
+
+    def state(self) -> dict[str, Tensor]:
+        """What a resumed run needs."""
+        return {f"mean/{name}": tensor for name, tensor in self.mean.items()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Continues from `state()`."""
+        for name, tensor in self.mean.items():
+            tensor.copy_(state[f"mean/{name}"])
+
+
+class SquaredNorms:
+    """`q_i = |g_i|^2` alone, [samples] per tensor: finds the sample whose gradient is not finite."""
+
+    def __init__(self, parameters: Mapping[str, Tensor], count: int) -> None:
+        self.q = {name: torch.zeros(count, dtype=torch.float64) for name in parameters}
+
+    def observe(self, name: str, gradients: PerSampleGradients, positions: Tensor) -> None:
+        """Records a batch."""
+        self.q[name][positions.cpu()] = gradients.squared_norms().cpu()
+
+    def first_not_finite(self, positions: Sequence[int]) -> tuple[str, int] | None:
+        """The first tensor and sample among `positions` with a NaN or infinite gradient."""
+        return first_not_finite(positions, self.q)
+
+    def state(self) -> dict[str, Tensor]:
+        """What a resumed run needs."""
+        return {f"q/{name}": q for name, q in self.q.items()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Continues from `state()`."""
+        for name, q in self.q.items():
+            q.copy_(state[f"q/{name}"])
+
+
+def first_not_finite(positions: Sequence[int], *scalars: Mapping[str, Tensor]) -> tuple[str, int] | None:
+    """The first (tensor, sample) among `positions` where a per-sample scalar is not finite."""
+    where = torch.tensor(list(positions))
+    for values in scalars:
+        for name, value in values.items():
+            bad = (~value[where].isfinite()).nonzero()
+            if bad.numel():
+                return name, int(where[bad[0, 0]])
+    return None
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Which entries of a tensor are ranked together: all indices along an axis that share a group.
+
+    Attributes:
+        axis: 0 for rows (all leading dimensions flattened), 1 for columns.
+        index: the group of every row or column, [length], int64.
+        count: number of groups.
+    """
+
+    axis: int
+    index: Tensor
+    count: int
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Adds up the entries of each group along the last axis: [..., length] -> [..., count]."""
+        out = torch.zeros(*values.shape[:-1], self.count, dtype=values.dtype, device=values.device)
+        return out.index_add_(-1, self.index.to(values.device), values)
+
+    def sum_entries(self, tensor: Tensor) -> Tensor:
+        """Adds up a tensor's entries by group, [count], float64."""
+        rows = tensor.reshape(-1, tensor.shape[-1]) if tensor.ndim > 1 else tensor[:, None]
+        return self.sum(rows.sum(1 - self.axis, dtype=torch.float64))
+
+
+class StepDots:
+    """First and second moments of `s_i = <g_i, u>` over the retain set, (8): by tensor, group or element.
+
+    Args:
+        update: `u` of every tensor in scope.
+        count: number of retain samples `n`.
+        groups: per tensor, what is kept apart; absent for a whole tensor.
+        element: keep every weight apart, which needs each sample's gradient for a moment, one at a time.
+    """
+
+    def __init__(
+        self,
+        update: Mapping[str, Tensor],
+        count: int,
+        groups: Mapping[str, Groups] | None = None,
+        element: bool = False,
+    ) -> None:
+        self.update, self.count, self.groups, self.element = update, count, dict(groups or {}), element
+        self.mean: dict[str, Tensor] = {}
+        self.mean_square: dict[str, Tensor] = {}
+        for name, u in update.items():
+            shape = tuple(u.shape) if element else (self.groups[name].count,) if name in self.groups else ()
+            dtype = torch.float32 if element else torch.float64
+            self.mean[name] = torch.zeros(shape, dtype=dtype, device=u.device)
+            self.mean_square[name] = torch.zeros(shape, dtype=dtype, device=u.device)
+
+    def observe(self, name: str, gradients: PerSampleGradients, positions: Tensor) -> None:
+        """Adds a batch."""
+        u = self.update[name]
+        if self.element:
+            for sample in range(len(positions)):
+                s = gradients.materialise(sample) * u
+                self.mean[name].add_(s, alpha=1.0 / self.count)
+                self.mean_square[name].addcmul_(s, s, value=1.0 / self.count)
+            return
+        if name in self.groups:  # a group's dot is summed before it is squared
+            s = self.groups[name].sum(gradients.axis_dots(u, self.groups[name].axis))  # [B, groups]
+        else:
+            s = gradients.dots(u)  # [B]
+        self.mean[name] += s.sum(0) / self.count
+        self.mean_square[name] += s.square().sum(0) / self.count
+
+    def state(self) -> dict[str, Tensor]:
+        """What a resumed run needs."""
+        first = {f"mean/{name}": tensor for name, tensor in self.mean.items()}
+        return first | {f"mean_square/{name}": tensor for name, tensor in self.mean_square.items()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Continues from `state()`."""
+        for name in self.update:
+            self.mean[name].copy_(state[f"mean/{name}"])
+            self.mean_square[name].copy_(state[f"mean_square/{name}"])

@@ -1,0 +1,253 @@
+import dataclasses
+import io
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from fillm.capture import sample_losses
+from fillm.data import Sample, SampleSet, collate, plan_batches
+from fillm.errors import ModelError, UsageError
+from fillm.models import catalogue
+from fillm.rank.activations import saved_activation_bytes
+from fillm.rank.config import RankConfig
+from fillm.rank.console import Console
+from fillm.rank.costs import accumulator_bytes, batch_shapes, estimated_activation_bytes
+from fillm.rank.plan import measured_rate, plan, plan_run
+from tests.families import FAMILIES, build_family, build_lora
+
+CONFIG = RankConfig(model="m", tokens_per_batch=48)
+
+
+def sample_set(lengths, prompt=3, vocabulary=90):
+    samples = []
+    for i, length in enumerate(lengths):
+        ids = tuple((7 * i + 3 * t) % vocabulary + 3 for t in range(length))
+        samples.append(Sample(f"s{i}", ids, tuple([-100] * prompt + list(ids[prompt:]))))
+    return SampleSet(samples, "test")
+
+
+SETS = {"forget": sample_set([9, 14, 11]), "retain": sample_set([12, 7, 16, 10, 8])}
+
+
+def with_attention(model, implementation):
+    model.set_attn_implementation(implementation)
+    return model
+
+
+def counted_flop(model, samples, config):
+    """FLOP of forward and backward of the activations, counted by torch while the batches run."""
+    hook = model.get_input_embeddings().register_forward_hook(lambda m, i, out: out.requires_grad_())
+    with FlopCounterMode(display=False) as counter:
+        for members in plan_batches([s.num_tokens for s in samples], config.tokens_per_batch):
+            sample_losses(model, collate(samples, members)).sum().backward()
+    hook.remove()
+    return counter.get_total_flops()
+
+
+def kept_bytes(model, rows, tokens):
+    """Bytes that a real forward pass keeps, every storage once, parameters left out."""
+    model.requires_grad_(True)
+    own, kept = {t.data_ptr() for t in [*model.parameters(), *model.buffers()]}, {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    ids = torch.arange(rows * tokens).reshape(rows, tokens) % 90 + 3
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model(input_ids=ids, use_cache=False)
+    assert output.logits.requires_grad
+    model.requires_grad_(False)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2", "qwen3", "phi3", "mixtral"])
+def test_flop_are_those_that_torch_counts(family):
+    model = with_attention(build_family(family), "eager")
+    planned = plan(model, catalogue(model), SETS, CONFIG, rate=1.0)
+    for one, which in zip(planned.passes, ("forget", "retain"), strict=True):
+        passes = ("forward", "backward of activations", "attention, forward and backward")
+        expected = counted_flop(model, SETS[which], CONFIG)
+        # A mixture's router also multiplies and reduces where torch counts nothing; all else is exact.
+        assert sum(one.flop[name] for name in passes) == pytest.approx(expected, rel=1e-9)
+
+
+def test_products_and_ghost_norms_by_hand():
+    model = build_family("llama")
+    scope = [info for info in catalogue(model) if info.name.endswith("layers.0.mlp.up_proj.weight")]
+    sets = {"forget": sample_set([6, 6]), "retain": sample_set([6, 4, 44], prompt=2)}
+    planned = plan(model, scope, sets, CONFIG, rate=1.0)
+    weights, inputs, outputs = 56 * 32, 32, 56
+    forget, retain = planned.passes
+    assert forget.flop["products with weights in scope"] == 2 * weights * 12 and "ghost norms" not in forget.flop
+    # Batches of the retain set: the sample of 44 alone, then 6 and 4 padded to 6. Two products: (5) and (6).
+    assert (retain.samples, retain.tokens, retain.batches) == (3, 54, 2)
+    assert retain.flop["products with weights in scope"] == 2 * 2 * weights * (44 + 12)
+    gram = (6 * 6 + 4 * 4) * (inputs + outputs)
+    explicit = 2 * 44 * inputs * outputs
+    assert explicit < 44 * 44 * (inputs + outputs)
+    assert retain.flop["ghost norms"] == gram + explicit
+
+
+def test_the_head_sees_the_answers_only():
+    shapes = batch_shapes(sample_set([10, 10], prompt=4), 64, "right")
+    assert [(s.rows, s.width, s.kept) for s in shapes] == [(2, 10, 7)]
+    assert shapes[0].answers == (6, 6) and shapes[0].lengths == (10, 10)
+    assert batch_shapes(sample_set([10, 8], prompt=4), 64, "right", trims_logits=False)[0].kept == 10
+    left = batch_shapes(sample_set([10, 8], prompt=4), 64, "left")[0]
+    assert left.kept == 10 - min(3, 3 + 2)
+    packed = batch_shapes(sample_set([10, 8], prompt=4), 64, "packed")[0]
+    assert (packed.rows, packed.width, packed.kept) == (1, 18, 18)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_activations_are_those_that_a_real_pass_keeps(family):
+    model = with_attention(build_family(family), "eager")
+    expected = kept_bytes(model, 3, 20)
+    # A fused mixture's own loop keeps some copies of its routed rows more or fewer.
+    tolerance = 0.1 if family in ("mixtral", "qwen3-moe") else 0.0
+    assert saved_activation_bytes(model, 3, 20) == pytest.approx(expected, rel=tolerance)
+    assert saved_activation_bytes(model.to("meta"), 3, 20) == pytest.approx(expected, rel=tolerance)
+
+
+def test_activations_with_fused_attention_and_low_precision():
+    model = with_attention(build_family("llama"), "sdpa")
+    assert saved_activation_bytes(model, 4, 32) == pytest.approx(kept_bytes(model, 4, 32), rel=0.15)
+    half = with_attention(build_family("llama", dtype=torch.bfloat16), "eager")
+    assert saved_activation_bytes(half, 3, 20) == kept_bytes(half, 3, 20)
+
+
+def test_activations_of_an_adapter():
+    model = with_attention(build_lora("llama", ["q_proj", "up_proj"]), "eager")
+    assert saved_activation_bytes(model, 3, 20) == pytest.approx(kept_bytes(model, 3, 20), rel=0.02)
+
+
+def test_counting_activations_leaves_the_model_alone():
+    model = build_family("llama")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    saved_activation_bytes(model, 2, 8)
+    assert model.config.pad_token_id == 0 and not any(p.requires_grad for p in model.parameters())
+    assert all(p.device.type == "cpu" and torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_model_that_looks_at_values_is_estimated_from_shapes():
+    model = build_family("llama")
+    forward = model.model.layers[0].mlp.forward
+    model.model.layers[0].mlp.forward = lambda x: forward(x) if x.sum().item() < 1e9 else x
+    assert saved_activation_bytes(model, 2, 8) is None
+    planned = plan(model, catalogue(model), SETS, CONFIG, rate=1.0)
+    assert "activations are estimated from shapes" in planned.notes
+    assert 0.3 < estimated_activation_bytes(model, catalogue(model), 3, 20) / kept_bytes(model, 3, 20) < 3.0
+
+
+def test_memory_line_by_line():
+    model = build_family("llama")
+    infos = catalogue(model)
+    planned = plan(model, infos, SETS, CONFIG, rate=1.0, program_bytes=1000)
+    numel = sum(p.numel() for p in model.parameters())
+    memory = dict(planned.memory)
+    assert memory["weights"] == memory["mean forget gradient v"] == 4 * numel
+    assert memory["weighted sums"] == 16 * numel  # every tensor of so small a model carries all four terms
+    assert memory["two scalars a sample and tensor"] == 16 * 5 * len(infos)
+    assert memory["program"] == 1000 and planned.peak_bytes == sum(memory.values())
+    # Retain batches within 48 tokens: 16 + 12 + 10 in rows of 16, then 8 + 7; the head sees all but 2 tokens of a row.
+    assert memory["logits (42 rows x 97, 3 copies)"] == 4 * 3 * 42 * 97
+    assert memory["activations"] == max(saved_activation_bytes(model, 3, 16), saved_activation_bytes(model, 3, 14))
+    on_gpu = plan(model, infos, SETS, CONFIG, rate=1.0, device_type="cuda").memory
+    assert "allocator slack" in memory and "allocator slack" not in on_gpu
+
+
+def test_large_tensors_have_one_weighted_sum():
+    infos = [
+        dataclasses.replace(catalogue(build_family("llama"))[0], shape=(n,), numel=n) for n in (1 << 14, (1 << 14) + 1)
+    ]
+    assert accumulator_bytes(infos, 4, expanded=True) == 4 * (4 * (1 << 14) + (1 << 14) + 1)
+    assert accumulator_bytes(infos, 8) == 8 * (2 * (1 << 14) + 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "passes", "lines"),
+    [
+        ({}, ["forget pass", "retain pass"], ["weighted sums"]),
+        ({"objective": "retain"}, ["forget pass", "retain pass", "damage pass"], ["weighted sums"]),
+        ({"method": "saliency"}, ["forget pass"], []),
+        ({"method": "wagle"}, ["forget pass", "retain pass"], ["mean retain gradient"]),
+        ({"method": "so-influence-sum"}, ["forget pass", "retain pass"], ["mean retain gradient", "update u"]),
+        ({"method": "random"}, [], []),
+        ({"method": "parameter-shift"}, [], ["weights of the base model"]),
+    ],
+)
+def test_passes_and_accumulators_of_the_methods(changes, passes, lines):
+    model = build_family("llama")
+    planned = plan(model, catalogue(model), SETS, dataclasses.replace(CONFIG, **changes), rate=1.0)
+    assert [one.name for one in planned.passes] == passes
+    extra = {"weighted sums", "mean retain gradient", "update u", "weights of the base model"} & set(planned.memory)
+    assert extra == set(lines)
+    assert (planned.seconds > 0) == bool(passes)
+
+
+def test_gradient_checkpointing_takes_less():
+    model = build_family("llama")
+    full = plan(model, catalogue(model), SETS, CONFIG, rate=1.0).memory["activations"]
+    config = dataclasses.replace(CONFIG, gradient_checkpointing=True)
+    assert plan(model, catalogue(model), SETS, config, rate=1.0).memory["activations"] < 0.8 * full
+
+
+def test_time_is_flop_over_rate_and_the_lines_say_it_all():
+    model = build_family("llama").to("meta")
+    planned = plan(model, catalogue(model), SETS, CONFIG, rate=2e6)
+    assert planned.seconds == sum(planned.flop.values()) / 2e6
+    lines = planned.lines()
+    shown = "\n".join(lines)
+    for text in ("tensors in scope", "3 samples, 34 tokens", "expected peak", "ghost norms", "at 0.0 GFLOP/s"):
+        assert text in shown
+    # Every figure begins in the same column, two spaces after the longest name.
+    column = 2 + max(len(name) for name in (*planned.memory, *planned.flop)) + 2
+    for line in lines:
+        if not line.startswith(("note: ", "memory", "FLOP")):
+            assert line[column - 2 : column] == "  " and line[column] != " "
+
+
+def test_the_measured_rate_is_that_of_a_product():
+    rate = measured_rate(torch.device("cpu"), seconds=0.0)
+    assert 1e7 < rate < 1e15
+
+
+def test_a_dry_run_reads_only_the_configuration(tmp_path):
+    build_family("llama").config.save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    out, err = io.StringIO(), io.StringIO()
+    config = dataclasses.replace(CONFIG, model=str(tmp_path), include="mlp", device="cpu")
+    planned = plan_run(config, SETS, Console(out, err), rate=1e9)
+    assert planned.tensors == 6 and planned.parameters == 6 * 32 * 56
+    assert out.getvalue().splitlines() == planned.lines() and err.getvalue() == ""
+    assert planned.memory["program"] > 1 << 20
+    half = plan_run(dataclasses.replace(config, dtype="bfloat16"), SETS, Console.silent(), rate=1e9)
+    assert half.memory["weights"] == planned.memory["weights"] // 2
+    with pytest.raises(UsageError):
+        plan_run(dataclasses.replace(config, include="nothing*"), SETS, Console.silent(), rate=1e9)
+
+
+def test_a_dry_run_with_an_adapter(tmp_path):
+    model = build_lora("llama", ["q_proj"])
+    model.get_base_model().config.save_pretrained(tmp_path / "base")
+    adapter = model.peft_config["default"].to_dict()
+    (tmp_path / "adapter").mkdir()
+    text = json.dumps({k: sorted(v) if isinstance(v, set) else v for k, v in adapter.items()}, default=str)
+    (tmp_path / "adapter" / "adapter_config.json").write_text(text, encoding="utf-8")
+    config = dataclasses.replace(
+        CONFIG, model=str(tmp_path / "base"), adapter=str(tmp_path / "adapter"), include="lora", device="cpu"
+    )
+    planned = plan_run(config, SETS, Console.silent(), rate=1e9)
+    assert planned.tensors == 4 and planned.parameters == 2 * (3 * 32 + 3 * 32)
+
+
+def test_a_configuration_that_cannot_be_read_is_one_line(tmp_path):
+    (tmp_path / "config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ModelError, match="its configuration cannot be read") as caught:
+        plan_run(dataclasses.replace(CONFIG, model=str(tmp_path)), SETS, Console.silent(), rate=1e9)
+    assert "\n" not in str(caught.value)
