@@ -1,11 +1,25 @@
-"""From a data spec to rows, from rows to token batches; and the fictional authors, which need no download."""
+"""From a data spec to rows, from rows to token batches; and the fictional authors, which need no download.
 
-from fillm.data.batches import DEFAULT_TOKENS_PER_BATCH, Batch, collate, plan_batches
-from fillm.data.rows import Row, load_rows
-from fillm.data.samples import Sample, SampleSet, shared_rows, take
-from fillm.data.templates import DEFAULT_TEMPLATE
-from fillm.data.tokens import tokenize_rows
+The names are resolved when they are first used, so that a command's settings can be read without loading torch.
+"""
 
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    "DEFAULT_TEMPLATE": "templates",
+    "DEFAULT_TOKENS_PER_BATCH": "batches",
+    "Batch": "batches",
+    "Row": "rows",
+    "Sample": "samples",
+    "SampleSet": "samples",
+    "collate": "batches",
+    "load_rows": "rows",
+    "plan_batches": "batches",
+    "shared_rows": "samples",
+    "take": "samples",
+    "tokenize_rows": "tokens",
+}
 __all__ = [
     "DEFAULT_TEMPLATE",
     "DEFAULT_TOKENS_PER_BATCH",
@@ -20,3 +34,9 @@ __all__ = [
     "take",
     "tokenize_rows",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"fillm.data.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'fillm.data' has no attribute {name!r}")

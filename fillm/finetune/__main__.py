@@ -5,10 +5,11 @@ from collections.abc import Sequence
 
 from fillm.config import run_command
 from fillm.finetune.config import FinetuneConfig
-from fillm.finetune.run import run
 
 
 def _finetune(config: FinetuneConfig) -> None:
+    from fillm.finetune.run import run  # torch is loaded only once the flags are known to be right
+
     result = run(config)
     measured = "" if result.eval_loss is None else f", evaluation loss {result.eval_loss:.4f}"
     print(f"loss {result.loss:.4f}{measured} after {result.steps} steps, {result.seconds:.0f} s: {result.folder}")

@@ -78,7 +78,9 @@ def run(config: RankConfig) -> None:
     config = _with_default_model(config, console)
     forget = _rows(config.forget, "forget", config)
     retain = _rows(config.retain, "retain", config)
-    tokenizer = load_tokenizer(config.tokenizer or config.model, trust_remote_code=config.trust_remote_code)
+    tokenizer = None
+    if any("input_ids" not in row.fields for row in [*(forget or []), *(retain or [])]):
+        tokenizer = load_tokenizer(config.tokenizer or config.model, trust_remote_code=config.trust_remote_code)
     if config.dry_run:
         plan_run(config, _samples(config, tokenizer, None, forget, retain, console), console)
         return
@@ -107,7 +109,9 @@ def _load(config: RankConfig, path: str, adapter: str | None) -> nn.Module:
         path, adapter=adapter, dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code
     )
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        # transformers 5.23 renamed it; both names mean the same.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable()
     return model
 
 

@@ -77,6 +77,7 @@ def rank_soir(
         if name in moments.sums:
             sums[name], delta = moments.weighted_sum(name)
             delta = moments.to_revisit(name, delta)
+            del moments.sums[name]
         else:
             delta = scalars[name].coefficients()
         if name not in sums or bool(delta.any()):

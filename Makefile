@@ -1,0 +1,50 @@
+# Two environments, made by the same recipe from pyproject.toml and constraints.txt: .venv to work in, and .venv-test for
+# the tests, always from scratch and with nothing by hand, so that a dependency nobody wrote down fails there.
+PYTHON ?= python3
+BUILD_TOOLS := setuptools wheel cmake ninja pybind11
+NATIVE := setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/cpu/*)
+COMMA := ,
+RECIPE := pyproject.toml constraints.txt $(NATIVE)
+
+# torch goes in first and alone, so that nothing else can ask for another build of it.
+define make_environment
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(BUILD_TOOLS)
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[$(2)]'
+	touch $(1)/.made
+endef
+
+.PHONY: install demo test slow test-all lint bench clean
+
+install: .venv/.made
+
+.venv/.made: $(RECIPE)
+	$(call make_environment,.venv,test$(COMMA)lint)
+
+.venv-test/.made: $(RECIPE)
+	rm -rf .venv-test
+	$(call make_environment,.venv-test,test$(COMMA)lint)
+
+demo: install
+	.venv/bin/python -m fillm.rank --out runs/demo --overwrite
+
+test: .venv-test/.made
+	.venv-test/bin/python -m pytest -m "not slow"
+
+slow: .venv-test/.made
+	.venv-test/bin/python -m pytest -m slow
+
+test-all: .venv-test/.made
+	.venv-test/bin/python -m pytest
+
+lint: .venv-test/.made
+	.venv-test/bin/python -m ruff check .
+	.venv-test/bin/python -m ruff format --check .
+
+bench: install
+	.venv/bin/python -m pytest benchmarks/kernels -o python_files='bench_*.py' -o python_functions='bench_*' --benchmark-only
+	.venv/bin/python -m benchmarks.end_to_end.bench_rank
+
+clean:
+	rm -rf build dist *.egg-info .venv-test kernels/fillm_kernels/_C.*

@@ -1,0 +1,105 @@
+"""What every op accepts, and the checks made once at the boundary."""
+
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fillm_kernels.errors import DeviceError, DtypeError, ShapeError
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def as_tensor(value: Any, name: str, *, written: bool = False) -> Tensor:
+    """A tensor over the caller's memory, without copying.
+
+    Args:
+        value: a tensor, a numpy array, or anything with `__dlpack__` (JAX, CuPy).
+        name: the argument's name, for the message.
+        written: whether the op writes to it, so that neither a copy nor read-only memory will do.
+
+    Returns:
+        A tensor that shares memory with `value` (a copy only for numpy arrays with negative strides).
+
+    Raises:
+        DtypeError: if `value` is none of these, holds elements torch has no type for, or cannot be written to.
+    """
+    if isinstance(value, Tensor):
+        return value
+    try:
+        if isinstance(value, np.ndarray):
+            if written and (not value.flags.writeable or any(stride < 0 for stride in value.strides)):
+                raise DtypeError(f"{name} is read-only or has negative strides; pass an array that can be written to")
+            if any(stride < 0 for stride in value.strides):
+                value = np.ascontiguousarray(value)
+            with warnings.catch_warnings():
+                # torch warns that a read-only array could be written to through the tensor; inputs are never written.
+                warnings.simplefilter("ignore", UserWarning)
+                return torch.from_numpy(value)
+        if hasattr(value, "__dlpack__"):
+            return torch.from_dlpack(value)
+    except TypeError as error:
+        raise DtypeError(f"{name}: {error}") from error
+    raise DtypeError(f"{name} is a {type(value).__name__}; pass a tensor, a numpy array or an object with __dlpack__")
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_ragged(x: Tensor, dy: Tensor, offsets: Tensor) -> None:
+    """Check shapes, element types and devices of the ragged convention; reads no values.
+
+    Args:
+        x: [N, I], float32 | float64 | bfloat16 | float16.
+        dy: [N, O], same dtype and device.
+        offsets: [B + 1], int64, on the same device or on the CPU.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError: with the sizes, types or devices that clash.
+    """
+    if x.ndim != 2 or dy.ndim != 2 or x.shape[0] != dy.shape[0]:
+        raise ShapeError(f"x and dy must be [N, I] and [N, O]; got {list(x.shape)} and {list(dy.shape)}")
+    if offsets.ndim != 1 or offsets.shape[0] < 1:
+        raise ShapeError(f"offsets must be [B + 1] with at least one entry; got {list(offsets.shape)}")
+    if offsets.dtype != torch.int64:
+        raise DtypeError(f"offsets must be int64; got {offsets.dtype}")
+    if x.dtype not in FLOATS or dy.dtype != x.dtype:
+        raise DtypeError(
+            f"x and dy must share one of float32, float64, bfloat16, float16; got {x.dtype} and {dy.dtype}"
+        )
+    if dy.device != x.device or (offsets.device != x.device and offsets.device.type != "cpu"):
+        raise DeviceError(f"x, dy and offsets must lie on one device; got {x.device}, {dy.device} and {offsets.device}")
+
+
+def check_offsets(offsets: Tensor, rows: int) -> Tensor:
+    """Check that offsets run from 0 to `rows` without stepping back.
+
+    Args:
+        offsets: [B + 1], int64, any device.
+        rows: N, the number of packed rows.
+
+    Returns:
+        The same offsets, contiguous, on the CPU.
+
+    Raises:
+        ShapeError: naming the first entry that is wrong.
+    """
+    host = offsets.to("cpu").contiguous()
+    first, last = int(host[0]), int(host[-1])
+    if first != 0 or last != rows:
+        raise ShapeError(f"offsets must run from 0 to N = {rows}; they run from {first} to {last}")
+    steps = host[1:] < host[:-1]
+    if bool(steps.any()):
+        where = int(steps.nonzero()[0]) + 1
+        before, after = int(host[where - 1]), int(host[where])
+        raise ShapeError(f"offsets must not decrease; offsets[{where}] = {after} comes after {before}")
+    return host
+
+
+def sample_of_row(offsets: Tensor, device: torch.device) -> Tensor:
+    """The sample each packed row belongs to: offsets [B + 1] on the CPU -> [N], int64, on `device`."""
+    return torch.repeat_interleave(torch.arange(offsets.shape[0] - 1), offsets.diff()).to(device)

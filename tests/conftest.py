@@ -1,0 +1,32 @@
+"""What every test starts from: few threads, fixed seeds, no network."""
+
+import os
+
+# Before anything imports the libraries that read them.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("MPLBACKEND", "Agg")
+# Waiting threads sleep instead of spinning: on a busy machine spinning slows small parallel pieces a hundredfold.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.pop("FILLM_BACKEND", None)
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+THREADS = 2
+
+torch.set_num_threads(min(THREADS, torch.get_num_threads()))
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same random numbers for every test, whichever tests ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
