@@ -155,21 +155,26 @@ class Capture:
         names = [name for name in self.parameters if name in self.fallback]
         for position in batch.indices.tolist():
             single = collate(samples, [position]).to(self.device)
-            for name, gradient in batch_one_gradients(self.model, names, single, self.loss_reduction):
-                observe(name, DenseGradients(gradient[None]), single.indices)
+            for name, gradient in batch_one_gradients(self.model, names, single, self.loss_reduction, self._scale):
+                wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32)) / self._scale
+                observe(name, DenseGradients(wide[None]), single.indices)
 
 
 def batch_one_gradients(
-    model: nn.Module, names: Sequence[str], batch: Batch, loss_reduction: LossReduction = "mean"
+    model: nn.Module,
+    names: Sequence[str],
+    batch: Batch,
+    loss_reduction: LossReduction = "mean",
+    loss_scale: float = 1.0,
 ) -> list[tuple[str, Tensor]]:
-    """Plain autograd for a batch of one sample; a tensor that no gradient reaches is left out."""
+    """Plain autograd for a batch of one sample, times `loss_scale`; a tensor that no gradient reaches is left out."""
     every = dict(model.named_parameters())
     parameters = [every[name] for name in names]
     for parameter in parameters:
         parameter.requires_grad_(True)
     try:
         with torch.enable_grad():
-            loss = sample_losses(model, batch, loss_reduction).sum()
+            loss = sample_losses(model, batch, loss_reduction).sum() * loss_scale
             if not loss.requires_grad:
                 return []
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)

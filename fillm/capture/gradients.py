@@ -168,11 +168,11 @@ class DenseGradients:
 
     def squared_norms(self) -> Tensor:
         """Directly."""
-        return self.values.flatten(1).double().square().sum(1)
+        return self.values.reshape(self.values.shape[0], -1).double().square().sum(1)
 
     def dots(self, v: Tensor) -> Tensor:
         """Directly."""
-        return self.values.flatten(1).double() @ v.flatten().double()
+        return self.values.reshape(self.values.shape[0], -1).double() @ v.flatten().double()
 
     def add_weighted_(self, out: Tensor, weights: Tensor | None, alpha: float = 1.0) -> None:
         """Directly."""
@@ -184,8 +184,8 @@ class DenseGradients:
     def axis_dots(self, u: Tensor, axis: int) -> Tensor:
         """Directly."""
         product = self.values.double() * u.double()
-        if product.ndim == 2:
-            return product
+        if product.ndim < 3:
+            return product.reshape(product.shape[0], -1)
         product = product.reshape(product.shape[0], -1, product.shape[-1])
         return product.sum(2 if axis == 0 else 1)
 

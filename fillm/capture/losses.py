@@ -1,6 +1,8 @@
 """The forward pass and each sample's own loss."""
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -39,6 +41,36 @@ def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
     return inputs
 
 
+def answer_offsets(batch: Batch) -> Tensor:
+    """Where each sample's answer tokens begin among those of the batch, in grid order, [B + 1]."""
+    counted = (targets(batch) != IGNORED).reshape(-1)
+    owner = sample_of_row(batch.offsets)[counted.nonzero().squeeze(1)]
+    counts = torch.bincount(owner, minlength=len(batch.indices))
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+@contextmanager
+def head_sees_only(model: nn.Module, positions: Tensor, num_positions: int) -> Iterator[None]:
+    """Hands the output embedding the hidden states at `positions` of the flattened grid alone, as [1, R, H].
+
+    The others carry no loss, so neither do their logits, and at the vocabulary's width they would cost the most.
+    """
+
+    def pick(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        hidden = args[0]
+        if hidden.shape[:-1].numel() != num_positions:
+            return None
+        return hidden.reshape(num_positions, -1).index_select(0, positions)[None], *args[1:]
+
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    handle = None if head is None else head.register_forward_pre_hook(pick)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
 def sample_losses(model: nn.Module, batch: Batch, reduction: LossReduction = "mean") -> Tensor:
     """Negative log-likelihood of every sample over its own answer tokens, as with batch size 1 (docs/method.md).
 
@@ -50,21 +82,15 @@ def sample_losses(model: nn.Module, batch: Batch, reduction: LossReduction = "me
     Returns:
         [B], float32 (float64 for a float64 model), in nats per answer token (`mean`) or nats (`sum`).
     """
-    inputs, wanted = model_inputs(model, batch), targets(batch)
-    counted = wanted != IGNORED
-    first = int(counted.any(0).int().argmax())
-    if batch.layout != "packed" and first > 0 and "logits_to_keep" in inspect.signature(model.forward).parameters:
-        # Positions before the first answer token of the batch carry no loss: the head need not see them.
-        wanted, counted = wanted[:, first:], counted[:, first:]
-        inputs["logits_to_keep"] = wanted.shape[1]
-    logits = model(**inputs).logits
-    picked = counted.reshape(-1).nonzero().squeeze(1)
-    rows = logits.reshape(-1, logits.shape[-1]).index_select(0, picked)
+    wanted = targets(batch).reshape(-1)
+    picked = (wanted != IGNORED).nonzero().squeeze(1)
+    with head_sees_only(model, picked, wanted.numel()):
+        logits = model(**model_inputs(model, batch)).logits
+    rows = logits.reshape(-1, logits.shape[-1])
+    if rows.shape[0] != picked.numel():  # a head of another make
+        rows = rows.index_select(0, picked)
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    nll = nn.functional.cross_entropy(rows, wanted.reshape(-1)[picked], reduction="none")
-    packed = batch.layout == "packed"
-    owner = sample_of_row(batch.offsets)[picked] if packed else picked // wanted.shape[1]
-    tokens = torch.bincount(owner, minlength=len(batch.indices))
-    offsets = torch.cat([tokens.new_zeros(1), tokens.cumsum(0)])
+    nll = nn.functional.cross_entropy(rows, wanted[picked], reduction="none")
+    offsets = answer_offsets(batch)
     total = segment_sum(nll, offsets)
-    return total / tokens.clamp(min=1) if reduction == "mean" else total
+    return total / offsets.diff().clamp(min=1) if reduction == "mean" else total

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fillm.capture.gradients import sample_of_row, segment_sum
+from fillm.capture.losses import answer_offsets
 from fillm.data import Batch
 
 
@@ -17,11 +18,17 @@ class RowMap:
     num_tokens: int  # of a padded grid B * T, or of a packed row
     offsets: Tensor  # [B + 1], token positions in the flattened grid
     packed: bool
+    answers: Tensor  # [B + 1], the same among the positions that carry loss, which are all that the head sees
 
     @classmethod
     def of(cls, batch: Batch) -> "RowMap":
         """The map of one batch."""
-        return cls(len(batch.indices), batch.input_ids.numel(), batch.offsets, batch.layout == "packed")
+        packed = batch.layout == "packed"
+        return cls(len(batch.indices), batch.input_ids.numel(), batch.offsets, packed, answer_offsets(batch))
+
+    def is_answers(self, lead: torch.Size) -> bool:
+        """Whether leading dimensions `[1, R]` are those of the positions that carry loss."""
+        return len(lead) == 2 and lead[0] == 1 and lead[1] == int(self.answers[-1])
 
     def repeats(self, lead: torch.Size) -> int | None:
         """How many consecutive rows each token has in a tensor of leading dimensions `lead`; None if it cannot be read.
@@ -40,10 +47,14 @@ class RowMap:
 
     def holds_tokens(self, lead: torch.Size) -> bool:
         """Whether leading dimensions are those of all tokens; one of size B alone may be gathered rows."""
+        if self.is_answers(lead):
+            return True
         return self.repeats(lead) is not None and (len(lead) > 1 or lead[0] == self.num_tokens)
 
     def row_offsets(self, lead: torch.Size) -> Tensor | None:
         """[B + 1] offsets of the samples' rows in the flattened leading dimensions, or None."""
+        if self.is_answers(lead):
+            return self.answers
         repeats = self.repeats(lead)
         if repeats is None:
             return None

@@ -20,6 +20,11 @@ from fillm.capture.rows import RowMap
 Find = Callable[[Any], Tracked | None]
 
 
+def unit_roundoff(dtype: torch.dtype) -> float:
+    """Of a model in `dtype`: float64 models still take norms and rotary angles in float32."""
+    return max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+
+
 def rounded_to_zero(summed: Tensor, terms: Tensor, dtype: torch.dtype) -> Tensor:
     """Sums [B, ...] set to zero where they are the rounding noise of terms that cancel.
 
@@ -27,7 +32,7 @@ def rounded_to_zero(summed: Tensor, terms: Tensor, dtype: torch.dtype) -> Tensor
     score would divide noise by noise squared and come out on top. Independent terms add up to about the root of the sum
     of their squares, `terms` [B]; a sum a thousand roundings below that (or 1/64 in low precision) is no accident.
     """
-    floor = min(1024.0 * torch.finfo(dtype).eps, 1.0 / 64.0) * terms
+    floor = min(1024.0 * unit_roundoff(dtype), 1.0 / 64.0) * terms
     noise = summed.flatten(1).norm(dim=1) <= floor.to(summed.dtype)
     return summed.masked_fill(noise.view(-1, *[1] * (summed.ndim - 1)), 0.0)
 

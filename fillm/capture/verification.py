@@ -12,6 +12,7 @@ from torch import Tensor
 from fillm.capture.engine import Capture, frozen
 from fillm.capture.gradients import PerSampleGradients
 from fillm.capture.losses import sample_losses
+from fillm.capture.rules import unit_roundoff
 from fillm.data import Batch, SampleSet, collate
 from fillm.errors import UsageError
 
@@ -39,7 +40,7 @@ def verify(capture: Capture, samples: SampleSet, layout: str = "right") -> Verif
     kept: dict[str, PerSampleGradients] = {}
     together = capture.run(collate(samples, chosen, layout), samples, lambda name, g, _: kept.__setitem__(name, g))
     found = Verification(unreached=set(capture.parameters))
-    tolerance = min(ROUNDINGS * torch.finfo(next(iter(capture.parameters.values())).dtype).eps, LARGEST_TOLERANCE)
+    tolerance = min(ROUNDINGS * unit_roundoff(next(iter(capture.parameters.values())).dtype), LARGEST_TOLERANCE)
     squares: dict[str, Tensor] = {}
     names = [name for name in capture.parameters if name not in capture.fallback]
     for row, position in enumerate(chosen):
@@ -117,5 +118,5 @@ def _refuse_batches(capture: Capture, sample: str, alone: float, together: float
 
 def _is_noise(capture: Capture, gradient: Tensor) -> bool:
     """Whether a gradient is below 2^10 rounding errors of a unit-sized sum per entry."""
-    eps = torch.finfo(next(iter(capture.parameters.values())).dtype).eps
+    eps = unit_roundoff(next(iter(capture.parameters.values())).dtype)
     return float(gradient.abs().max()) < 1024 * eps

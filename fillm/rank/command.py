@@ -21,9 +21,9 @@ from fillm.errors import DataError, UsageError
 from fillm.models import catalogue, load_model, load_tokenizer, model_fingerprint, select_tensors
 from fillm.rank.config import WITHOUT_GRADIENTS, RankConfig, check
 from fillm.rank.console import Console
-from fillm.rank.default_model import DEFAULT_FORGET, DEFAULT_RETAIN, default_model
+from fillm.rank.default_model import DEFAULT_FORGET, DEFAULT_RETAIN, default_folder, default_model
 from fillm.rank.methods import Job, Scores, rank
-from fillm.rank.passes import Passes
+from fillm.rank.passes import Passes, memory_explained
 from fillm.rank.plan import plan_run
 from fillm.rank.precision import warn_of_noise
 from fillm.rank.ranking import Ranking
@@ -31,6 +31,11 @@ from fillm.rank.ranking_files import write_files
 from fillm.rank.run_folder import RunFolder
 
 Rows = str | Sequence[Mapping[str, Any]] | Any  # a spec, a datasets.Dataset, or any sequence of rows
+# Settings of the command that a function with a model in hand has no use for.
+_COMMAND_ONLY = {
+    "adapter", "dtype", "device", "trust_remote_code", "gradient_checkpointing", "out", "resume", "overwrite",
+    "dry_run", "checkpoint_seconds", "debug",
+}  # fmt: skip
 # Settings that say where and how a run goes on, not what it computes.
 _WHEREABOUTS = ("out", "resume", "overwrite", "dry_run", "debug", "checkpoint_seconds", "data_root")
 
@@ -64,6 +69,10 @@ def rank_parameters(
     Raises:
         FillmError: one line that says what is wrong, where, and what to do.
     """
+    if misplaced := sorted(_COMMAND_ONLY & set(settings)):
+        raise UsageError(f"rank_parameters: {', '.join(misplaced)}: a setting of the command, not of this function")
+    if base_model is not None and not isinstance(base_model, nn.Module):
+        raise UsageError("base_model: give the loaded model, not a path")
     config = from_mapping(RankConfig, {"method": method, **settings}, where="rank_parameters")
     check(dataclasses.replace(config, base_model=config.base_model or ("given" if base_model is not None else None)))
     console = Console() if progress else Console.silent()
@@ -75,9 +84,10 @@ def run(config: RankConfig) -> None:
     """What `python -m fillm.rank` does."""
     check(config)
     console = Console()
-    config = _with_default_model(config, console)
+    config = _with_default_data(config)
     forget = _rows(config.forget, "forget", config)
     retain = _rows(config.retain, "retain", config)
+    config = _with_default_model(config, console)
     tokenizer = None
     if any("input_ids" not in row.fields for row in [*(forget or []), *(retain or [])]):
         tokenizer = load_tokenizer(config.tokenizer or config.model, trust_remote_code=config.trust_remote_code)
@@ -96,14 +106,23 @@ def run(config: RankConfig) -> None:
     console.say(f"run folder: {Path(config.out)}")
 
 
+def _with_default_data(config: RankConfig) -> RankConfig:
+    if config.model is not None:
+        return config
+    return dataclasses.replace(config, forget=config.forget or DEFAULT_FORGET, retain=config.retain or DEFAULT_RETAIN)
+
+
 def _with_default_model(config: RankConfig, console: Console) -> RankConfig:
     if config.model is not None:
         return config
-    path = default_model(console)
-    forget, retain = config.forget or DEFAULT_FORGET, config.retain or DEFAULT_RETAIN
-    return dataclasses.replace(config, model=str(path), forget=forget, retain=retain)
+    if config.dry_run and not default_folder().exists():
+        raise UsageError(
+            "--dry-run: the embedded default model is not made yet; give --model, or run once without --dry-run"
+        )
+    return dataclasses.replace(config, model=str(default_model(console)))
 
 
+@memory_explained()
 def _load(config: RankConfig, path: str, adapter: str | None) -> nn.Module:
     model = load_model(
         path, adapter=adapter, dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code
@@ -165,6 +184,8 @@ def _samples(
 
 
 def _check_vocabulary(sets: dict[str, SampleSet], model: nn.Module) -> None:
+    if not hasattr(model, "get_input_embeddings"):
+        return  # a model of another make looks its tokens up as it likes
     size = model.get_input_embeddings().weight.shape[0]
     for which, samples in sets.items():
         for sample in samples:
@@ -176,6 +197,7 @@ def _check_vocabulary(sets: dict[str, SampleSet], model: nn.Module) -> None:
                 )
 
 
+@memory_explained()
 def _rank(
     config: RankConfig,
     model: nn.Module,
@@ -219,7 +241,8 @@ def _rank(
         objective=config.objective,
         updates=scores.update or None,
         samples=_sample_table(sets, passes),
-        settings=dataclasses.asdict(config),
+        # What was said about the folder that lay there is no part of what a replay repeats.
+        settings=dataclasses.asdict(dataclasses.replace(config, resume=False, overwrite=False, debug=False)),
         record=record,
     )
 

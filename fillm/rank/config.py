@@ -1,5 +1,6 @@
 """The settings of `python -m fillm.rank`: the one source of its flags, its YAML file and its Python arguments."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -142,8 +143,10 @@ def check(config: RankConfig) -> None:
     if config.resume and config.overwrite:
         raise UsageError("--resume continues a run and --overwrite replaces it: give one")
     for name in ("damping", "tolerance", "mu", "checkpoint_seconds"):
-        if not getattr(config, name) > 0:
-            raise UsageError(f"--{name.replace('_', '-')} must be above 0, not {getattr(config, name)}")
+        value = getattr(config, name)
+        if not 0 < value < math.inf:
+            needed = "finite" if value == math.inf else "above 0"
+            raise UsageError(f"--{name.replace('_', '-')} must be {needed}, not {value}")
     for name in ("num_forget", "num_retain", "tokens_per_batch", "max_length"):
         value = getattr(config, name)
         if value is not None and value < 1:

@@ -23,13 +23,18 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fillm"
 
 
+def default_folder() -> Path:
+    """Where the embedded default model of this version is, once it is made."""
+    return cache_folder() / f"default-{fillm.__version__}"
+
+
 def default_model(console: Console) -> Path:
     """The folder of the embedded default model; trains it if it is not there yet.
 
     Raises:
         InterruptedRun: stopped while training; the next call continues.
     """
-    path = cache_folder() / f"default-{fillm.__version__}"
+    path = default_folder()
     if path.exists():
         return path
     try:

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from fillm.capture import Capture
 from fillm.data import SampleSet
-from fillm.errors import ModelError
+from fillm.errors import ModelError, UsageError
 from fillm.models import TensorInfo
 from fillm.rank.config import RankConfig
 from fillm.rank.passes import Passes
 from fillm.rank.soir import Influence, mean_gradient, rank_soir
 from fillm.rank.units import gains, groups_of, numels, retain_changes, sizes
-from fillm.statistics import Groups, StepDots, inner, squared_norm
+from fillm.statistics import Groups, StepDots, accumulator_dtype, inner, squared_norm
 
 
 @dataclass
@@ -50,7 +50,16 @@ class Scores:
 
 
 def rank(job: Job) -> Scores:
-    """Runs the method that the settings name."""
+    """Runs the method that the settings name.
+
+    Raises:
+        UsageError: no tensor in scope has heads and heads are to be ranked.
+    """
+    if job.config.granularity == "head" and not groups_of(job.model, job.scope, "head"):
+        raise UsageError(
+            f"--granularity head: none of the {len(job.scope)} tensors in scope is split by attention head; "
+            f"widen --include, or use --granularity row"
+        )
     return _METHODS[job.config.canonical_method](job)
 
 
@@ -120,29 +129,33 @@ def _from_update(job: Job, influence: Influence) -> Scores:
     saved = dict(influence.update)
     for info in job.scope:
         name, group = info.name, groups.get(info.name)
-        u, columns = influence.update[name], _columns(influence, name)
+        v, u, columns = influence.forget_mean[name], influence.update[name], _columns(influence, name)
         if config.granularity == "head" and group is None:
             continue
-        if columns["note"] == "no retain gradient":
-            score = torch.full((group.count if group else 1,), float("inf"), dtype=torch.float64)
-            rows += _unit_rows(info, group, score, None, None, columns)
-            continue
-        gain = gains(influence.forget_mean[name], u, group, element)
+        reached = v != 0 if element else sizes(v, group, "l2") > 0
+        idle = ~reached & (u == 0 if element else sizes(u, group, "l2") == 0)
+        # Without curvature (2) has no finite u, and no step along v costs the retain set anything.
+        free = influence.lambda_[name] == 0.0
+        gain = torch.where(reached, float("inf"), 0.0).double() if free else gains(v, u, group, element)
         damage = None if dots is None else 0.5 * dots.mean_square[name].double()
         if config.objective == "forget":
-            score = u.abs().double() if element else sizes(u, group, config.effective_score)
+            score = gain if free else u.abs().double() if element else sizes(u, group, config.effective_score)
         elif config.objective == "retain":
-            score = damage
+            score = damage.reshape(idle.shape)
+        elif free:
+            score = torch.where(reached, 0.0, float("inf")).double()
         else:
             score = retain_changes(gain, dots.mean[name].double(), dots.mean_square[name].double())
         if element:
             if config.objective != "forget":
+                score = torch.where(idle, float("inf"), score)  # an edit of nothing does no damage, and is no use
+            if config.objective != "forget" or free:
                 saved[f"scores/{name}"] = score.float()
-            finite = score[score.isfinite()]
+            summed = (score if config.objective == "forget" else score[score.isfinite()]).sum()
             total = None if damage is None else damage.sum()[None]
-            rows += _unit_rows(info, None, finite.sum()[None], None, total, columns)
+            rows += _unit_rows(info, None, summed[None], None, total, columns)
         else:
-            rows += _unit_rows(info, group, score.reshape(-1), gain, damage, columns)
+            rows += _unit_rows(info, group, score.reshape(-1), gain, damage, columns, idle if group else None)
     keep = config.save_update or config.granularity != "tensor"
     return Scores(rows, saved if keep else {}, influence.visited_again)
 
@@ -154,7 +167,9 @@ def _unit_rows(
     gain: Tensor | None,
     damage: Tensor | None,
     columns: dict[str, Any],
+    idle: Tensor | None = None,
 ) -> list[dict[str, Any]]:
+    """A row for every unit of one tensor; those in `idle`, [units] bool, are noted as unused."""
     rows = []
     values, sizes_ = score.tolist(), numels(info, group)
     damages = None if damage is None else damage.reshape(-1).tolist()
@@ -167,6 +182,8 @@ def _unit_rows(
             row["retain_damage"] = damages[index]
         if gains_ is not None:
             row["predicted_forget_gain"] = gains_[index]
+        if idle is not None and bool(idle[index]):
+            row["note"] = "unused"
         rows.append(row)
     return rows
 
@@ -188,10 +205,11 @@ def _weights(job: Job, signed: Callable[[str], Tensor], columns: Callable[[str],
     return Scores(rows, saved)
 
 
-def _mean_columns(v: dict[str, Tensor]) -> Callable[[str], dict[str, Any]]:
+def _mean_columns(v: dict[str, Tensor], r: dict[str, Tensor] | None = None) -> Callable[[str], dict[str, Any]]:
     def columns(name: str) -> dict[str, Any]:
         norm = math.sqrt(squared_norm(v[name]))
-        return {"forget_norm": norm, "note": "unused" if norm == 0.0 else ""}
+        unused = norm == 0.0 and (r is None or not bool(r[name].any()))
+        return {"forget_norm": norm, "note": "unused" if unused else ""}
 
     return columns
 
@@ -205,7 +223,7 @@ def _wagle(job: Job) -> Scores:
     v = mean_gradient(job.passes, "forget", "forget pass", job.capture, job.forget)
     r = mean_gradient(job.passes, "retain", "retain pass", job.capture, job.retain)
     theta = job.capture.parameters
-    return _weights(job, lambda name: (theta[name].detach() - r[name] / job.config.mu) * v[name], _mean_columns(v))
+    return _weights(job, lambda name: (theta[name].detach() - r[name] / job.config.mu) * v[name], _mean_columns(v, r))
 
 
 def _memflex(job: Job) -> Scores:
@@ -226,28 +244,28 @@ def _memflex(job: Job) -> Scores:
 
 
 def _parameter_shift(job: Job) -> Scores:
-    base = dict(job.base_model.named_parameters()) if job.base_model is not None else {}
+    # With duplicates: a tied base has every name that an untied model has.
+    base = dict(job.base_model.named_parameters(remove_duplicate=False)) if job.base_model is not None else {}
     for info in job.scope:
         if info.name not in base or tuple(base[info.name].shape) != tuple(info.shape):
             raise ModelError(
                 f"--base-model: has no tensor {info.name} of shape {list(info.shape)}; it is another model"
             )
     theta = job.capture.parameters
-    relative = {}
-    for info in job.scope:
-        shift = theta[info.name].detach().float() - base[info.name].detach().float()
-        size = math.sqrt(squared_norm(base[info.name].detach()))
-        relative[info.name] = math.sqrt(squared_norm(shift)) / size if size else float("inf")
     rows, saved = [], {}
     groups = groups_of(job.model, job.scope, job.config.granularity)
     for info in job.scope:
         group = groups.get(info.name)
         if job.config.granularity == "head" and group is None:
             continue
-        shift = theta[info.name].detach().float() - base[info.name].detach().float()
+        now, before = theta[info.name].detach(), base[info.name].detach()
+        dtype = accumulator_dtype(torch.promote_types(now.dtype, before.dtype))
+        shift = now.to(dtype) - before.to(now.device, dtype)
+        length, size = math.sqrt(squared_norm(shift)), math.sqrt(squared_norm(before))
+        relative = length / size if size else float("inf") if length else 0.0
         element = job.config.granularity == "element"
         score = shift.abs().double().sum()[None] if element else sizes(shift, group, job.config.effective_score)
-        rows += _unit_rows(info, group, score, None, None, {"note": f"relative {relative[info.name]:.3e}"})
+        rows += _unit_rows(info, group, score, None, None, {"note": f"relative {relative:.3e}"})
         if job.config.granularity != "tensor":
             saved[info.name] = shift
     return Scores(rows, saved)

@@ -190,8 +190,28 @@ def _split(batch: list[int], size: int) -> list[list[int]]:
     return [batch[i : i + size] for i in range(0, len(batch), size)]
 
 
+@contextmanager
+def memory_explained() -> Iterator[None]:
+    """Memory that runs out where there is no batch to halve, as one line.
+
+    Raises:
+        OutOfMemoryError: in the place of the allocator's error.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0] or "no reason given"
+        raise OutOfMemoryError(
+            f"out of memory outside of a batch ({reason}); --dry-run says what a run takes; give --include, or --dtype"
+        ) from None
+
+
 def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error)
+    # The CPU's allocator raises a plain RuntimeError: "DefaultCPUAllocator: can't allocate ..." or "not enough memory".
+    told = any(words in str(error) for words in ("DefaultCPUAllocator", "not enough memory"))
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or told
 
 
 def peak_memory(device: torch.device) -> int:

@@ -40,7 +40,9 @@ def relative_difference(capture: Capture, samples: SampleSet, layout: str = "rig
 
 def warn_of_noise(capture: Capture, samples: SampleSet, console: Console, layout: str = "right") -> float | None:
     """Warns, with the figure, when low-precision gradients are off by more than 5 %; None for float32 and wider."""
-    dtype = next(iter(capture.parameters.values())).dtype
+    # Of the whole model: float32 adapters around a bfloat16 model see its noise.
+    dtypes = {p.dtype for p in capture.model.parameters() if p.is_floating_point()}
+    dtype = min(dtypes, key=lambda dtype: torch.finfo(dtype).bits)
     if torch.finfo(dtype).bits >= 32:
         return None
     difference = relative_difference(capture, samples, layout)

@@ -20,7 +20,7 @@ def groups_of(model: nn.Module, scope: list[TensorInfo], granularity: str) -> di
         if granularity == "row":
             transposed = isinstance(modules.get(info.module), Conv1D) and len(info.shape) == 2
             length = (
-                info.shape[1] if transposed else info.numel if len(info.shape) == 1 else info.numel // info.shape[-1]
+                info.shape[1] if transposed else info.numel if len(info.shape) < 2 else info.numel // info.shape[-1]
             )
             out[info.name] = Groups(1 if transposed else 0, torch.arange(length), length)
         elif granularity == "head" and (layout := head_layout(model, info)) is not None:
@@ -67,6 +67,6 @@ def numels(info: TensorInfo, group: Groups | None) -> list[int]:
     """The number of weights of every group, or of the tensor."""
     if group is None:
         return [info.numel]
-    shape = info.shape if len(info.shape) > 1 else (info.shape[0], 1)
+    shape = info.shape if len(info.shape) > 1 else (info.numel, 1)
     other = shape[-1] if group.axis == 0 else info.numel // shape[-1]
     return (torch.bincount(group.index, minlength=group.count) * other).tolist()

@@ -116,7 +116,7 @@ class Groups:
 
     def sum_entries(self, tensor: Tensor) -> Tensor:
         """Adds up a tensor's entries by group, [count], float64."""
-        rows = tensor.reshape(-1, tensor.shape[-1]) if tensor.ndim > 1 else tensor[:, None]
+        rows = tensor.reshape(-1, tensor.shape[-1]) if tensor.ndim > 1 else tensor.reshape(-1, 1)
         return self.sum(rows.sum(1 - self.axis, dtype=torch.float64))
 
 
