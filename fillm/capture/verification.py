@@ -4,6 +4,7 @@ Two samples of different lengths go through the rules in one batch and through p
 gradients differ, because the model uses it in a way nobody foresaw, takes the exact batch-1 fallback; the run names it.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -46,7 +47,7 @@ def verify(capture: Capture, samples: SampleSet, layout: str = "right") -> Verif
     for row, position in enumerate(chosen):
         batch = collate(samples, [position]).to(capture.device)
         alone = _compare(capture, names, batch, kept, row, squares, found.unreached)
-        if not abs(alone - float(together[row])) <= tolerance * max(1.0, abs(alone)):
+        if math.isfinite(alone) and not abs(alone - float(together[row])) <= tolerance * max(1.0, abs(alone)):
             _refuse_batches(capture, samples[position].id, alone, float(together[row]), layout)
     found.unreached -= set(capture.fallback)
     for name in set(kept) - set(squares) - set(capture.fallback):
@@ -79,11 +80,13 @@ def _compare(
     """Accumulates |g - g_autograd|^2 and |g_autograd|^2 per tensor, strikes out what is reached; the sample's loss."""
 
     def check(name: str, parameter: Tensor) -> None:
-        reference = parameter.grad.double()
+        reference = parameter.grad.to(torch.promote_types(parameter.dtype, torch.float32))
         parameter.grad = None
         unreached.discard(name)
-        captured = kept[name].materialise(row).double() if name in kept else torch.zeros_like(reference)
-        entry = torch.stack([(captured - reference).square().sum(), reference.square().sum()])
+        captured = kept[name].materialise(row).to(reference.dtype) if name in kept else torch.zeros_like(reference)
+        # Norms before squares: small gradients of large models would underflow float32.
+        lengths = [torch.linalg.vector_norm(captured - reference), torch.linalg.vector_norm(reference)]
+        entry = torch.stack(lengths).double().square()
         if name in kept and not captured.any() and _is_noise(capture, reference):
             entry[0] = 0.0  # a rule saw it and found nothing but the rounding noise of a sum that cancels
         squares[name] = squares.get(name, torch.zeros_like(entry)) + entry

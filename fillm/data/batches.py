@@ -12,7 +12,7 @@ from torch import Tensor
 from fillm.data.samples import IGNORED, SampleSet
 from fillm.errors import UsageError
 
-DEFAULT_TOKENS_PER_BATCH = 1024
+DEFAULT_TOKENS_PER_BATCH = 2048
 
 Layout = Literal["right", "left", "packed"]
 
@@ -63,7 +63,7 @@ def plan_batches(
 
     Args:
         lengths: tokens of each sample, at least 1.
-        tokens_per_batch: most tokens of a batch, padding included (samples times longest); None is 1024. A sample
+        tokens_per_batch: most tokens of a batch, padding included (samples times longest); None is 2048. A sample
             that is longer gets a batch of its own.
         max_samples: most samples of a batch; None for no limit.
         shuffle_seed: None puts the batches longest first, so that a lack of memory shows at once, and samples by

@@ -13,11 +13,12 @@ from fillm.errors import DataError
 Record = tuple[Any, int | None]  # what stands at one row, and its line in the file (from 1) where there are lines
 
 
-def read_records(path: str) -> list[Record]:
+def read_records(path: str, lenient: bool = False) -> list[Record]:
     """All rows of a file, in order; the extension decides the reader, for .json the content does.
 
     Args:
         path: ends in .json (an array or JSON Lines), .jsonl, .csv or .parquet; `~` is the home folder.
+        lenient: a line of JSON Lines that cannot be read becomes the `DataError` that says why, instead of raising it.
 
     Returns:
         (row, line) pairs. A row of a JSON file is whatever stands there; whether it is an object is checked later.
@@ -35,6 +36,9 @@ def read_records(path: str) -> list[Record]:
         if file.stat().st_size == 0:
             raise DataError(f"{path}: the file is empty; give one with at least one row")
         records = list(reader(file, path))
+        faults = [row for row, _ in records if isinstance(row, DataError)]
+        if faults and not lenient:
+            raise faults[0]
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; check the path") from None
     except OSError as error:
@@ -67,9 +71,12 @@ def _parse_json(text: str, path: str, first_line: int, expected: str) -> Any:
 def _read_json_lines(file: Path, path: str) -> Iterator[Record]:
     with file.open("rb") as stream:  # in bytes and line by line, so that a bad byte is reported with its line
         for line, raw in enumerate(stream, start=1):
-            text = _decode(raw, path, line)
-            if text.strip():
-                yield _parse_json(text.rstrip(), path, line, "one JSON object a line"), line
+            try:
+                text = _decode(raw, path, line)
+                if text.strip():
+                    yield _parse_json(text.rstrip(), path, line, "one JSON object a line"), line
+            except DataError as error:
+                yield error, line
 
 
 def _read_json(file: Path, path: str) -> Iterator[Record]:

@@ -26,12 +26,14 @@ class Row:
         source: the spec without its slice, a file path, or `rows` for rows given in memory.
         number: position in the data set before slicing, from 0.
         line: line in the file, from 1; None where the format has no lines (JSON arrays, Parquet, benchmarks).
+        fault: why the row could not be read, where such rows are to be counted and left out; then it has no fields.
     """
 
     fields: dict[str, Any]
     source: str
     number: int
     line: int | None = None
+    fault: str | None = None
 
     @property
     def id(self) -> str:
@@ -49,6 +51,7 @@ def load_rows(
     *,
     data_root: str | None = None,
     seed: int = 0,
+    skip_bad_rows: bool = False,
 ) -> list[Row]:
     """All rows of a data spec, a `datasets.Dataset` or a sequence of mappings, sliced if the spec says so.
 
@@ -57,6 +60,7 @@ def load_rows(
         data_root: folder for `tofu:` and `knowundo:`; None stands for the environment variable FILLM_DATA.
         seed: which fictional authors `fictional:` means; other specs do not depend on it. Not the seed of a run: a
             model that learned one seed's authors knows nothing of another's.
+        skip_bad_rows: rows that cannot be read become rows with a `fault`, which `tokenize_rows` counts and lists.
 
     Returns:
         At least one row, in the order of the data set.
@@ -67,17 +71,21 @@ def load_rows(
     """
     if isinstance(spec, (str, os.PathLike)):
         parsed = parse_spec(os.fspath(spec))
-        source, records = parsed.base, _read(parsed, data_root, seed)
+        source, records = parsed.base, _read(parsed, data_root, seed, skip_bad_rows)
         kept = parsed.cut(len(records))
     else:
         source, records = IN_MEMORY, _in_memory(spec)
         kept = range(len(records))
-    return [_as_row(*records[number], source, number) for number in kept]
+    rows = [_as_row(*records[number], source, number) for number in kept]
+    faults = [row for row in rows if row.fault is not None]
+    if faults and not skip_bad_rows:
+        raise DataError(f"{faults[0].where}: {faults[0].fault}")
+    return rows
 
 
-def _read(spec: DataSpec, data_root: str | None, seed: int) -> list[Record]:
+def _read(spec: DataSpec, data_root: str | None, seed: int, lenient: bool) -> list[Record]:
     if spec.kind == "file":
-        return read_records(spec.name)
+        return read_records(spec.name, lenient)
     if spec.kind in ("fictional", "fictional-small"):
         return [(row, None) for row in fictional_rows(spec.name, seed=seed, small=spec.kind == "fictional-small")]
     if spec.kind == "hub":
@@ -103,9 +111,9 @@ def _in_memory(rows: Iterable[Any]) -> list[Record]:
 def _as_row(record: Any, line: int | None, source: str, number: int) -> Row:
     if isinstance(record, Row):
         return record
+    if isinstance(record, DataError):
+        return Row({}, source, number, line, str(record).partition(": ")[2])
     if not isinstance(record, Mapping):
-        where = Row({}, source, number, line).where
-        raise DataError(
-            f"{where}: expected an object with fields such as question and answer, found {type(record).__name__}"
-        )
+        found = f"expected an object with fields such as question and answer, found {type(record).__name__}"
+        return Row({}, source, number, line, found)
     return Row(dict(record), source, number, line)

@@ -91,6 +91,8 @@ def tokenize_rows(
     bad: dict[int, str] = {}
     for number, row in enumerate(rows):
         try:
+            if row.fault is not None:
+                raise _BadRow(row.fault)
             if "input_ids" in row.fields:
                 tokens[number] = _ready_made(row.fields, tokenizer)
             else:

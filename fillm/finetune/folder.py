@@ -35,6 +35,8 @@ class RunFolder:
 
     def __init__(self, out: str) -> None:
         self.out = Path(os.path.abspath(Path(out).expanduser()))
+        if not self.out.name:
+            raise RunFolderError(f"--out {out}: is the root of the file system; name a folder in it")
         self.partial = self.out.with_name(self.out.name + ".partial")
         self._replaced = self.out.with_name(self.out.name + ".replaced")
         self.checkpoint = self.partial / _CHECKPOINT

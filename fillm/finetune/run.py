@@ -160,7 +160,7 @@ def _train(
 
 
 def _rows(data: Any, config: FinetuneConfig) -> list[Row]:
-    return load_rows(data, data_root=config.data_root)
+    return load_rows(data, data_root=config.data_root, skip_bad_rows=config.skip_bad_rows)
 
 
 def _samples(

@@ -145,7 +145,7 @@ def _rows(spec: Any, which: str, config: RankConfig) -> Any:
         return None
     if spec is None:
         raise UsageError(f"--{which} is needed: a data spec such as rows.jsonl or tofu:forget05")
-    return load_rows(spec, data_root=config.data_root)
+    return load_rows(spec, data_root=config.data_root, skip_bad_rows=config.skip_bad_rows)
 
 
 def _samples(
@@ -267,7 +267,9 @@ def _fingerprints(model: nn.Module, sets: dict[str, SampleSet]) -> dict[str, str
 def _identity(config: RankConfig) -> dict[str, str]:
     """What a resumed run must share with the interrupted one, beside model and data."""
     settings = dataclasses.asdict(config)
-    return {flag_name(name): str(value) for name, value in settings.items() if name not in _WHEREABOUTS}
+    named = {flag_name(name): str(value) for name, value in settings.items() if name not in _WHEREABOUTS}
+    # The order of a sum depends on the number of threads, and with it the last bits.
+    return {**named, "threads": str(torch.get_num_threads())}
 
 
 def _environment(capture: Capture) -> dict[str, Any]:

@@ -58,7 +58,7 @@ class RankConfig:
     num_retain: int | None = option(None, "use this many retain rows, drawn with --seed", "N")
     seed: int = option(0, "seed of every draw", "N")
     max_length: int = option(512, "longest sample in tokens", "N")
-    tokens_per_batch: int | None = option(None, "token budget of a batch, padding included (default: 1024)", "N")
+    tokens_per_batch: int | None = option(None, "token budget of a batch, padding included (default: 2048)", "N")
     layout: Literal["right", "left", "packed"] = option("right", "how a batch is laid out; scores do not depend on it")
     method: Method = option("soir", "localisation method")
     curvature: Literal["datainf", "woodbury", "diagonal"] = option("datainf", "inverse curvature applied")

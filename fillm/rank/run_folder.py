@@ -48,6 +48,8 @@ class RunFolder:
         if overwrite and resume:
             raise UsageError("--resume continues a run and --overwrite replaces it: give one")
         self.out = Path(out).resolve()
+        if not self.out.name:
+            raise RunFolderError(f"--out {out}: is the root of the file system; name a folder in it")
         self.partial = self.out.with_name(self.out.name + ".partial")
         self._lock: int | None = None
         self.resumed = False

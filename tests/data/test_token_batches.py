@@ -50,9 +50,9 @@ def test_every_sample_once_within_the_budget(
         assert max(shorter) <= min(longer)  # buckets: no batch mixes what another could have kept apart
 
 
-def test_batches_are_full_longest_first_and_1024_tokens_by_default() -> None:
+def test_batches_are_full_longest_first_and_2048_tokens_by_default() -> None:
     assert plan_batches([10, 30, 20, 30, 500], 60) == [[4], [1, 3], [2, 0]]
-    assert [len(batch) for batch in plan_batches([100] * 25)] == [10, 10, 5]
+    assert [len(batch) for batch in plan_batches([100] * 25)] == [20, 5]
     assert plan_batches([]) == []
     orders = {tuple(map(tuple, plan_batches([5] * 12, 20, shuffle_seed=seed))) for seed in range(5)}
     assert len(orders) == 5
