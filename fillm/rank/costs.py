@@ -1,6 +1,5 @@
-"""FLOP and bytes of the passes, from shapes alone (method.md section 3)."""
+"""FLOP and bytes of the passes, from shapes alone (docs/method.md)."""
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,60 +8,47 @@ from torch import nn
 
 from fillm.data import SampleSet, plan_batches
 from fillm.models import TensorInfo
-from fillm.statistics import EXPANSION_NUMEL
-
-_EXPANSION_TERMS = 4  # accumulators of a small tensor's weighted sum
+from fillm.statistics import EXPANSION_NUMEL, EXPANSION_TERMS
 
 
 @dataclass(frozen=True)
 class BatchShape:
-    """One batch: R rows of T tokens, of which the head sees the last `kept`.
+    """One batch: R rows of T tokens, of which the head sees those that predict an answer token.
 
     Attributes:
         rows: R.
         width: T, padding included.
-        kept: tokens of every row from the first one that predicts an answer token.
         lengths: tokens of each sample.
         answers: tokens of each sample that count in the loss.
     """
 
     rows: int
     width: int
-    kept: int
     lengths: tuple[int, ...]
     answers: tuple[int, ...]
 
+    @property
+    def answered(self) -> int:
+        """Tokens that the head sees."""
+        return sum(self.answers)
 
-def batch_shapes(
-    samples: SampleSet, tokens_per_batch: int | None, layout: str, trims_logits: bool = True
-) -> list[BatchShape]:
+
+def batch_shapes(samples: SampleSet, tokens_per_batch: int | None, layout: str) -> list[BatchShape]:
     """The batches of one pass over `samples`, as `fillm.data.plan_batches` makes them.
 
     Args:
         samples: tokenised samples.
         tokens_per_batch: budget, padding included.
         layout: `right`, `left` or `packed`.
-        trims_logits: whether the model takes `logits_to_keep`.
     """
     shapes = []
     lengths = [sample.num_tokens for sample in samples]
     for members in plan_batches(lengths, tokens_per_batch):
-        chosen = [samples[i] for i in members]
         longest, total = max(lengths[i] for i in members), sum(lengths[i] for i in members)
         rows, width = (1, total) if layout == "packed" else (len(members), longest)
-        first = 0
-        if trims_logits and layout != "packed":
-            starts = [next(t for t, label in enumerate(s.labels) if label != -100) - 1 for s in chosen]
-            shift = [longest - s.num_tokens if layout == "left" else 0 for s in chosen]
-            first = min(a + b for a, b in zip(starts, shift, strict=True))
-        answers = tuple(sample.num_counted for sample in chosen)
-        shapes.append(BatchShape(rows, width, width - first, tuple(lengths[i] for i in members), answers))
+        answers = tuple(samples[i].num_counted for i in members)
+        shapes.append(BatchShape(rows, width, tuple(lengths[i] for i in members), answers))
     return shapes
-
-
-def trims_logits(model: nn.Module) -> bool:
-    """Whether the head can be kept from seeing the prompts."""
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 @dataclass(frozen=True)
@@ -110,7 +96,7 @@ class Costs:
 
     def forward(self, shape: BatchShape) -> float:
         """2 FLOP per weight and token; the backward of the activations takes as many again."""
-        return 2.0 * (self.body * shape.rows * shape.width + self.head * shape.rows * shape.kept)
+        return 2.0 * (self.body * shape.rows * shape.width + self.head * shape.answered)
 
     def attention_forward(self, shape: BatchShape) -> float:
         """Scores and their product with the values; the backward takes twice as many."""
@@ -118,7 +104,7 @@ class Costs:
 
     def product(self, shape: BatchShape) -> float:
         """One product over the weights in scope, (5) or (6): 2 FLOP per weight and token."""
-        return 2.0 * (self.scoped_body * shape.rows * shape.width + self.scoped_head * shape.rows * shape.kept)
+        return 2.0 * (self.scoped_body * shape.rows * shape.width + self.scoped_head * shape.answered)
 
     def ghost_norms(self, shape: BatchShape) -> float:
         """Equation (4): `T_b^2 (I + O)`, or `2 T_b I O` for samples so long that this is less."""
@@ -136,9 +122,9 @@ def accumulator_bytes(scope: Sequence[TensorInfo], itemsize: int, expanded: bool
     Args:
         scope: tensors.
         itemsize: 4, or 8 for a float64 model.
-        expanded: small tensors carry the terms of the expansion in `lambda` (method.md, "The vector u").
+        expanded: small tensors carry the terms of the expansion in `lambda` (docs/method.md).
     """
-    terms = _EXPANSION_TERMS if expanded else 1
+    terms = 1 + EXPANSION_TERMS if expanded else 1
     return sum(itemsize * info.numel * (terms if info.numel <= EXPANSION_NUMEL else 1) for info in scope)
 
 

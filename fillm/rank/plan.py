@@ -24,7 +24,6 @@ from fillm.rank.costs import (
     accumulator_bytes,
     batch_shapes,
     estimated_activation_bytes,
-    trims_logits,
 )
 
 _LOGIT_COPIES = 3  # logits, their rows with an answer in float32, and the softmax; in the backward as many gradients
@@ -131,8 +130,8 @@ def plan(
     if config.canonical_method in WITHOUT_GRADIENTS:
         sets = {}
     everything = catalogue(model)
-    costs, trims = Costs.of(model, everything, scope), trims_logits(model)
-    shapes = {which: batch_shapes(s, config.tokens_per_batch, config.layout, trims) for which, s in sets.items()}
+    costs = Costs.of(model, everything, scope)
+    shapes = {which: batch_shapes(s, config.tokens_per_batch, config.layout) for which, s in sets.items()}
     passes = [
         _pass(name, sets[which], shapes[which], costs, products, ghost)
         for name, which, products, ghost in _passes(config)
@@ -146,7 +145,7 @@ def plan(
     if every:
         memory["activations"], counted = _activations(model, everything, every, config.gradient_checkpointing)
         vocabulary = _vocabulary(model)
-        rows = max(max(shape.rows * shape.kept, sum(shape.answers)) for shape in every)
+        rows = max(shape.answered for shape in every)
         logits = 4 * _LOGIT_COPIES * rows * vocabulary
         memory[f"logits ({rows} rows x {vocabulary}, {_LOGIT_COPIES} copies)"] = logits
         memory["buffers of the backward pass"] = _buffers(costs, every, device_type)
@@ -280,7 +279,7 @@ def _buffers(costs: Costs, shapes: Sequence[BatchShape], device_type: str) -> in
     most = 0
     for shape in shapes:
         for inputs, outputs, use, is_head in set(costs.scoped_shapes):
-            tokens = shape.rows * (shape.kept if is_head else shape.width) * use
+            tokens = (shape.answered if is_head else shape.rows * shape.width) * use
             copies = 0 if native else min(tokens * (inputs + outputs), 2 * BLOCK_ENTRIES)
             most = max(most, int(4 * (tokens * outputs + copies)))
     return most

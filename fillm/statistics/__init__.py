@@ -10,10 +10,11 @@ from fillm.statistics.accumulators import (
     squared_norm,
 )
 from fillm.statistics.influence import Scalars, relative_width, uncertified
-from fillm.statistics.retain import EXPANSION_NUMEL, RetainMoments, WeightedSum
+from fillm.statistics.retain import EXPANSION_NUMEL, EXPANSION_TERMS, RetainMoments, WeightedSum
 
 __all__ = [
     "EXPANSION_NUMEL",
+    "EXPANSION_TERMS",
     "Groups",
     "MeanGradient",
     "RetainMoments",
