@@ -1,6 +1,7 @@
 """Load a causal language model and its tokenizer: safetensors only, no remote code unless asked, errors on one line."""
 
 import contextlib
+import logging
 import re
 import warnings
 from collections.abc import Iterator
@@ -174,14 +175,18 @@ def _with_adapter(model: PreTrainedModel, adapter: str) -> Any:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No loading bars and no advice from transformers: what matters of it is raised as an error."""
+    """No loading bars and no advice from transformers and its Hub: what matters of it is raised as an error."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    hub = logging.getLogger("huggingface_hub")  # tells of every attempt to reach a network that is not there
+    hub_level = hub.level
+    hub.setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(level)
+        hub.setLevel(hub_level)
         if bars:
             transformers_logging.enable_progress_bar()
 
