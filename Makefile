@@ -2,7 +2,7 @@
 # the tests, always from scratch and with nothing by hand, so that a dependency nobody wrote down fails there.
 PYTHON ?= python3
 BUILD_TOOLS := setuptools wheel cmake ninja pybind11
-NATIVE := setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/cpu/*)
+NATIVE := setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/bindings/* csrc/cpu/*)
 COMMA := ,
 RECIPE := pyproject.toml constraints.txt $(NATIVE)
 

@@ -7,47 +7,14 @@
 #include "ghost_norm.h"
 
 #include <algorithm>
-#include <atomic>
 #include <memory>
-#include <stdexcept>
-#include <string>
 #include <vector>
+
+#include "instruction_sets.h"
+#include "parallel.h"
 
 namespace fillm {
 namespace {
-
-// Calls body(begin, end) for consecutive pieces of [0, count), on up to `threads` threads.
-template <class Body>
-void parallel(int64_t count, int64_t piece, int threads, const Body& body) {
-    const int64_t pieces = (count + piece - 1) / piece;
-    const int team = static_cast<int>(std::min<int64_t>(pieces, std::max(threads, 1)));
-    std::atomic<int64_t> next{0};
-    auto work = [&] {
-        for (int64_t p; (p = next.fetch_add(1, std::memory_order_relaxed)) < pieces;)
-            body(p * piece, std::min(count, (p + 1) * piece));
-    };
-    if (team <= 1) {
-        work();
-        return;
-    }
-#pragma omp parallel num_threads(team)
-    work();
-}
-
-// Memory of one thread, kept between calls: a fresh half megabyte per call would be paid for in page faults.
-void* scratch(size_t bytes) {
-    struct Block {
-        std::unique_ptr<unsigned char[]> memory;
-        size_t bytes = 0;
-    };
-    thread_local Block block;
-    if (block.bytes < bytes) {
-        block.memory.reset(new unsigned char[bytes + 64]);
-        block.bytes = bytes;
-    }
-    const uintptr_t address = reinterpret_cast<uintptr_t>(block.memory.get());
-    return reinterpret_cast<void*>((address + 63) / 64 * 64);
-}
 
 template <class Bits>
 bool any_nonzero(const Bits* row, int64_t count) {
@@ -69,8 +36,6 @@ bool any_nonzero(const void* row, int64_t count, int itemsize) {
         default: return any_nonzero(static_cast<const uint64_t*>(row), count);
     }
 }
-
-int itemsize_of(Dtype dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
 
 struct Item {
     bool explicit_form;
@@ -121,31 +86,15 @@ void add_items(const GhostNormArguments& arguments, const int64_t* rows, int64_t
     }
 }
 
-const Kernels* kernels_of(const std::string& name) {
-    if (name == "generic") return generic_kernels();
+const Kernels* kernels_of(int instruction_set) {
 #ifdef FILLM_X86
-    if (name == "avx2") return avx2_kernels();
-    if (name == "avx512") return avx512_kernels();
+    if (instruction_set == 1) return avx2_kernels();
+    if (instruction_set == 2) return avx512_kernels();
 #endif
-    return nullptr;
+    return instruction_set == 0 ? generic_kernels() : nullptr;
 }
 
 }  // namespace
-
-int instruction_sets(const char* names[3]) {
-    int count = 0;
-    names[count++] = "generic";
-#ifdef FILLM_X86
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-        names[count++] = "avx2";
-        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-            names[count++] = "avx512";
-    }
-#endif
-    return count;
-}
 
 void nonzero_rows(const void* data, int64_t stride, int64_t rows, int64_t columns, int itemsize, bool* flags,
                   int threads) {
@@ -158,12 +107,7 @@ void nonzero_rows(const void* data, int64_t stride, int64_t rows, int64_t column
 }
 
 void ghost_norm(const GhostNormArguments& arguments, const char* instruction_set) {
-    const char* names[3];
-    const int available = instruction_sets(names);
-    const std::string wanted = instruction_set[0] ? instruction_set : names[available - 1];
-    if (std::find(names, names + available, wanted) == names + available)
-        throw std::invalid_argument("this build on this processor has no instruction set '" + wanted + "'");
-    const Kernels& kernels = kernels_of(wanted)[arguments.dtype];
+    const Kernels& kernels = kernels_of(instruction_set_index(instruction_set))[arguments.dtype];
 
     const int64_t total = arguments.offsets[arguments.samples];
     std::unique_ptr<bool[]> used(new bool[static_cast<size_t>(total) + 1]);

@@ -4,17 +4,11 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "types.h"
+
 namespace fillm {
 
-// Element types, by the numbers of fillm_kernels/native.py.
-enum Dtype : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3, kDtypes = 4 };
 enum Form : int { kAuto = 0, kGram = 1, kExplicit = 2 };
-
-struct Matrix {         // [rows, columns], entries of one row next to each other
-    const void* data;
-    int64_t stride;     // entries from one row to the next
-    int64_t columns;
-};
 
 // One Gram work item: rows `a` against rows `b` of the same sample (the same list if `diagonal`).
 struct GramTask {
@@ -67,8 +61,5 @@ void ghost_norm(const GhostNormArguments& arguments, const char* instruction_set
 // flags[r] = whether row r holds anything but (positive or negative) zeros.
 void nonzero_rows(const void* data, int64_t stride, int64_t rows, int64_t columns, int itemsize, bool* flags,
                   int threads);
-
-// Names of the sets that this build and this processor both have, slowest first; returns how many.
-int instruction_sets(const char* names[3]);
 
 }  // namespace fillm

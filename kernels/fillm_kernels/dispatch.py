@@ -1,5 +1,7 @@
 """Which backend runs an op on a device, and in words why another one does not."""
 
+import importlib
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable
@@ -10,7 +12,8 @@ from fillm_kernels import native
 from fillm_kernels.errors import BackendError
 
 VARIABLE = "FILLM_BACKEND"
-PREFERENCE = ("cpu", "torch")  # fastest first; "reference" is the oracle of the tests and only ever runs when forced
+# Fastest first; "reference", the oracle of the tests, runs when forced, or where an op has nothing else on a device.
+PREFERENCE = ("cpu", "triton", "torch")
 DEVICES = ("cpu", "cuda")
 
 
@@ -22,17 +25,39 @@ class Backend:
         run: the implementation; it takes what the op takes.
         devices: device types it runs on; empty means any.
         needs_extension: whether it calls into `fillm_kernels._C`.
+        needs_triton: whether it launches Triton kernels.
     """
 
     run: Callable[..., Any]
     devices: tuple[str, ...] = ()
     needs_extension: bool = False
+    needs_triton: bool = False
 
     def refusal(self, device: str) -> str | None:
         """Why this backend does not run on a device type, or None if it does."""
-        if self.devices and device not in self.devices:
-            return f"runs on {', '.join(self.devices)} tensors only, not on {device}"
+        devices = ("cpu",) if self.needs_triton and interpreted() else self.devices
+        if devices and device not in devices:
+            return f"runs on {', '.join(devices)} tensors only, not on {device}"
+        if self.needs_triton and importlib.util.find_spec("triton") is None:
+            return "triton is not installed; pip install 'fillm[gpu]'"
         return native.refusal if self.needs_extension else None
+
+
+def triton_backend(module: str) -> Backend:
+    """The Triton backend of an op: `launch` of `fillm_kernels.triton.<module>`, imported at the first call.
+
+    It runs on CUDA tensors, and on CPU tensors (when forced) under Triton's interpreter.
+    """
+
+    def run(*args: Any) -> Any:
+        return importlib.import_module(f"fillm_kernels.triton.{module}").launch(*args)
+
+    return Backend(run, devices=("cuda",), needs_triton=True)
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, on the CPU: only ever for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 _registry: dict[str, dict[str, Backend]] = {}
@@ -99,9 +124,12 @@ def _choose(op: str, device: str) -> str:
         if reason := implementations[forced].refusal(device):
             raise BackendError(f"{VARIABLE}={forced}: {op} cannot use it: {reason}; unset {VARIABLE} or change it")
         return forced
-    return next(
-        name for name in PREFERENCE if name in implementations and implementations[name].refusal(device) is None
-    )
+    for name in PREFERENCE:
+        # The interpreter is slow: it runs when it is asked for by name.
+        usable = name in implementations and not (name == "triton" and interpreted())
+        if usable and implementations[name].refusal(device) is None:
+            return name
+    return "reference"
 
 
 def _warn_once() -> None:
