@@ -16,5 +16,7 @@ PYBIND11_MODULE(_C, module) {
         const int count = fillm::instruction_sets(names);
         return std::vector<std::string>(names, names + count);
     });
+    module.def("on_amd", &fillm::on_amd);
     fillm::bind_ghost_norm(module);
+    fillm::bind_matmul(module);
 }

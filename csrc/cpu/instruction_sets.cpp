@@ -28,4 +28,13 @@ int instruction_set_index(const std::string& wanted) {
     throw std::invalid_argument("this build on this processor has no instruction set '" + wanted + "'");
 }
 
+bool on_amd() {
+#ifdef FILLM_X86
+    __builtin_cpu_init();
+    return __builtin_cpu_is("amd") != 0;
+#else
+    return false;
+#endif
+}
+
 }  // namespace fillm

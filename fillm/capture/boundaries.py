@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from fillm_kernels.products import linear
 from torch import Tensor
 
 NoTorchFunction = torch._C.DisableTorchFunction
@@ -26,14 +27,14 @@ class LinearBoundary(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.transposed, ctx.site = transposed, site
-        return torch.nn.functional.linear(x, weight.T if transposed else weight, bias)
+        return linear(x, weight.T if transposed else weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         with NoTorchFunction():
             ctx.site(x, dy)
-            dx = torch.matmul(dy, weight.T if ctx.transposed else weight) if ctx.needs_input_grad[1] else None
+            dx = linear(dy, weight if ctx.transposed else weight.T) if ctx.needs_input_grad[1] else None
         return None, dx, None, None, None, None
 
 

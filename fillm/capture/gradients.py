@@ -87,16 +87,9 @@ class OuterGradients:
 
     def add_weighted_(self, out: Tensor, weights: Tensor | None, alpha: float = 1.0) -> None:
         """Equation (6) of docs/method.md."""
-        x, dy, offsets = self.x, self.dy, self.offsets
         if weights is not None:
-            weights = weights.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-            kept = weights != 0
-            if 4 * int(kept.sum()) < 3 * kept.numel():  # fewer rows are worth a copy
-                rows = kept[sample_of_row(offsets)].nonzero().squeeze(1)
-                lengths = offsets.diff()[kept]
-                x, dy, weights = x[rows], dy[rows], weights[kept]
-                offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-        fk.weighted_outer_(out, x, dy, weights, offsets, alpha=alpha)
+            weights = weights.to(torch.float64 if self.x.dtype == torch.float64 else torch.float32)
+        fk.weighted_outer_(out, self.x, self.dy, weights, self.offsets, alpha=alpha)
 
     def axis_dots(self, u: Tensor, axis: int) -> Tensor:
         """Row `o` of `G_b` dot row `o` of `u` is `sum_t dy[t, o] (x_t . u_o)`; columns with the roles changed."""

@@ -13,6 +13,7 @@ from fillm.data import Batch
 
 LossReduction = Literal["mean", "sum"]
 IGNORED = -100
+LOGIT_ROWS = 64  # at a vocabulary of 4096 a block is 1 MiB and stays in cache between its steps
 
 
 def targets(batch: Batch) -> Tensor:
@@ -71,6 +72,40 @@ def head_sees_only(model: nn.Module, positions: Tensor, num_positions: int) -> I
             handle.remove()
 
 
+class NegativeLogLikelihood(torch.autograd.Function):
+    """Of the wanted token of every row of logits, `log sum_v exp(z_v) - z_wanted`, a block of rows at a time.
+
+    Logits are the largest tensor of a pass. Nothing of their size is made but their gradient, `softmax(z) - onehot`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, wanted: Tensor) -> Tensor:
+        """[R, V], any float type, and [R] -> [R], float32 (float64 for float64), in nats."""
+        ctx.save_for_backward(logits, wanted)
+        out = logits.new_empty(logits.shape[0], dtype=torch.promote_types(logits.dtype, torch.float32))
+        for rows in _blocks(logits):
+            out[rows] = nn.functional.cross_entropy(logits[rows].to(out.dtype), wanted[rows], reduction="none")
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
+        """[R] -> [R, V], in the logits' dtype."""
+        logits, wanted = ctx.saved_tensors
+        out = torch.empty_like(logits)
+        for rows in _blocks(logits):
+            block = out[rows] if out.dtype == slope.dtype else slope.new_empty(out[rows].shape)
+            torch.softmax(logits[rows], 1, dtype=block.dtype, out=block)
+            block.scatter_add_(1, wanted[rows, None], slope.new_full((block.shape[0], 1), -1.0))
+            block.mul_(slope[rows, None])
+            if block.dtype != out.dtype:
+                out[rows] = block
+        return out, None
+
+
+def _blocks(rows: Tensor) -> Iterator[slice]:
+    return (slice(begin, begin + LOGIT_ROWS) for begin in range(0, rows.shape[0], LOGIT_ROWS))
+
+
 def sample_losses(model: nn.Module, batch: Batch, reduction: LossReduction = "mean") -> Tensor:
     """Negative log-likelihood of every sample over its own answer tokens, as with batch size 1 (docs/method.md).
 
@@ -89,8 +124,7 @@ def sample_losses(model: nn.Module, batch: Batch, reduction: LossReduction = "me
     rows = logits.reshape(-1, logits.shape[-1])
     if rows.shape[0] != picked.numel():  # a head of another make
         rows = rows.index_select(0, picked)
-    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    nll = nn.functional.cross_entropy(rows, wanted[picked], reduction="none")
+    nll = NegativeLogLikelihood.apply(rows, wanted[picked])
     offsets = answer_offsets(batch)
     total = segment_sum(nll, offsets)
     return total / offsets.diff().clamp(min=1) if reduction == "mean" else total

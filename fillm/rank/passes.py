@@ -75,6 +75,10 @@ class Passes:
         chosen = list(range(len(samples))) if positions is None else list(positions)
         lengths = [len(samples[i].input_ids) for i in chosen]
         plan = plan_batches(lengths, self.tokens_per_batch, shuffle_seed=self.shuffle_seed)
+        if self.shuffle_seed is None:
+            # Most logits first: what the first batch finds room for, the others find too.
+            counted = [samples[i].num_counted for i in chosen]
+            plan.sort(key=lambda members: -sum(counted[i] for i in members))
         row = {"pass": stage, "samples": len(chosen), "tokens": sum(lengths), "batches": len(plan)}
         finished = self.folder.load_stage(stage) if self.folder else None
         if finished is not None:

@@ -2,7 +2,8 @@
 
     <G_b, v> = sum_{t in b} dy_t^T v x_t = sum_t < (dy v)_t , x_t > = sum_t < dy_t , (x v^T)_t >    docs/method.md (5)
 
-2 N I O FLOP: one library matrix product, taken over blocks of rows so that its [N, min(I, O)] result is never whole.
+2 N I O FLOP: one matrix product whose [N, min(I, O)] result is never whole. The C++ product (csrc/cpu/matmul.cpp) takes
+the row dots from its register tiles; torch's is taken over blocks of rows.
 """
 
 from itertools import pairwise
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fillm_kernels import native
 from fillm_kernels.arguments import accumulation_dtype, as_tensor, check_offsets, check_ragged
 from fillm_kernels.dispatch import Backend, register, select
 from fillm_kernels.errors import DeviceError, DtypeError, ShapeError
@@ -63,20 +65,34 @@ def _reference(x: Tensor, dy: Tensor, v: Tensor, offsets: Tensor) -> Tensor:
 
 def _torch(x: Tensor, dy: Tensor, v: Tensor, offsets: Tensor) -> Tensor:
     """One product and a row dot per block of rows, on any device. [N, I], [N, O], [O, I], [B + 1] -> [B], float64."""
-    return _sum_by_sample(_row_dots(x, dy, v, None), offsets)
+    return _sum_by_sample(_row_dots(x, dy, v), offsets)
 
 
-def _cpu(x: Tensor, dy: Tensor, v: Tensor, offsets: Tensor) -> Tensor:
-    """As `_torch`, without the rows of dy that are all zero. [N, I], [N, O], [O, I], [B + 1] -> [B], float64."""
+def _cpu(x: Tensor, dy: Tensor, v: Tensor, offsets: Tensor, instruction_set: str = "") -> Tensor:
+    """C++, without the rows of dy that are all zero. [N, I], [N, O], [O, I], [B + 1] -> [B], float64."""
     rows = nonzero_rows(dy)
-    if rows is not None:
-        offsets = torch.searchsorted(rows, offsets)
-    return _sum_by_sample(_row_dots(x, dy, v, rows), offsets)
+    dots = torch.empty(x.shape[0] if rows is None else rows.shape[0], dtype=torch.float64)
+    # The narrower of dy v and x v^T: fewer entries to multiply with those of the other side.
+    left, right, matrix = (dy, x, v) if x.shape[1] <= dy.shape[1] else (x, dy, v.T)
+    native.extension.matmul_row_dots(
+        m=dots.shape[0],
+        n=right.shape[1],
+        k=left.shape[1],
+        a=native.address(left),
+        b=native.address(matrix),
+        other=native.address(right),
+        m_rows=0 if rows is None else rows.data_ptr(),
+        dots=dots.data_ptr(),
+        computes=native.DTYPE_CODES[str(accumulation_dtype(x.dtype)).removeprefix("torch.")],
+        threads=torch.get_num_threads(),
+        instruction_set=instruction_set,
+    )
+    return _sum_by_sample(dots, offsets if rows is None else torch.searchsorted(rows, offsets))
 
 
-def _row_dots(x: Tensor, dy: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
-    """dy_t^T v x_t of all rows, or of those named: x [N, I], dy [N, O], v [O, I], rows [n] -> [N] or [n], float64."""
-    count = x.shape[0] if rows is None else rows.shape[0]
+def _row_dots(x: Tensor, dy: Tensor, v: Tensor) -> Tensor:
+    """dy_t^T v x_t of all rows: x [N, I], dy [N, O], v [O, I] -> [N], float64."""
+    count = x.shape[0]
     # The narrower of dy v and x v^T: the product costs the same, what is written and read back does not.
     left, right, matrix = (dy, x, v) if x.shape[1] <= dy.shape[1] else (x, dy, v.T)
     if not v.is_cuda or v.dtype != x.dtype:
@@ -85,11 +101,8 @@ def _row_dots(x: Tensor, dy: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
     dots = torch.empty(count, dtype=torch.float64, device=x.device)
     with ieee_products():
         for begin in range(0, count, step):
-            block = slice(begin, min(begin + step, count))
-            block_left, block_right = (
-                (left[block], right[block]) if rows is None else (left[rows[block]], right[rows[block]])
-            )
-            dots[block] = product(block_left, matrix).mul_(block_right).sum(1)
+            block = slice(begin, begin + step)
+            dots[block] = product(left[block], matrix).mul_(right[block]).sum(1)
     return dots
 
 

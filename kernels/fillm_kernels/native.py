@@ -2,6 +2,8 @@
 
 from types import ModuleType
 
+from torch import Tensor
+
 extension: ModuleType | None
 try:
     from fillm_kernels import _C as extension
@@ -13,6 +15,13 @@ else:
 
 DTYPE_CODES = {"float32": 0, "float64": 1, "bfloat16": 2, "float16": 3}
 """Element types by the number the extension knows them by (csrc/cpu/ghost_norm.h)."""
+
+Address = tuple[int, int, int, int]
+
+
+def address(matrix: Tensor) -> Address:
+    """Where the entries of a CPU matrix of any strides lie: address, row stride, column stride, element type."""
+    return matrix.data_ptr(), *matrix.stride(), DTYPE_CODES[str(matrix.dtype).removeprefix("torch.")]
 
 
 def instruction_sets() -> list[str]:

@@ -1,4 +1,8 @@
-"""Matrix products whose precision is stated: float32 means IEEE float32, whatever the process-wide switches say."""
+"""Matrix products whose precision is stated: float32 means IEEE float32, whatever the process-wide switches say.
+
+On x86 CPUs torch hands float32 and float64 products to MKL, which on AMD processors uses half of the vector width, and
+so half of the machine (docs/kernels.md has the figures). csrc/cpu/matmul.cpp uses all of it.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,7 +10,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from fillm_kernels import native
 from fillm_kernels.arguments import accumulation_dtype
+
+LEAST_WORK = 1 << 20  # multiply-adds; below, the call itself takes as long as the product
 
 
 @contextmanager
@@ -27,6 +34,54 @@ def ieee_products() -> Iterator[None]:
     finally:
         for switch, before in changed:
             switch.fp32_precision = before
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x W^T + b` as `torch.nn.functional.linear` computes it, without its gradient, on what is faster there.
+
+    That is the compiled extension for large products of float32 or float64 on AMD processors, torch elsewhere.
+
+    Args:
+        x: inputs, [..., I].
+        weight: [O, I], any strides, same dtype and device.
+        bias: [O] or None, likewise.
+
+    Returns:
+        [..., O], of the same dtype.
+    """
+    if not _suits_extension(x, weight, bias):
+        return torch.nn.functional.linear(x, weight, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    out = x.new_empty(*x.shape[:-1], weight.shape[0])
+    if bias is not None:
+        bias = bias.contiguous()
+    native.extension.matmul_into(
+        m=rows.shape[0],
+        n=weight.shape[0],
+        k=weight.shape[1],
+        a=native.address(rows),
+        b=native.address(weight.T),
+        out=native.address(out.view(-1, weight.shape[0])),
+        k_rows=0,
+        k_scale=0,
+        bias=0 if bias is None else bias.data_ptr(),
+        alpha=1.0,
+        accumulate=False,
+        threads=torch.get_num_threads(),
+        instruction_set="",
+    )
+    return out
+
+
+def _suits_extension(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    operands = [x, weight] if bias is None else [x, weight, bias]
+    if native.extension is None or not native.extension.on_amd():
+        return False
+    if x.dtype not in (torch.float32, torch.float64) or weight.ndim != 2 or x.shape[-1] != weight.shape[1]:
+        return False  # a mistake of the caller's gets torch's own message
+    if any(t.dtype != x.dtype or t.device.type != "cpu" or t.layout != torch.strided for t in operands):
+        return False
+    return x.numel() * weight.shape[0] >= LEAST_WORK and (bias is None or bias.shape == weight.shape[:1])
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

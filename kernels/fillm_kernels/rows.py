@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fillm_kernels import native
 
-WORTH_GATHERING = 0.85  # copying the rows that matter pays once at least this fraction of a product is saved
+WORTH_SKIPPING = 0.95  # finding rows one by one pays once at least this fraction of a product is saved
 
 
 def nonzero_rows(dy: Tensor) -> Tensor | None:
@@ -26,4 +26,4 @@ def nonzero_rows(dy: Tensor) -> Tensor | None:
         dy.data_ptr(), dy.stride(0), rows, width, dy.element_size(), flags.data_ptr(), torch.get_num_threads()
     )
     used = flags.nonzero().flatten()
-    return used if used.shape[0] <= WORTH_GATHERING * rows else None
+    return used if used.shape[0] <= WORTH_SKIPPING * rows else None

@@ -2,7 +2,8 @@
 
     out += alpha * sum_b w_b G_b = alpha * (w[b(t)] dy_t)^T x    docs/method.md (6)
 
-2 N I O FLOP: the library's weight-gradient product with scaled rows, accumulated in place.
+2 N I O FLOP: one weight-gradient product accumulated in place. The C++ product (csrc/cpu/matmul.cpp) skips and scales
+rows as it packs them; torch's takes scaled copies of blocks of rows.
 """
 
 from itertools import pairwise
@@ -11,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fillm_kernels import native
 from fillm_kernels.arguments import as_tensor, check_offsets, check_ragged, sample_of_row
 from fillm_kernels.dispatch import Backend, register, select
 from fillm_kernels.errors import DeviceError, DtypeError, ShapeError
 from fillm_kernels.products import ieee_products
 from fillm_kernels.rows import nonzero_rows
 
-BLOCK_ROWS = 4096  # rows scaled, widened or gathered at a time; each block reads and writes `out` once
+WORTH_COPYING = 0.75  # leaving samples of weight zero out takes a copy of the others
+BLOCK_ROWS = 4096  # rows scaled or widened at a time; each block reads and writes `out` once
 
 
 def weighted_outer_(
@@ -42,7 +45,8 @@ def weighted_outer_(
         alpha: factor of the whole sum.
 
     Returns:
-        `out`, as a tensor; bfloat16 and float16 inputs are widened before they are multiplied.
+        `out`, as a tensor; bfloat16 and float16 inputs are widened before they are multiplied. Samples of weight zero
+        may be left out, so a NaN of theirs need not arrive.
 
     Raises:
         ShapeError: if sizes do not fit, offsets do not run from 0 to N, or entries of `out` share memory.
@@ -84,36 +88,60 @@ def _reference(out: Tensor, x: Tensor, dy: Tensor, weights: Tensor | None, offse
 
 def _torch(out: Tensor, x: Tensor, dy: Tensor, weights: Tensor | None, offsets: Tensor, alpha: float) -> None:
     """The weight-gradient product on torch's operators, on any device. Adds to out [O, I]."""
-    _add_products(out, x, dy, _row_weights(weights, offsets, out), None, alpha)
+    scale = _row_weights(weights, offsets, out)
+    if scale is not None:
+        used = (scale != 0).squeeze(1)
+        if float(used.sum()) < WORTH_COPYING * x.shape[0]:
+            x, dy, scale = x[used], dy[used], scale[used]
+    whole = scale is None and x.dtype == out.dtype
+    step = max(1, x.shape[0] if whole else BLOCK_ROWS)
+    with ieee_products():
+        for begin in range(0, x.shape[0], step):
+            block = slice(begin, begin + step)
+            inside, outside = x[block].to(out.dtype), dy[block].to(out.dtype)
+            if scale is not None:  # scale whichever is narrower
+                if x.shape[1] <= dy.shape[1]:
+                    inside = inside * scale[block]
+                else:
+                    outside = outside * scale[block]
+            out.addmm_(outside.T, inside, alpha=alpha)
 
 
-def _cpu(out: Tensor, x: Tensor, dy: Tensor, weights: Tensor | None, offsets: Tensor, alpha: float) -> None:
-    """As `_torch`, without the rows of dy that are all zero. Adds to out [O, I]."""
-    _add_products(out, x, dy, _row_weights(weights, offsets, out), nonzero_rows(dy), alpha)
+def _cpu(
+    out: Tensor,
+    x: Tensor,
+    dy: Tensor,
+    weights: Tensor | None,
+    offsets: Tensor,
+    alpha: float,
+    instruction_set: str = "",
+) -> None:
+    """C++, without the rows of dy that are all zero and the samples of weight zero. Adds to out [O, I]."""
+    scale = None if weights is None else weights.double()[sample_of_row(offsets, out.device)]
+    rows = nonzero_rows(dy)
+    if scale is not None and not bool(weights.all()):
+        used = scale != 0 if rows is None else scale[rows] != 0
+        rows = used.nonzero().squeeze(1) if rows is None else rows[used]
+    native.extension.matmul_into(
+        m=out.shape[0],
+        n=out.shape[1],
+        k=x.shape[0] if rows is None else rows.shape[0],
+        a=native.address(dy.T),
+        b=native.address(x),
+        out=native.address(out),
+        k_rows=0 if rows is None else rows.data_ptr(),
+        k_scale=0 if scale is None else scale.data_ptr(),
+        bias=0,
+        alpha=alpha,
+        accumulate=True,
+        threads=torch.get_num_threads(),
+        instruction_set=instruction_set,
+    )
 
 
 def _row_weights(weights: Tensor | None, offsets: Tensor, out: Tensor) -> Tensor | None:
     """Weights of samples [B] -> weights of rows [N, 1], in the dtype of `out`."""
     return None if weights is None else weights.to(out.dtype)[sample_of_row(offsets, out.device)][:, None]
-
-
-def _add_products(
-    out: Tensor, x: Tensor, dy: Tensor, weights: Tensor | None, rows: Tensor | None, alpha: float
-) -> None:
-    count = x.shape[0] if rows is None else rows.shape[0]
-    whole = rows is None and weights is None and x.dtype == out.dtype
-    step = max(1, count if whole else BLOCK_ROWS)
-    with ieee_products():
-        for begin in range(0, count, step):
-            block = slice(begin, begin + step)
-            chosen = block if rows is None else rows[block]
-            inside, outside = x[chosen].to(out.dtype), dy[chosen].to(out.dtype)
-            if weights is not None:  # scale whichever is narrower
-                if x.shape[1] <= dy.shape[1]:
-                    inside = inside * weights[chosen]
-                else:
-                    outside = outside * weights[chosen]
-            out.addmm_(outside.T, inside, alpha=alpha)
 
 
 @torch.library.custom_op("fillm_kernels::weighted_outer_", mutates_args=("out",))
