@@ -19,4 +19,5 @@ PYBIND11_MODULE(_C, module) {
     module.def("on_amd", &fillm::on_amd);
     fillm::bind_ghost_norm(module);
     fillm::bind_matmul(module);
+    fillm::bind_sample_moments(module);
 }

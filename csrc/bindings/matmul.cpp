@@ -1,26 +1,8 @@
 #include "../cpu/matmul.h"
 
 #include <string>
-#include <tuple>
 
 #include "bindings.h"
-
-namespace {
-
-// address, row stride, column stride, dtype
-using Address = std::tuple<uintptr_t, int64_t, int64_t, int>;
-
-fillm::Operand operand(const Address& a) {
-    return {reinterpret_cast<const void*>(std::get<0>(a)), std::get<1>(a), std::get<2>(a),
-            static_cast<fillm::Dtype>(std::get<3>(a))};
-}
-
-template <class T>
-T* pointer(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
-
-}  // namespace
 
 void fillm::bind_matmul(py::module_& module) {
     module.def(

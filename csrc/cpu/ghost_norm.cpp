@@ -128,7 +128,7 @@ void ghost_norm(const GhostNormArguments& arguments, const char* instruction_set
     std::vector<double> shares(items.size());
     parallel(static_cast<int64_t>(items.size()), 1, arguments.threads, [&](int64_t begin, int64_t) {
         const Item& item = items[static_cast<size_t>(begin)];
-        void* memory = scratch(kernels.scratch_bytes);
+        void* memory = item_scratch(kernels.scratch_bytes);
         shares[static_cast<size_t>(begin)] =
             item.explicit_form ? kernels.explicit_form(item.outer, memory) : kernels.gram(item.gram, memory);
     });

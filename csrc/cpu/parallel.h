@@ -28,7 +28,9 @@ void parallel(int64_t count, int64_t piece, int threads, const Body& body) {
 }
 
 // Memory of one thread, 64-byte aligned, kept between calls: a fresh block per call would be paid for in page faults.
-inline void* scratch(size_t bytes) {
+// Slot 0 is the calling thread's for a whole call, slot 1 that of a work item, which may run on the same thread.
+template <int SLOT>
+void* thread_memory(size_t bytes) {
     struct Block {
         std::unique_ptr<unsigned char[]> memory;
         size_t bytes = 0;
@@ -41,5 +43,8 @@ inline void* scratch(size_t bytes) {
     const uintptr_t address = reinterpret_cast<uintptr_t>(block.memory.get());
     return reinterpret_cast<void*>((address + 63) / 64 * 64);
 }
+
+inline void* scratch(size_t bytes) { return thread_memory<0>(bytes); }
+inline void* item_scratch(size_t bytes) { return thread_memory<1>(bytes); }
 
 }  // namespace fillm

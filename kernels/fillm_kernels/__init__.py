@@ -12,6 +12,7 @@ from fillm_kernels.dispatch import backends
 from fillm_kernels.errors import BackendError, DeviceError, DtypeError, KernelError, ShapeError
 from fillm_kernels.ghost_dot import ghost_dot
 from fillm_kernels.ghost_norm import ghost_norm
+from fillm_kernels.sample_moments import Moments, sample_moments
 from fillm_kernels.weighted_outer import weighted_outer_
 
 __all__ = [
@@ -19,9 +20,11 @@ __all__ = [
     "DeviceError",
     "DtypeError",
     "KernelError",
+    "Moments",
     "ShapeError",
     "backends",
     "ghost_dot",
     "ghost_norm",
+    "sample_moments",
     "weighted_outer_",
 ]
