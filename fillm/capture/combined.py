@@ -33,6 +33,11 @@ class StackedGradients:
         for index, part in self.slices.items():
             part.add_weighted_(out[index], weights, alpha)
 
+    def add_powers_(self, out: Tensor, power: int, alpha: float = 1.0) -> None:
+        """Slice by slice."""
+        for index, part in self.slices.items():
+            part.add_powers_(out[index], power, alpha)
+
     def axis_dots(self, u: Tensor, axis: int) -> Tensor:
         """Rows are (expert, row), flattened; a column is that column of every expert."""
         parts = {index: part.axis_dots(u[index], axis) for index, part in self.slices.items()}
@@ -71,6 +76,10 @@ class ScaledGradients:
         """Linear in the factor."""
         self.inner.add_weighted_(out, weights, alpha * self.factor)
 
+    def add_powers_(self, out: Tensor, power: int, alpha: float = 1.0) -> None:
+        """The factor's own power."""
+        self.inner.add_powers_(out, power, alpha * abs(self.factor) ** power)
+
     def axis_dots(self, u: Tensor, axis: int) -> Tensor:
         """Linear in the factor."""
         return self.inner.axis_dots(u, axis) * self.factor
@@ -108,6 +117,11 @@ class SummedGradients:
         """Sums are linear in the uses."""
         for part in self.parts:
             part.add_weighted_(out, weights, alpha)
+
+    def add_powers_(self, out: Tensor, power: int, alpha: float = 1.0) -> None:
+        """One dense gradient at a time: powers are of the sum of the uses."""
+        for sample in range(self.num_samples):
+            out.add_(self.materialise(sample).to(out.dtype).abs().pow(power), alpha=alpha)
 
     def axis_dots(self, u: Tensor, axis: int) -> Tensor:
         """Dots are linear in the uses."""

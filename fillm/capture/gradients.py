@@ -29,6 +29,10 @@ class PerSampleGradients(Protocol):
         """`out += alpha * sum_b weights[b] g_b`; `weights=None` means all ones."""
         ...
 
+    def add_powers_(self, out: Tensor, power: int, alpha: float = 1.0) -> None:
+        """`out += alpha * sum_b |g_b|^power` entry by entry, `power` 1 or 2: samples do not cancel."""
+        ...
+
     def axis_dots(self, u: Tensor, axis: int) -> Tensor:
         """`<g_b, u>` separately for every row (`axis` 0: all leading dimensions, flattened) or column (`axis` 1).
 
@@ -91,6 +95,11 @@ class OuterGradients:
             weights = weights.to(torch.float64 if self.x.dtype == torch.float64 else torch.float32)
         fk.weighted_outer_(out, self.x, self.dy, weights, self.offsets, alpha=alpha)
 
+    def add_powers_(self, out: Tensor, power: int, alpha: float = 1.0) -> None:
+        """From tiles of `G_b`, none of which is kept."""
+        asked = {"second" if power == 2 else "absolute": out}
+        fk.sample_moments(self.x, self.dy, self.offsets, alpha=alpha, **asked)
+
     def axis_dots(self, u: Tensor, axis: int) -> Tensor:
         """Row `o` of `G_b` dot row `o` of `u` is `sum_t dy[t, o] (x_t . u_o)`; columns with the roles changed."""
         x, dy = self.x.to(u.dtype), self.dy.to(u.dtype)
@@ -135,6 +144,11 @@ class LookupGradients:
             rows = rows * weights.to(out.dtype)[sample_of_row(self.offsets), None]
         add_rows_(out, self.ids, rows)
 
+    def add_powers_(self, out: Tensor, power: int, alpha: float = 1.0) -> None:
+        """Scatters the powers of each sample's summed rows."""
+        _, ids, rows = self.grouped()
+        add_rows_(out, ids, rows.abs().pow(power) * alpha)
+
     def axis_dots(self, u: Tensor, axis: int) -> Tensor:
         """Rows: dots gathered by (sample, id); columns: products summed over the sample's tokens."""
         product = (u[self.ids] * self.dy.to(u.dtype)).double()
@@ -173,6 +187,10 @@ class DenseGradients:
         if weights is not None:
             values = values * weights.double().view(-1, *[1] * (values.ndim - 1))
         out.add_(values.sum(0).to(out.dtype), alpha=alpha)
+
+    def add_powers_(self, out: Tensor, power: int, alpha: float = 1.0) -> None:
+        """Directly."""
+        out.add_(self.values.double().abs().pow(power).sum(0).to(out.dtype), alpha=alpha)
 
     def axis_dots(self, u: Tensor, axis: int) -> Tensor:
         """Directly."""

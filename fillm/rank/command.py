@@ -19,7 +19,7 @@ from fillm.config import flag_name, from_mapping
 from fillm.data import SampleSet, load_rows, shared_rows, take, tokenize_rows
 from fillm.errors import DataError, UsageError
 from fillm.models import catalogue, load_model, load_tokenizer, model_fingerprint, select_tensors
-from fillm.rank.config import WITHOUT_GRADIENTS, RankConfig, check
+from fillm.rank.config import FORGET_ALONE, WITHOUT_GRADIENTS, RankConfig, check
 from fillm.rank.console import Console
 from fillm.rank.default_model import DEFAULT_FORGET, DEFAULT_RETAIN, default_folder, default_model
 from fillm.rank.methods import Job, Scores, rank
@@ -136,7 +136,7 @@ def _load(config: RankConfig, path: str, adapter: str | None) -> nn.Module:
 
 def _needs(config: RankConfig, which: str) -> bool:
     method = config.canonical_method
-    return method not in WITHOUT_GRADIENTS and not (which == "retain" and method == "saliency")
+    return method not in WITHOUT_GRADIENTS and not (which == "retain" and method in FORGET_ALONE)
 
 
 def _rows(spec: Any, which: str, config: RankConfig) -> Any:

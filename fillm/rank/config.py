@@ -29,14 +29,12 @@ PUBLISHED_NAMES = {
 }
 # What is described but not in this release, and what it waits for.
 _LATER = {
-    "gradient": "the fused moments kernel",
-    "fisher-ratio": "the fused moments kernel",
     "first-order": "gradient sketches",
     "soir-per-sample": "gradient sketches",
-    "diagonal": "the fused moments kernel",
     "woodbury": "gradient sketches",
 }
 WITH_UPDATE = ("soir", "soir-sum")  # methods that have a `u`
+FORGET_ALONE = ("saliency", "gradient")  # methods that do not look at the retain set
 WITHOUT_GRADIENTS = ("parameter-shift", "random", "none")
 
 
@@ -112,6 +110,7 @@ class RankConfig:
             or self.granularity != "tensor"
             or self.objective != "forget"
             or self.effective_score != "l2"
+            or self.curvature == "diagonal"
         )
 
 
@@ -130,6 +129,8 @@ def check(config: RankConfig) -> None:
                          "release does not have yet; leave them out for the exact ranking")  # fmt: skip
     if config.groups != 1:
         raise UsageError("--groups other than 1 is not in this release yet")
+    if config.curvature != "datainf" and method != "soir":
+        raise UsageError(f"--curvature {config.curvature} is a choice of --method soir, not of {method}")
     if config.objective != "forget" and method not in WITH_UPDATE:
         raise UsageError(
             f"--objective {config.objective} needs a method with an update u (soir, soir-sum), not {method}"

@@ -16,7 +16,7 @@ from fillm.data import SampleSet
 from fillm.errors import ModelError
 from fillm.models import DTYPES, TensorInfo, catalogue, quiet_transformers, resolve_device, select_tensors
 from fillm.rank.activations import saved_activation_bytes
-from fillm.rank.config import WITHOUT_GRADIENTS, RankConfig
+from fillm.rank.config import FORGET_ALONE, WITHOUT_GRADIENTS, RankConfig
 from fillm.rank.console import Console
 from fillm.rank.costs import (
     BatchShape,
@@ -209,9 +209,10 @@ def _passes(config: RankConfig) -> list[tuple[str, str, int, bool]]:
     if method in WITHOUT_GRADIENTS:
         return []
     out = [("forget pass", "forget", 1, False)]
-    if method == "saliency":
+    if method in FORGET_ALONE:
         return out
-    out.append(("retain pass", "retain", 2, True) if method == "soir" else ("retain pass", "retain", 1, False))
+    certified = method == "soir" and config.curvature == "datainf"
+    out.append(("retain pass", "retain", 2, True) if certified else ("retain pass", "retain", 1, False))
     if config.objective != "forget":
         out.append(("damage pass", "retain", 1, False))
     return out
@@ -240,8 +241,14 @@ def _accumulators(
         return {}
     itemsize = max(4, next(iter(model.parameters())).element_size())
     plain = accumulator_bytes(scope, itemsize)
+    if config.canonical_method == "gradient":
+        return {"mean absolute forget gradient": plain}
+    if config.canonical_method == "fisher-ratio":
+        return {"diagonal Fisher of the forget set": plain, "diagonal Fisher of the retain set": plain}
     out = {"mean forget gradient v": plain}
-    if config.canonical_method == "soir":
+    if config.canonical_method == "soir" and config.curvature == "diagonal":
+        out |= {"diagonal Fisher of the retain set": plain, "update u": plain}
+    elif config.canonical_method == "soir":
         out["weighted sums"] = accumulator_bytes(scope, itemsize, expanded=True)
         out["two scalars a sample and tensor"] = _SCALAR_BYTES * len(sets["retain"]) * len(scope)
     elif config.canonical_method != "saliency":

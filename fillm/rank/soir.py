@@ -10,7 +10,16 @@ from fillm.capture import Capture
 from fillm.data import SampleSet
 from fillm.errors import NumericsError
 from fillm.rank.passes import Passes
-from fillm.statistics import MeanGradient, RetainMoments, Scalars, SquaredNorms, WeightedSum, squared_norm, uncertified
+from fillm.statistics import (
+    MeanGradient,
+    MeanPower,
+    RetainMoments,
+    Scalars,
+    SquaredNorms,
+    WeightedSum,
+    squared_norm,
+    uncertified,
+)
 
 
 @dataclass
@@ -35,9 +44,16 @@ class Influence:
     visited_again: int = 0
 
 
-def mean_gradient(passes: Passes, stage: str, label: str, capture: Capture, samples: SampleSet) -> dict[str, Tensor]:
-    """The mean per-sample gradient of a set, or a `NumericsError` that names the sample and tensor that spoil it."""
-    statistic = MeanGradient(capture.parameters, len(samples))
+def mean_gradient(
+    passes: Passes, stage: str, label: str, capture: Capture, samples: SampleSet, power: int | None = None
+) -> dict[str, Tensor]:
+    """The mean per-sample gradient of a set, or of its entries' absolute values (`power` 1) or squares (2).
+
+    Raises:
+        NumericsError: naming the sample and tensor that spoil it.
+    """
+    parameters, count = capture.parameters, len(samples)
+    statistic = MeanGradient(parameters, count) if power is None else MeanPower(parameters, count, power)
     passes.run(stage, label, capture, samples, statistic)
     spoilt = [name for name, mean in statistic.mean.items() if not math.isfinite(squared_norm(mean))]
     if spoilt:

@@ -3,6 +3,7 @@
 from fillm.statistics.accumulators import (
     Groups,
     MeanGradient,
+    MeanPower,
     SquaredNorms,
     StepDots,
     accumulator_dtype,
@@ -17,6 +18,7 @@ __all__ = [
     "EXPANSION_TERMS",
     "Groups",
     "MeanGradient",
+    "MeanPower",
     "RetainMoments",
     "Scalars",
     "SquaredNorms",

@@ -60,6 +60,24 @@ class MeanGradient:
             tensor.copy_(state[f"mean/{name}"])
 
 
+class MeanPower(MeanGradient):
+    """`(1/n) sum_i |g_i|^power` entry by entry: the mean absolute gradient, or the diagonal of the Fisher matrix.
+
+    Args:
+        parameters: tensors in scope.
+        count: number of samples `n`.
+        power: 1 or 2.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], count: int, power: int) -> None:
+        super().__init__(parameters, count)
+        self.power = power
+
+    def observe(self, name: str, gradients: PerSampleGradients, positions: Tensor) -> None:
+        """Adds a batch."""
+        gradients.add_powers_(self.mean[name], self.power, alpha=1.0 / self.count)
+
+
 class SquaredNorms:
     """`q_i = |g_i|^2` alone, [samples] per tensor: finds the sample whose gradient is not finite."""
 

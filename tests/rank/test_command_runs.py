@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fillm_kernels
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -75,7 +76,7 @@ def test_the_record_says_what_was_done(arguments, tmp_path, model_folder):
     assert set(record["settings"]) == set(RankConfig.__dataclass_fields__)
     assert record["settings"]["model"] == model_folder and record["settings"]["tokens_per_batch"] == 48
     assert record["versions"]["torch"] == str(torch.__version__) and record["device"].startswith("cpu")
-    assert set(record["backends"]) == {"ghost_norm", "ghost_dot", "weighted_outer_"}
+    assert set(record["backends"]) == set(fillm_kernels.backends())
     for name in ("model_fingerprint", "forget_fingerprint", "retain_fingerprint"):
         assert len(record[name]) == 64
     samples = pq.read_table(tmp_path / "run" / "samples.parquet").to_pylist()

@@ -139,7 +139,7 @@ WRONG = [
     ({"curvature": "woodbury"}, "--curvature woodbury needs gradient sketches, which this release"),
     ({"compression": "oporp"}, "--compression, .* need gradient sketches"),
     ({"groups": 2}, "--groups other than 1"),
-    ({"method": "fisher-ratio"}, "--method fisher-ratio needs the fused moments kernel"),
+    ({"method": "first-order"}, "--method first-order needs gradient sketches, which this release"),
     ({"speed": 3}, "rank_parameters: no setting is called 'speed'"),
 ]  # fmt: skip
 

@@ -1,0 +1,164 @@
+"""From what a method has computed for every tensor to the rows of a ranking, at any granularity (docs/method.md)."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fillm.capture import Capture
+from fillm.data import SampleSet
+from fillm.models import TensorInfo
+from fillm.rank.config import RankConfig
+from fillm.rank.passes import Passes
+from fillm.rank.soir import Influence
+from fillm.rank.units import gains, groups_of, numels, retain_changes, sizes
+from fillm.statistics import Groups, StepDots, squared_norm
+
+
+@dataclass
+class Job:
+    """What a method works on."""
+
+    config: RankConfig
+    model: nn.Module
+    scope: list[TensorInfo]
+    capture: Capture
+    forget: SampleSet
+    retain: SampleSet
+    passes: Passes
+    base_model: nn.Module | None = None
+
+
+@dataclass
+class Scores:
+    """What a method says.
+
+    Attributes:
+        rows: fields of the ranking's table, a dict per ranked unit; `tier` (0 unless said) sorts before the score.
+        update: what `update.safetensors` holds.
+        visited_again: retain samples that needed a further pass.
+    """
+
+    rows: list[dict[str, Any]]
+    update: dict[str, Tensor] = field(default_factory=dict)
+    visited_again: int = 0
+
+
+def ranked_row(info: TensorInfo, score: float, **fields: Any) -> dict[str, Any]:
+    """A row of the table for a whole tensor with an exact score; `fields` add to it or replace."""
+    row = {"name": info.name, "kind": info.kind, "layer": info.layer, "numel": info.numel, "score": score}
+    return row | {"score_low": score, "score_high": score} | fields
+
+
+def influence_columns(influence: Influence, name: str) -> dict[str, Any]:
+    """The columns of one tensor that every method with a `u` fills in."""
+    return {
+        "damping": influence.lambda_[name],
+        "mean_retain_sq_norm": influence.mean_retain_sq_norm[name],
+        "forget_norm": influence.forget_norm[name],
+        "predicted_forget_gain": influence.gain[name],
+        "note": influence.notes.get(name, ""),
+    }
+
+
+def from_update(job: Job, influence: Influence) -> Scores:
+    """Scores by the size of `u`, its damage or its trade-off, for whatever the settings rank."""
+    config = job.config
+    groups = groups_of(job.model, job.scope, config.granularity)
+    element = config.granularity == "element"
+    dots = None
+    if config.objective != "forget":
+        dots = StepDots(influence.update, len(job.retain), groups, element=element)
+        job.passes.run("damage", "damage pass", job.capture, job.retain, dots)
+    rows: list[dict[str, Any]] = []
+    saved = dict(influence.update)
+    for info in job.scope:
+        name, group = info.name, groups.get(info.name)
+        v, u, columns = influence.forget_mean[name], influence.update[name], influence_columns(influence, name)
+        if config.granularity == "head" and group is None:
+            continue
+        reached = v != 0 if element else sizes(v, group, "l2") > 0
+        idle = ~reached & (u == 0 if element else sizes(u, group, "l2") == 0)
+        # Without curvature (2) has no finite u, and no step along v costs the retain set anything.
+        free = influence.lambda_[name] == 0.0
+        gain = torch.where(reached, float("inf"), 0.0).double() if free else gains(v, u, group, element)
+        damage = None if dots is None else 0.5 * dots.mean_square[name].double()
+        if config.objective == "forget":
+            score = gain if free else u.abs().double() if element else sizes(u, group, config.effective_score)
+        elif config.objective == "retain":
+            score = damage.reshape(idle.shape)
+        elif free:
+            score = torch.where(reached, 0.0, float("inf")).double()
+        else:
+            score = retain_changes(gain, dots.mean[name].double(), dots.mean_square[name].double())
+        if element:
+            if config.objective != "forget":
+                score = torch.where(idle, float("inf"), score)  # an edit of nothing does no damage, and is no use
+            if config.objective != "forget" or free:
+                saved[f"scores/{name}"] = score.float()
+            summed = (score if config.objective == "forget" else score[score.isfinite()]).sum()
+            total = None if damage is None else damage.sum()[None]
+            rows += unit_rows(info, None, summed[None], None, total, columns)
+        else:
+            rows += unit_rows(info, group, score.reshape(-1), gain, damage, columns, idle if group else None)
+    keep = config.save_update or config.granularity != "tensor"
+    return Scores(rows, saved if keep else {}, influence.visited_again)
+
+
+def unit_rows(
+    info: TensorInfo,
+    group: Groups | None,
+    score: Tensor,
+    gain: Tensor | None,
+    damage: Tensor | None,
+    columns: dict[str, Any],
+    idle: Tensor | None = None,
+) -> list[dict[str, Any]]:
+    """A row for every unit of one tensor; those in `idle`, [units] bool, are noted as unused."""
+    rows = []
+    values, sizes_ = score.tolist(), numels(info, group)
+    damages = None if damage is None else damage.reshape(-1).tolist()
+    gains_ = None if gain is None else gain.reshape(-1).tolist()
+    for index, value in enumerate(values):
+        row = ranked_row(info, value, **columns)
+        if group is not None:
+            row |= {"index": index, "numel": sizes_[index]}
+        if damages is not None:
+            row["retain_damage"] = damages[index]
+        if gains_ is not None:
+            row["predicted_forget_gain"] = gains_[index]
+        if idle is not None and bool(idle[index]):
+            row["note"] = "unused"
+        rows.append(row)
+    return rows
+
+
+def from_weights(job: Job, signed: Callable[[str], Tensor], columns: Callable[[str], dict[str, Any]]) -> Scores:
+    """Scores summed from one signed number a weight, whose absolute value is the weight's score."""
+    config, rows, saved = job.config, [], {}
+    groups = groups_of(job.model, job.scope, config.granularity)
+    for info in job.scope:
+        group = groups.get(info.name)
+        if config.granularity == "head" and group is None:
+            continue
+        weights = signed(info.name)
+        magnitude = weights.abs()
+        score = magnitude.sum(dtype=torch.float64)[None] if group is None else group.sum_entries(magnitude)
+        rows += unit_rows(info, group, score, None, None, columns(info.name))
+        if config.granularity != "tensor":
+            saved[info.name] = weights
+    return Scores(rows, saved)
+
+
+def mean_columns(v: dict[str, Tensor], r: dict[str, Tensor] | None = None) -> Callable[[str], dict[str, Any]]:
+    """The columns of methods that know mean gradients alone, by tensor."""
+
+    def columns(name: str) -> dict[str, Any]:
+        norm = math.sqrt(squared_norm(v[name]))
+        unused = norm == 0.0 and (r is None or not bool(r[name].any()))
+        return {"forget_norm": norm, "note": "unused" if unused else ""}
+
+    return columns
