@@ -1,7 +1,7 @@
 """What backpropagation sees at each tensor: one rule per kind of operation, one exact fallback."""
 
 from fillm.capture.engine import Capture, batch_one_gradients, frozen
-from fillm.capture.gradients import PerSampleGradients
+from fillm.capture.gradients import PerSampleGradients, norms_and_dots
 from fillm.capture.losses import LossReduction, sample_losses
 from fillm.capture.verification import Verification, verify
 
@@ -12,6 +12,7 @@ __all__ = [
     "Verification",
     "batch_one_gradients",
     "frozen",
+    "norms_and_dots",
     "sample_losses",
     "verify",
 ]

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fillm.capture import PerSampleGradients
+from fillm.capture import PerSampleGradients, norms_and_dots
 from fillm.statistics.accumulators import first_not_finite, squared_norm, zeros_like
 from fillm.statistics.influence import Scalars, relative_width
 
@@ -59,7 +59,7 @@ class RetainMoments:
 
     def observe(self, name: str, gradients: PerSampleGradients, positions: Tensor) -> None:
         """Records a batch: (4) and (5), and (6) where `w` is kept."""
-        q, d = gradients.squared_norms(), gradients.dots(self.v[name])
+        q, d = norms_and_dots(gradients, self.v[name])
         where = positions.cpu()
         self.q[name][where], self.d[name][where] = q.cpu(), d.cpu()
         self.seen[where] = True
