@@ -1,0 +1,68 @@
+"""The examples run as their first lines say, and compute what they claim."""
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from examples.diagonal_fisher import fisher_diagonal
+from examples.ghost_clipping import clipped_gradients
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "examples").glob("*.py")))
+def test_every_script_runs(script):
+    path = os.pathsep.join([str(ROOT / "kernels"), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(ROOT / "examples" / script)],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and done.stdout, done.stderr
+
+
+def test_clipped_sum_is_that_of_gradients_taken_one_by_one():
+    model = nn.Sequential(nn.Linear(7, 9, bias=False), nn.Tanh(), nn.Linear(9, 2, bias=False)).double()
+    x, target, offsets = torch.randn(11, 7).double(), torch.randn(11, 2).double(), torch.tensor([0, 1, 5, 5, 11])
+
+    def losses_of(output, target):
+        return (output - target).square().sum(1)
+
+    sums, norms = clipped_gradients(model, x, losses_of, target, offsets, max_norm=3.0)
+    want = {layer: torch.zeros_like(layer.weight) for layer in sums}
+    for sample, (begin, end) in enumerate(itertools.pairwise(offsets.tolist())):
+        loss = losses_of(model(x[begin:end]), target[begin:end]).sum()
+        gradients = torch.autograd.grad(loss, [layer.weight for layer in sums])
+        norm = torch.sqrt(sum(g.square().sum() for g in gradients))
+        assert float(norms[sample]) == pytest.approx(float(norm), rel=1e-10)
+        for layer, gradient in zip(sums, gradients, strict=True):
+            want[layer] += gradient * min(1.0, 3.0 / max(float(norm), 1e-12))
+    for layer, total in sums.items():
+        torch.testing.assert_close(total, want[layer])
+    assert float(norms.max()) > 3.0  # something was clipped
+
+
+def test_fisher_diagonal_squares_before_it_sums():
+    layer, x, dy = nn.Linear(5, 4).double(), torch.randn(9, 5).double(), torch.randn(9, 4).double()
+    fisher = fisher_diagonal(layer, x, dy, torch.tensor([0, 3, 4, 9]))
+    parts = [dy[a:b].T @ x[a:b] for a, b in ((0, 3), (3, 4), (4, 9))]
+    torch.testing.assert_close(fisher, sum(part.square() for part in parts) / 3)
+
+
+@pytest.mark.slow
+def test_the_cpp_program_builds_against_the_cmake_target_and_agrees_with_itself(tmp_path):
+    import ninja
+
+    tool, program = [sys.executable, "-m", "cmake"], Path(ninja.BIN_DIR) / "ninja"
+    configure = ["-S", str(ROOT / "examples" / "cpp"), "-B", str(tmp_path), "-G", "Ninja"]
+    subprocess.run([*tool, *configure, f"-DCMAKE_MAKE_PROGRAM={program}"], check=True, capture_output=True)
+    subprocess.run([*tool, "--build", str(tmp_path)], check=True, capture_output=True)
+    done = subprocess.run([str(tmp_path / "ghost_norm")], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("by hand") == 2, done.stdout + done.stderr
