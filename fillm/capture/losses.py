@@ -75,7 +75,8 @@ def head_sees_only(model: nn.Module, positions: Tensor, num_positions: int) -> I
 class NegativeLogLikelihood(torch.autograd.Function):
     """Of the wanted token of every row of logits, `log sum_v exp(z_v) - z_wanted`, a block of rows at a time.
 
-    Logits are the largest tensor of a pass. Nothing of their size is made but their gradient, `softmax(z) - onehot`.
+    Logits are the largest tensor of a pass. Nothing of their size is made but their gradient, `softmax(z) - onehot`,
+    which is exact to rounding even where the model is certain.
     """
 
     @staticmethod
@@ -95,7 +96,9 @@ class NegativeLogLikelihood(torch.autograd.Function):
         for rows in _blocks(logits):
             block = out[rows] if out.dtype == slope.dtype else slope.new_empty(out[rows].shape)
             torch.softmax(logits[rows], 1, dtype=block.dtype, out=block)
-            block.scatter_add_(1, wanted[rows, None], slope.new_full((block.shape[0], 1), -1.0))
+            # p - 1 of a token known by heart would keep few digits of 1 - p: the others' sum keeps them all.
+            block.scatter_(1, wanted[rows, None], 0.0)
+            block.scatter_(1, wanted[rows, None], -block.sum(1, keepdim=True))
             block.mul_(slope[rows, None])
             if block.dtype != out.dtype:
                 out[rows] = block
