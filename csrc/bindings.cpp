@@ -17,4 +17,6 @@ PYBIND11_MODULE(_C, module) {
         return std::vector<std::string>(names, names + count);
     });
     fillm::bind_ghost_norm(module);
+    fillm::bind_top_mask(module);
+    fillm::bind_masked_step(module);
 }

@@ -8,5 +8,7 @@ namespace py = pybind11;
 namespace fillm {
 
 void bind_ghost_norm(py::module_& module);
+void bind_top_mask(py::module_& module);
+void bind_masked_step(py::module_& module);
 
 }  // namespace fillm

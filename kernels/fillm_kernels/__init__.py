@@ -9,9 +9,14 @@ both join the op's line in the dispatch table. Neither exists yet: on CUDA the o
 """
 
 from fillm_kernels.dispatch import backends
-from fillm_kernels.errors import BackendError, DeviceError, DtypeError, KernelError, ShapeError
+from fillm_kernels.errors import BackendError, DeviceError, DtypeError, KernelError, NotANumberError, ShapeError
 from fillm_kernels.ghost_dot import ghost_dot
 from fillm_kernels.ghost_norm import ghost_norm
+from fillm_kernels.masked_adamw import masked_adamw_
+from fillm_kernels.masked_norm import masked_norm
+from fillm_kernels.masked_sophia import masked_sophia_
+from fillm_kernels.selection import Selection, select_bits, select_rows
+from fillm_kernels.top_mask import TopMask, top_mask
 from fillm_kernels.weighted_outer import weighted_outer_
 
 __all__ = [
@@ -19,9 +24,18 @@ __all__ = [
     "DeviceError",
     "DtypeError",
     "KernelError",
+    "NotANumberError",
+    "Selection",
     "ShapeError",
+    "TopMask",
     "backends",
     "ghost_dot",
     "ghost_norm",
+    "masked_adamw_",
+    "masked_norm",
+    "masked_sophia_",
+    "select_bits",
+    "select_rows",
+    "top_mask",
     "weighted_outer_",
 ]
