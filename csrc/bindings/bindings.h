@@ -10,5 +10,6 @@ namespace fillm {
 void bind_ghost_norm(py::module_& module);
 void bind_top_mask(py::module_& module);
 void bind_masked_step(py::module_& module);
+void bind_soir_sweep(py::module_& module);
 
 }  // namespace fillm

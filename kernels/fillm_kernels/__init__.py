@@ -16,6 +16,7 @@ from fillm_kernels.masked_adamw import masked_adamw_
 from fillm_kernels.masked_norm import masked_norm
 from fillm_kernels.masked_sophia import masked_sophia_
 from fillm_kernels.selection import Selection, select_bits, select_rows
+from fillm_kernels.soir_sweep import SoirSweep, soir_sweep
 from fillm_kernels.top_mask import TopMask, top_mask
 from fillm_kernels.weighted_outer import weighted_outer_
 
@@ -27,6 +28,7 @@ __all__ = [
     "NotANumberError",
     "Selection",
     "ShapeError",
+    "SoirSweep",
     "TopMask",
     "backends",
     "ghost_dot",
@@ -36,6 +38,7 @@ __all__ = [
     "masked_sophia_",
     "select_bits",
     "select_rows",
+    "soir_sweep",
     "top_mask",
     "weighted_outer_",
 ]

@@ -10,7 +10,7 @@ from fillm_kernels import BackendError, backends, dispatch, ghost_dot, ghost_nor
 from fillm_kernels.rows import nonzero_rows
 
 OPS = {"ghost_norm", "ghost_dot", "weighted_outer_"}
-TRITON_OPS = {"top_mask", "masked_norm", "masked_adamw_", "masked_sophia_"}
+TRITON_OPS = {"soir_sweep", "top_mask", "masked_norm", "masked_adamw_", "masked_sophia_"}
 X, OFFSETS = torch.ones(2, 3), torch.tensor([0, 2])
 KERNELS = Path(fillm_kernels.__file__).parents[1]
 
