@@ -72,4 +72,6 @@ def launch(
     if programs:
         tensors = (param, grad.contiguous(), first, second, clip)
         with device_of(param):
-            _step[(programs,)](*tensors, *arguments, *numbers, places.rows is not None, BLOCK, num_warps=WARPS)
+            _step[(programs,)](
+                *tensors, *arguments, *numbers, places.rows is not None, BLOCK, num_warps=WARPS, enable_fp_fusion=True
+            )

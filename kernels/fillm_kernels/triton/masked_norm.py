@@ -34,8 +34,9 @@ def launch(grad: Tensor, places: Places) -> Tensor:
     programs, arguments = place_arguments(places, grad.device)
     shares = torch.zeros(programs, dtype=torch.float64, device=grad.device)
     if programs:
+        constants = (places.rows is not None, BLOCK)
         with device_of(grad):
             _squares[(programs,)](
-                grad.contiguous(), shares, *arguments, places.rows is not None, BLOCK, num_warps=WARPS
+                grad.contiguous(), shares, *arguments, *constants, num_warps=WARPS, enable_fp_fusion=True
             )
     return shares.sum()

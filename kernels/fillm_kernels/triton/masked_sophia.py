@@ -81,4 +81,4 @@ def launch(
         tensors = (param, grad, grad if estimate is None else estimate.contiguous(), first, second, clip)
         flags = (estimate is not None, places.rows is not None)
         with device_of(param):
-            _step[(programs,)](*tensors, *arguments, *numbers, *flags, BLOCK, num_warps=WARPS)
+            _step[(programs,)](*tensors, *arguments, *numbers, *flags, BLOCK, num_warps=WARPS, enable_fp_fusion=True)

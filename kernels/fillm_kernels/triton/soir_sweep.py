@@ -82,7 +82,9 @@ def launch(s: Tensor, v: Tensor, norms: Tensor, damping: float, numel: Sequence[
     cross = torch.zeros(tensors, parts, dtype=torch.float64, device=s.device)
     if s.numel():
         with device_of(s):
-            _sweep[(parts, tensors)](s, v, norms, lam, dots, sums, cross, rows, k, ROWS, BLOCK, num_warps=WARPS)
+            _sweep[(parts, tensors)](
+                s, v, norms, lam, dots, sums, cross, rows, k, ROWS, BLOCK, num_warps=WARPS, enable_fp_fusion=True
+            )
     weighted, n = sums.sum(1, dtype=torch.float64), max(rows, 1)
     rest = (v.double() - weighted / n).square().sum(1)
     return dots, weighted.float(), torch.stack([lam, cross.sum(1) / n, rest, v.double().square().sum(1)], 1)

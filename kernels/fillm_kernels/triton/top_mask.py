@@ -130,7 +130,7 @@ def launch(scores: Sequence[Tensor], budget: int) -> tuple[list[Tensor], Tensor]
                 programs = min(PROGRAMS, triton.cdiv(tensor.shape[0], COUNT_BLOCK))
                 if programs:
                     arguments = (tensor, tensor.shape[0], totals, nan[t:], key, shift, width, digit, first)
-                    _count[(programs,)](*arguments, INFINITY[dtype], COUNT_BLOCK, num_warps=8)
+                    _count[(programs,)](*arguments, INFINITY[dtype], COUNT_BLOCK, num_warps=8, enable_fp_fusion=True)
             if first and bool(nan.any()):
                 raise first_nan(scores, int(nan.nonzero()[0]))
             if budget == 0:
@@ -156,5 +156,5 @@ def _mark(flat: Sequence[Tensor], bits: Sequence[Tensor], key: int, quota: int, 
         for tensor, part, count in zip(flat, bits, blocks, strict=True):
             if count:
                 arguments = (tensor, tensor.shape[0], key, part, found[first:], before[first if trim else 0 :], quota)
-                _write[(count,)](*arguments, width, trim, WRITE_BLOCK, num_warps=8)
+                _write[(count,)](*arguments, width, trim, WRITE_BLOCK, num_warps=8, enable_fp_fusion=True)
             first += count
