@@ -1,11 +1,12 @@
 """Kernels for per-sample gradients that are never formed.
 
-Ragged convention of every op: `x [N, I]` and `dy [N, O]` hold the samples one after another without padding, `offsets
-[B + 1]` says where each begins. `G_b = dy_b^T x_b`, `[O, I]`, is sample b's gradient of an `nn.Linear.weight`.
+Ragged convention of the ops on layers: `x [N, I]` and `dy [N, O]` hold the samples one after another without padding,
+`offsets [B + 1]` says where each begins. `G_b = dy_b^T x_b`, `[O, I]`, is sample b's gradient of an `nn.Linear.weight`.
+Masks hold one bit a weight, as `top_mask` writes them.
 
 One file per op holds formula and source, reference, custom op, fake kernel and dispatch. The C++ of an op lies in
-`csrc/cpu/<op>.cpp`; a Triton kernel belongs in `fillm_kernels/triton/<op>.py`, CUDA C++ in `csrc/cuda/<op>.cu`, and
-both join the op's line in the dispatch table. Neither exists yet: on CUDA the ops run on torch's operators.
+`csrc/cpu/<op>.cpp`; its Triton kernel in `fillm_kernels/triton/<op>.py`, CUDA C++ belongs in `csrc/cuda/<op>.cu`, and
+both join the op's line in the dispatch table. An op that has neither runs on torch's operators on CUDA.
 """
 
 from fillm_kernels.dispatch import backends
