@@ -20,4 +20,7 @@ PYBIND11_MODULE(_C, module) {
     fillm::bind_ghost_norm(module);
     fillm::bind_matmul(module);
     fillm::bind_sample_moments(module);
+    fillm::bind_top_mask(module);
+    fillm::bind_masked_step(module);
+    fillm::bind_soir_sweep(module);
 }

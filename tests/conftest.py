@@ -19,6 +19,10 @@ import numpy as np
 import pytest
 import torch
 
+# Triton reads this when it is first imported: without a GPU its kernels run in the interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 THREADS = 2
 
 torch.set_num_threads(min(THREADS, torch.get_num_threads()))

@@ -27,5 +27,8 @@ T* pointer(uintptr_t address) {
 void bind_ghost_norm(py::module_& module);
 void bind_matmul(py::module_& module);
 void bind_sample_moments(py::module_& module);
+void bind_top_mask(py::module_& module);
+void bind_masked_step(py::module_& module);
+void bind_soir_sweep(py::module_& module);
 
 }  // namespace fillm

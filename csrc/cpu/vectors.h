@@ -63,6 +63,9 @@ struct Computes<double> {
     using type = double;
 };
 
+inline float widen(float value) { return value; }
+inline double widen(double value) { return value; }
+
 inline float widen(BFloat16 value) {
     uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
     float result;

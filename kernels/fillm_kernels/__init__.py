@@ -1,18 +1,25 @@
 """Kernels for per-sample gradients that are never formed.
 
-Ragged convention of every op: `x [N, I]` and `dy [N, O]` hold the samples one after another without padding, `offsets
-[B + 1]` says where each begins. `G_b = dy_b^T x_b`, `[O, I]`, is sample b's gradient of an `nn.Linear.weight`.
+Ragged convention of the ops on layers: `x [N, I]` and `dy [N, O]` hold the samples one after another without padding,
+`offsets [B + 1]` says where each begins. `G_b = dy_b^T x_b`, `[O, I]`, is sample b's gradient of an `nn.Linear.weight`.
+Masks hold one bit a weight, as `top_mask` writes them.
 
 One file per op holds formula and source, reference, custom op, fake kernel and dispatch. The C++ of an op lies in
-`csrc/cpu/<op>.cpp`; a Triton kernel belongs in `fillm_kernels/triton/<op>.py`, CUDA C++ in `csrc/cuda/<op>.cu`, and
-both join the op's line in the dispatch table. Neither exists yet: on CUDA the ops run on torch's operators.
+`csrc/cpu/<op>.cpp`; its Triton kernel in `fillm_kernels/triton/<op>.py`, CUDA C++ belongs in `csrc/cuda/<op>.cu`, and
+both join the op's line in the dispatch table. An op that has neither runs on torch's operators on CUDA.
 """
 
 from fillm_kernels.dispatch import backends
-from fillm_kernels.errors import BackendError, DeviceError, DtypeError, KernelError, ShapeError
+from fillm_kernels.errors import BackendError, DeviceError, DtypeError, KernelError, NotANumberError, ShapeError
 from fillm_kernels.ghost_dot import ghost_dot
 from fillm_kernels.ghost_norm import ghost_norm
+from fillm_kernels.masked_adamw import masked_adamw_
+from fillm_kernels.masked_norm import masked_norm
+from fillm_kernels.masked_sophia import masked_sophia_
 from fillm_kernels.sample_moments import Moments, sample_moments
+from fillm_kernels.selection import Selection, select_bits, select_rows
+from fillm_kernels.soir_sweep import SoirSweep, soir_sweep
+from fillm_kernels.top_mask import TopMask, top_mask
 from fillm_kernels.weighted_outer import weighted_outer_
 
 __all__ = [
@@ -21,10 +28,21 @@ __all__ = [
     "DtypeError",
     "KernelError",
     "Moments",
+    "NotANumberError",
+    "Selection",
     "ShapeError",
+    "SoirSweep",
+    "TopMask",
     "backends",
     "ghost_dot",
     "ghost_norm",
+    "masked_adamw_",
+    "masked_norm",
+    "masked_sophia_",
     "sample_moments",
+    "select_bits",
+    "select_rows",
+    "soir_sweep",
+    "top_mask",
     "weighted_outer_",
 ]

@@ -13,6 +13,10 @@ class DtypeError(KernelError, TypeError):
     """An element type, or a kind of array, that an op does not take."""
 
 
+class NotANumberError(KernelError, ValueError):
+    """A NaN where values are put in order; the message says where."""
+
+
 class DeviceError(KernelError, ValueError):
     """Tensors of one call that lie on different devices."""
 

@@ -1,0 +1,177 @@
+"""`masked_adamw_`: one AdamW step on the weights in a mask, and on nothing else.
+
+    m <- m + (1 - b1)(g - m)        v <- b2 v + (1 - b2) g^2
+    w <- (1 - lr wd) w - lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps)      for every weight of the mask
+
+Loshchilov and Hutter, arXiv 1711.05101, Algorithm 2, with the schedule multiplier in lr, as torch.optim.AdamW has it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fillm_kernels.arguments import as_tensor
+from fillm_kernels.dispatch import Backend, register, select, triton_backend
+from fillm_kernels.errors import ShapeError
+from fillm_kernels.masked_step import as_factor, check_step, native_step
+from fillm_kernels.selection import Places, Selection, as_selection, chosen_indices
+
+
+def masked_adamw_(
+    param: Tensor | Any,
+    grad: Tensor | Any,
+    state: tuple[Tensor | Any, Tensor | Any],
+    mask: Selection | Tensor | Any,
+    *,
+    step: int,
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+    clip: Tensor | float = 1.0,
+) -> Tensor:
+    """Take one AdamW step on the masked weights of a parameter, in place.
+
+    Weights outside the mask keep their bits: neither step, nor momentum, nor decay reaches them. Arithmetic is float32
+    (float64 for float64 parameters); bfloat16 and float16 parameters are widened and rounded back to the nearest, ties
+    to even, so that a change under half a unit in the last place is lost.
+
+    Args:
+        param: the parameter, any shape, contiguous, float32 | bfloat16 | float16 | float64; changed.
+        grad: its gradient, same shape, same dtype or float32; any strides (a strided one is copied).
+        state: (exp_avg, exp_avg_sq), float32 (float64 for float64 parameters), one entry a selected weight in the order
+            of flat indices, as `Selection.new_state` makes them; changed.
+        mask: a `Selection`, bits [ceil(P / 8)] uint8 as `top_mask` gives them, or rows [R] int64. Bits and rows are
+            turned into a selection at every call; make the selection once where steps repeat.
+        step: number of this step, from 1.
+        lr: learning rate, schedule included; this and what follows mean what they mean in torch.optim.AdamW.
+        betas: decay rates of the two averages.
+        eps: added to the root of the second one.
+        weight_decay: decoupled, of masked weights only.
+        clip: factor of the gradient, a number or a scalar tensor (which spares a CUDA device a synchronisation).
+
+    Returns:
+        `param`, as a tensor.
+
+    Raises:
+        ShapeError: if sizes do not fit, `param` or state is not contiguous, or `step` is below 1.
+        DtypeError, DeviceError: if dtypes or devices do not go together.
+        BackendError: if `FILLM_BACKEND` asks for a backend that cannot run here.
+    """
+    if step < 1:
+        raise ShapeError(f"step counts from 1; got {step}")
+    param, grad = as_tensor(param, "param", written=True), as_tensor(grad, "grad")
+    first, second = (as_tensor(tensor, "state", written=True) for tensor in state)
+    selection = as_selection(mask, param).places()
+    scalars = [
+        1 - lr * weight_decay,
+        betas[0],
+        betas[1],
+        lr / (1 - betas[0] ** step),
+        (1 - betas[1] ** step) ** -0.5,
+        eps,
+    ]
+    _op(param.detach(), grad.detach(), first, second, *selection, as_factor(clip, param), scalars)
+    return param
+
+
+def _reference(
+    param: Tensor,
+    grad: Tensor,
+    first: Tensor,
+    second: Tensor,
+    places: Places,
+    clip: Tensor,
+    scalars: Sequence[float],
+) -> None:
+    """The definition in float64, rounded once; the oracle of the tests."""
+    decay, beta1, beta2, step_size, scale, eps = scalars
+    for place, at in chosen_indices(places):
+        state = slice(place, place + at.shape[0])
+        g = grad.flatten()[at].double() * clip
+        m = beta1 * first.view(-1)[state].double() + (1 - beta1) * g
+        v = beta2 * second.view(-1)[state].double() + (1 - beta2) * g.square()
+        w = decay * param.view(-1)[at].double() - step_size * m / (v.sqrt() * scale + eps)
+        first.view(-1)[state], second.view(-1)[state] = m.to(first.dtype), v.to(second.dtype)
+        param.view(-1)[at] = w.to(param.dtype)
+
+
+def on_torch(
+    param: Tensor,
+    grad: Tensor,
+    first: Tensor,
+    second: Tensor,
+    places: Places,
+    clip: Tensor,
+    scalars: Sequence[float],
+) -> None:
+    """Torch's operators on gathered pieces, on any device."""
+    decay, beta1, beta2, step_size, scale, eps = scalars
+    flat, gradients = param.view(-1), grad.contiguous().view(-1)
+    for place, at in chosen_indices(places):
+        m, v = (tensor.view(-1)[place : place + at.shape[0]] for tensor in (first, second))
+        g = gradients[at].to(m.dtype) * clip.to(m.dtype)
+        m.lerp_(g, 1 - beta1)
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        w = flat[at].to(m.dtype).mul_(decay).addcdiv_(m, (v.sqrt() * scale).add_(eps), value=-step_size)
+        flat[at] = w.to(flat.dtype)
+
+
+def _cpu(
+    param: Tensor,
+    grad: Tensor,
+    first: Tensor,
+    second: Tensor,
+    places: Places,
+    clip: Tensor,
+    scalars: Sequence[float],
+    instruction_set: str = "",
+) -> None:
+    """C++ (csrc/cpu/masked_step.cpp)."""
+    native_step("adamw", param, grad, None, (first, second), places, clip, scalars, instruction_set)
+
+
+@torch.library.custom_op("fillm_kernels::masked_adamw_", mutates_args=("param", "first", "second"))
+def _op(
+    param: Tensor,
+    grad: Tensor,
+    first: Tensor,
+    second: Tensor,
+    bits: Tensor | None,
+    starts: Tensor,
+    rows: Tensor | None,
+    sizes: Sequence[int],
+    clip: Tensor,
+    scalars: Sequence[float],
+) -> None:
+    places = Places(bits, starts, rows, sizes)
+    check_step(param, (grad,), (first, second), places)
+    run = select("masked_adamw_", param.device.type)
+    run(param, grad, first, second, places, clip, scalars)
+
+
+@_op.register_fake
+def _(
+    param: Tensor,
+    grad: Tensor,
+    first: Tensor,
+    second: Tensor,
+    bits: Tensor | None,
+    starts: Tensor,
+    rows: Tensor | None,
+    sizes: Sequence[int],
+    clip: Tensor,
+    scalars: Sequence[float],
+) -> None:
+    check_step(param, (grad,), (first, second), Places(bits, starts, rows, sizes))
+
+
+register(
+    "masked_adamw_",
+    cpu=Backend(_cpu, devices=("cpu",), needs_extension=True),
+    triton=triton_backend("masked_adamw"),
+    torch=Backend(on_torch),
+    reference=Backend(_reference),
+)

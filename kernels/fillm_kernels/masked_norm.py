@@ -1,0 +1,113 @@
+"""`masked_norm`: the gradient norm of the weights in a mask, all tensors together, for clipping.
+
+    sqrt( sum_tensors sum_{i in mask} g_i^2 )    docs/method.md section 6
+
+Weights outside the mask are not read where a whole block of 2048 lies outside, and never count: a NaN there is no NaN
+here. Squares are added in float64, in an order that depends on sizes and mask alone.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fillm_kernels import native
+from fillm_kernels.arguments import FLOATS, as_tensor
+from fillm_kernels.dispatch import Backend, register, select, triton_backend
+from fillm_kernels.errors import DtypeError, ShapeError
+from fillm_kernels.selection import (
+    Places,
+    Selection,
+    as_selection,
+    check_selection,
+    chosen_indices,
+    extension_numbers,
+)
+
+
+def masked_norm(
+    grads: Tensor | Sequence[Tensor] | Any, masks: Selection | Tensor | Sequence[Selection | Tensor] | Any
+) -> Tensor:
+    """Norm of the masked part of one gradient, or of several together.
+
+    Args:
+        grads: gradient of any shape, or a list of them on one device, float32 | bfloat16 | float16 | float64.
+        masks: its mask, or a list of as many: a `Selection`, bits [ceil(P / 8)] uint8, or rows [R] int64. Bits and
+            rows are turned into a selection at every call; make the selection once where calls repeat.
+
+    Returns:
+        Scalar, float64, on the device of the gradients; 0 for empty masks. For `clip`:
+        `(max_norm / (norm + 1e-6)).clamp(max=1)`.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError: if a mask does not belong to its gradient.
+        BackendError: if `FILLM_BACKEND` asks for a backend that cannot run here.
+    """
+    if not isinstance(grads, (list, tuple)):
+        grads, masks = [grads], [masks]
+    if not grads or len(grads) != len(masks):
+        raise ShapeError(f"grads and masks must be lists of the same length, not empty; got {len(grads)}, {len(masks)}")
+    total = None
+    for t, (grad, mask) in enumerate(zip(grads, masks, strict=True)):
+        grad = as_tensor(grad, f"grads[{t}]")
+        squares = _op(grad.detach(), *as_selection(mask, grad).places())
+        total = squares if total is None else total + squares
+    assert total is not None
+    return total.sqrt()
+
+
+def _check(grad: Tensor, places: Places) -> None:
+    if grad.dtype not in FLOATS:
+        raise DtypeError(f"a gradient must be float32, float64, bfloat16 or float16; got {grad.dtype}")
+    check_selection(grad, places)
+
+
+def _reference(grad: Tensor, places: Places) -> Tensor:
+    """The definition in float64; the oracle of the tests. Any shape -> scalar."""
+    total = torch.zeros((), dtype=torch.float64, device=grad.device)
+    for _, at in chosen_indices(places):
+        total += grad.flatten()[at].double().square().sum()
+    return total
+
+
+def _torch(grad: Tensor, places: Places) -> Tensor:
+    """Torch's operators, block by block, on any device. Any shape -> scalar, float64."""
+    flat = grad.contiguous().flatten()
+    shares = [flat[at].double().square().sum() for _, at in chosen_indices(places)]
+    return torch.stack(shares).sum() if shares else torch.zeros((), dtype=torch.float64, device=grad.device)
+
+
+def _cpu(grad: Tensor, places: Places, instruction_set: str = "") -> Tensor:
+    """C++ (csrc/cpu/masked_step.cpp). Any shape -> scalar, float64."""
+    flat = grad.contiguous()
+    squares = native.extension.masked_squares(
+        grad=flat.data_ptr(),
+        dtype=native.DTYPE_CODES[str(flat.dtype).removeprefix("torch.")],
+        selected=extension_numbers(places),
+        threads=torch.get_num_threads(),
+        instruction_set=instruction_set,
+    )
+    return torch.tensor(squares, dtype=torch.float64)
+
+
+@torch.library.custom_op("fillm_kernels::masked_squares", mutates_args=())
+def _op(grad: Tensor, bits: Tensor | None, starts: Tensor, rows: Tensor | None, sizes: Sequence[int]) -> Tensor:
+    places = Places(bits, starts, rows, sizes)
+    _check(grad, places)
+    return select("masked_norm", grad.device.type)(grad, places)
+
+
+@_op.register_fake
+def _(grad: Tensor, bits: Tensor | None, starts: Tensor, rows: Tensor | None, sizes: Sequence[int]) -> Tensor:
+    _check(grad, Places(bits, starts, rows, sizes))
+    return grad.new_empty((), dtype=torch.float64)
+
+
+register(
+    "masked_norm",
+    cpu=Backend(_cpu, devices=("cpu",), needs_extension=True),
+    triton=triton_backend("masked_norm"),
+    torch=Backend(_torch),
+    reference=Backend(_reference),
+)

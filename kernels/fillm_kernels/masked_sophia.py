@@ -1,0 +1,187 @@
+"""`masked_sophia_`: one Sophia step on the weights in a mask, and on nothing else.
+
+    h <- b2 h + (1 - b2) estimate      on the steps that bring an estimate, every k-th
+    m <- b1 m + (1 - b1) g
+    w <- (1 - lr wd) w - lr clip(m / max(gamma h, eps), 1)      for every weight of the mask
+
+Liu et al., arXiv 2305.14342, Algorithm 3. For Sophia-G the estimate is that of Gauss, Newton and Bartlett, Algorithm 2:
+the batch size times the squared gradient of the batch's mean loss, with labels drawn from the model's own prediction.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fillm_kernels.arguments import as_tensor
+from fillm_kernels.dispatch import Backend, register, select, triton_backend
+from fillm_kernels.masked_step import as_factor, check_step, native_step
+from fillm_kernels.selection import Places, Selection, as_selection, chosen_indices
+
+
+def masked_sophia_(
+    param: Tensor | Any,
+    grad: Tensor | Any,
+    state: tuple[Tensor | Any, Tensor | Any],
+    mask: Selection | Tensor | Any,
+    *,
+    estimate: Tensor | Any | None = None,
+    lr: float = 1e-4,
+    betas: tuple[float, float] = (0.96, 0.99),
+    gamma: float = 0.01,
+    eps: float = 1e-12,
+    weight_decay: float = 0.1,
+    clip: Tensor | float = 1.0,
+) -> Tensor:
+    """Take one Sophia step on the masked weights of a parameter, in place.
+
+    Weights outside the mask keep their bits: neither step, nor momentum, nor decay reaches them. Arithmetic is float32
+    (float64 for float64 parameters); bfloat16 and float16 parameters are widened and rounded back to the nearest, ties
+    to even, so that a change under half a unit in the last place is lost.
+
+    Args:
+        param: the parameter, any shape, contiguous, float32 | bfloat16 | float16 | float64; changed.
+        grad: its gradient, same shape, same dtype or float32; any strides (a strided one is copied).
+        state: (exp_avg, hessian), float32 (float64 for float64 parameters), one entry a selected weight in the order
+            of flat indices, as `Selection.new_state` makes them; changed.
+        mask: a `Selection`, bits [ceil(P / 8)] uint8 as `top_mask` gives them, or rows [R] int64. Bits and rows are
+            turned into a selection at every call; make the selection once where steps repeat.
+        estimate: the diagonal Hessian estimate of this step, not negative, shape and dtypes as `grad`, or None on the
+            steps that keep the last one.
+        lr: learning rate, eta of the paper, schedule included.
+        betas: decay rates of gradient and Hessian averages.
+        gamma: scale of the Hessian; the larger, the fewer updates are clipped.
+        eps: least divisor.
+        weight_decay: lambda of the paper, decoupled, of masked weights only.
+        clip: factor of the gradient, not of the estimate; a number or a scalar tensor (which spares a CUDA device a
+            synchronisation).
+
+    Returns:
+        `param`, as a tensor.
+
+    Raises:
+        ShapeError: if sizes do not fit, `param` or state is not contiguous.
+        DtypeError, DeviceError: if dtypes or devices do not go together.
+        BackendError: if `FILLM_BACKEND` asks for a backend that cannot run here.
+    """
+    param, grad = as_tensor(param, "param", written=True), as_tensor(grad, "grad")
+    first, second = (as_tensor(tensor, "state", written=True) for tensor in state)
+    selection = as_selection(mask, param).places()
+    estimate = None if estimate is None else as_tensor(estimate, "estimate").detach()
+    scalars = [1 - lr * weight_decay, betas[0], betas[1], lr, gamma, eps]
+    _op(param.detach(), grad.detach(), first, second, estimate, *selection, as_factor(clip, param), scalars)
+    return param
+
+
+def _reference(
+    param: Tensor,
+    grad: Tensor,
+    first: Tensor,
+    second: Tensor,
+    estimate: Tensor | None,
+    places: Places,
+    clip: Tensor,
+    scalars: Sequence[float],
+) -> None:
+    """The definition in float64, rounded once; the oracle of the tests."""
+    decay, beta1, beta2, step_size, gamma, eps = scalars
+    for place, at in chosen_indices(places):
+        state = slice(place, place + at.shape[0])
+        g = grad.flatten()[at].double() * clip
+        m = beta1 * first.view(-1)[state].double() + (1 - beta1) * g
+        h = second.view(-1)[state].double()
+        if estimate is not None:
+            h = beta2 * h + (1 - beta2) * estimate.flatten()[at].double()
+        update = (m / (gamma * h).clamp(min=eps)).clamp(-1, 1)
+        w = decay * param.view(-1)[at].double() - step_size * update
+        first.view(-1)[state], second.view(-1)[state] = m.to(first.dtype), h.to(second.dtype)
+        param.view(-1)[at] = w.to(param.dtype)
+
+
+def on_torch(
+    param: Tensor,
+    grad: Tensor,
+    first: Tensor,
+    second: Tensor,
+    estimate: Tensor | None,
+    places: Places,
+    clip: Tensor,
+    scalars: Sequence[float],
+) -> None:
+    """Torch's operators on gathered pieces, on any device."""
+    decay, beta1, beta2, step_size, gamma, eps = scalars
+    flat, gradients = param.view(-1), grad.contiguous().view(-1)
+    for place, at in chosen_indices(places):
+        m, h = (tensor.view(-1)[place : place + at.shape[0]] for tensor in (first, second))
+        m.lerp_(gradients[at].to(m.dtype) * clip.to(m.dtype), 1 - beta1)
+        if estimate is not None:
+            h.lerp_(estimate.flatten()[at].to(h.dtype), 1 - beta2)
+        update = (m / (gamma * h).clamp_(min=eps)).clamp_(-1, 1)
+        w = flat[at].to(m.dtype).mul_(decay).sub_(update, alpha=step_size)
+        flat[at] = w.to(flat.dtype)
+
+
+def _cpu(
+    param: Tensor,
+    grad: Tensor,
+    first: Tensor,
+    second: Tensor,
+    estimate: Tensor | None,
+    places: Places,
+    clip: Tensor,
+    scalars: Sequence[float],
+    instruction_set: str = "",
+) -> None:
+    """C++ (csrc/cpu/masked_step.cpp)."""
+    native_step("sophia", param, grad, estimate, (first, second), places, clip, scalars, instruction_set)
+
+
+def _values(grad: Tensor, estimate: Tensor | None) -> tuple[Tensor, ...]:
+    return (grad,) if estimate is None else (grad, estimate)
+
+
+@torch.library.custom_op("fillm_kernels::masked_sophia_", mutates_args=("param", "first", "second"))
+def _op(
+    param: Tensor,
+    grad: Tensor,
+    first: Tensor,
+    second: Tensor,
+    estimate: Tensor | None,
+    bits: Tensor | None,
+    starts: Tensor,
+    rows: Tensor | None,
+    sizes: Sequence[int],
+    clip: Tensor,
+    scalars: Sequence[float],
+) -> None:
+    places = Places(bits, starts, rows, sizes)
+    check_step(param, _values(grad, estimate), (first, second), places)
+    run = select("masked_sophia_", param.device.type)
+    run(param, grad, first, second, estimate, places, clip, scalars)
+
+
+@_op.register_fake
+def _(
+    param: Tensor,
+    grad: Tensor,
+    first: Tensor,
+    second: Tensor,
+    estimate: Tensor | None,
+    bits: Tensor | None,
+    starts: Tensor,
+    rows: Tensor | None,
+    sizes: Sequence[int],
+    clip: Tensor,
+    scalars: Sequence[float],
+) -> None:
+    check_step(param, _values(grad, estimate), (first, second), Places(bits, starts, rows, sizes))
+
+
+register(
+    "masked_sophia_",
+    cpu=Backend(_cpu, devices=("cpu",), needs_extension=True),
+    triton=triton_backend("masked_sophia"),
+    torch=Backend(on_torch),
+    reference=Backend(_reference),
+)

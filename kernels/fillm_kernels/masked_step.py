@@ -1,0 +1,89 @@
+"""What the masked optimiser steps share: their checks, the clip factor, and the call into the extension."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fillm_kernels import native
+from fillm_kernels.arguments import FLOATS, accumulation_dtype
+from fillm_kernels.errors import DeviceError, DtypeError, ShapeError
+from fillm_kernels.selection import Places, check_selection, extension_numbers
+
+RULES = ("adamw", "sophia")  # as Rule in csrc/cpu/masked_step.h
+
+
+def as_factor(clip: Tensor | float, param: Tensor) -> Tensor:
+    """A clip factor as the ops take it: scalar, float64, where the parameter lies."""
+    if isinstance(clip, Tensor):
+        return clip.detach().to(device=param.device, dtype=torch.float64).reshape(())
+    return torch.full((), clip, dtype=torch.float64, device=param.device)
+
+
+def check_step(param: Tensor, values: Sequence[Tensor], state: Sequence[Tensor], places: Places) -> None:
+    """Check the arguments of a masked step; reads no values.
+
+    Args:
+        param: any shape, contiguous.
+        values: gradient and estimate, shape of `param`, its dtype or the one it accumulates in.
+        state: two tensors with one entry a selected weight, contiguous.
+        places: the selection.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError: with what clashes.
+    """
+    wide = accumulation_dtype(param.dtype)
+    if param.dtype not in FLOATS:
+        raise DtypeError(f"param must be float32, float64, bfloat16 or float16; got {param.dtype}")
+    if not param.is_contiguous():
+        raise ShapeError("param must be contiguous: it is changed in place and its mask counts flat indices")
+    for tensor in values:
+        if tensor.shape != param.shape:
+            raise ShapeError(f"grad and estimate must be {list(param.shape)} as param; got {list(tensor.shape)}")
+        if tensor.dtype not in (param.dtype, wide):
+            raise DtypeError(f"grad and estimate must be {param.dtype} or {wide}; got {tensor.dtype}")
+    for tensor in state:
+        if tensor.numel() != places.sizes[2] or not tensor.is_contiguous():
+            raise ShapeError(f"state must be contiguous, one entry for each of {places.sizes[2]} selected weights")
+        if tensor.dtype != wide:
+            raise DtypeError(f"state must be {wide}; got {tensor.dtype}")
+    for tensor in (*values, *state):
+        if tensor.device != param.device:
+            raise DeviceError(f"gradient and state must lie where the parameter does, {param.device}")
+    check_selection(param, places)
+
+
+def native_step(
+    rule: str,
+    param: Tensor,
+    grad: Tensor,
+    estimate: Tensor | None,
+    state: tuple[Tensor, Tensor],
+    places: Places,
+    clip: Tensor,
+    scalars: Sequence[float],
+    instruction_set: str,
+) -> None:
+    """One masked step in C++ (csrc/cpu/masked_step.cpp); scalars are decay, beta1, beta2, step size, scale and eps."""
+    decay, *others = scalars
+    grad = grad.contiguous()
+    estimate = None if estimate is None else estimate.contiguous()
+    native.extension.masked_step(
+        param=param.data_ptr(),
+        dtype=_code(param),
+        grad=grad.data_ptr(),
+        grad_dtype=_code(grad),
+        estimate=0 if estimate is None else estimate.data_ptr(),
+        estimate_dtype=_code(grad if estimate is None else estimate),
+        first=state[0].data_ptr(),
+        second=state[1].data_ptr(),
+        selected=extension_numbers(places),
+        rule=RULES.index(rule),
+        scalars=[decay, float(clip), *others],
+        threads=torch.get_num_threads(),
+        instruction_set=instruction_set,
+    )
+
+
+def _code(tensor: Tensor) -> int:
+    return native.DTYPE_CODES[str(tensor.dtype).removeprefix("torch.")]

@@ -1,0 +1,1 @@
+"""Triton kernels, one file per op; each is imported at the op's first call on it, so that triton stays optional."""
