@@ -198,7 +198,7 @@ def test_rows_longer_than_the_model_has_positions(train):
 
 def test_an_existing_folder_is_only_replaced_on_request(train, tmp_path):
     first = train("out")
-    with pytest.raises(RunFolderError, match="exists already"):
+    with pytest.raises(RunFolderError, match="out exists; give --overwrite"):
         train("out")
     second = train("out", seed=3, overwrite=True)
     assert second.fingerprint != first.fingerprint
@@ -208,7 +208,7 @@ def test_an_existing_folder_is_only_replaced_on_request(train, tmp_path):
 def test_overwrite_never_deletes_what_is_no_run(train, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
-    with pytest.raises(RunFolderError, match="is not a run's folder"):
+    with pytest.raises(RunFolderError, match="is not a run folder"):
         train("out", overwrite=True)
     assert (tmp_path / "out" / "thesis.tex").read_text() == "years of work"
 
@@ -224,7 +224,7 @@ def test_a_run_replays_from_its_record(train, tmp_path, capsys):
     assert "step 9/9" in err
     # A replay repeats the training, not the leave to overwrite that the first run was given.
     assert main(["--config", str(first.folder / "run.yaml")]) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "exists; give --overwrite" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

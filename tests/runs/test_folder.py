@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from fillm.errors import RunFolderError, UsageError
-from fillm.rank.run_folder import RunFolder
+from fillm.runs.folder import RunFolder
 
 STATE = {"sum": torch.arange(5.0), "q": torch.ones(3, dtype=torch.float64), "done": torch.tensor(True)}
 
@@ -162,7 +162,7 @@ def test_two_runs_exclude_each_other(tmp_path):
 def test_a_killed_run_leaves_its_state_and_no_lock(tmp_path):
     code = (
         "import os, signal, sys, torch\n"
-        "from fillm.rank.run_folder import RunFolder\n"
+        "from fillm.runs.folder import RunFolder\n"
         "folder = RunFolder(sys.argv[1], overwrite=False, resume=False)\n"
         "folder.check_identity({'model': 'm'})\n"
         "folder.save_state('retain', 2, {'x': torch.ones(3)}, {'a': 1})\n"
