@@ -3,16 +3,9 @@
 Importing this package loads neither torch nor triton; the names below load what they need when they are first used.
 """
 
-from importlib import import_module
-from typing import Any
+from fillm.lazy import lazy_names
 
 __version__ = "0.1.0"
-
-_ROOMS = {"Ranking": "fillm.rank", "rank_parameters": "fillm.rank", "finetune_model": "fillm.finetune"}
 __all__ = ["Ranking", "__version__", "finetune_model", "rank_parameters"]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _ROOMS:
-        return getattr(import_module(_ROOMS[name]), name)
-    raise AttributeError(f"module 'fillm' has no attribute {name!r}")
+__getattr__ = lazy_names(__name__, {"Ranking": "rank", "rank_parameters": "rank", "finetune_model": "finetune"})

@@ -159,7 +159,7 @@ def run_command(cls: type[Config], main: Callable[[Config], None], argv: Sequenc
             main(config)
         return 0
     except KeyboardInterrupt:
-        error: FillmError = InterruptedRun("interrupted before anything was worth saving")
+        error: FillmError = InterruptedRun("interrupted at once; --resume continues from what was saved before, if any")
     except FillmError as caught:
         error = caught
     if debug:

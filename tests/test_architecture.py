@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # finetune stands before rank: ranking without a model trains the embedded one.
 ROOMS = ("data", "capture", "statistics", "masks", "figures", "finetune", "rank", "unlearn", "evaluate", "report")
-FOR_ALL = ("models", "config", "errors")
+FOR_ALL = ("models", "runs", "config", "errors", "lazy")
 FORBIDDEN_NAMES = {"utils", "util", "common", "core", "helpers", "helper", "misc"}
 SOURCES = ("fillm", "kernels", "csrc", "tests", "benchmarks")
 LONGEST = 400  # lines
@@ -106,7 +106,7 @@ def test_this_checkout_keeps_the_law() -> None:
 
 
 def test_every_room_and_source_is_looked_at() -> None:
-    for name in ("data", "capture", "statistics", "rank", "finetune", "models"):
+    for name in ("data", "capture", "statistics", "rank", "finetune", "models", "runs"):
         assert len(_python_files(ROOT / "fillm" / name)) > 1, name
     assert len(_python_files(ROOT / "kernels" / "fillm_kernels")) > 3
 
@@ -157,6 +157,7 @@ def test_a_lawful_house_passes(house: Path) -> None:
         ("fillm/statistics/named.py", "import importlib\nimportlib.import_module('fillm.rank')\n", "named.py:2"),
         ("fillm/finetune/late.py", "from fillm.rank import RankConfig\n", "finetune imports fillm.rank"),
         ("fillm/models/late.py", "from fillm.data import Row\n", "models is for all rooms and imports none"),
+        ("fillm/runs/late.py", "from fillm.data import Row\n", "runs is for all rooms and imports none"),
         ("fillm/config.py", "from fillm.rank import RankConfig\n", "config is for all rooms and imports none"),
         ("fillm/attic/old.py", "", "attic is no room of the layout"),
         ("fillm/rank/utils.py", "", "utils.py:1: the name says nothing"),

@@ -3,30 +3,17 @@
 The names are resolved when they are first used, so that a command's settings can be read without loading torch.
 """
 
-from importlib import import_module
-from typing import Any
+from fillm.lazy import lazy_names
 
-_HOMES = {
-    "DEFAULT_TEMPLATE": "templates",
-    "DEFAULT_TOKENS_PER_BATCH": "batches",
-    "Batch": "batches",
-    "Row": "rows",
-    "Sample": "samples",
-    "SampleSet": "samples",
-    "collate": "batches",
-    "load_rows": "rows",
-    "plan_batches": "batches",
-    "shared_rows": "samples",
-    "take": "samples",
-    "tokenize_rows": "tokens",
-}
 __all__ = [
     "DEFAULT_TEMPLATE",
     "DEFAULT_TOKENS_PER_BATCH",
     "Batch",
+    "Reading",
     "Row",
     "Sample",
     "SampleSet",
+    "check_fits_model",
     "collate",
     "load_rows",
     "plan_batches",
@@ -35,8 +22,22 @@ __all__ = [
     "tokenize_rows",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(f"fillm.data.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'fillm.data' has no attribute {name!r}")
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "DEFAULT_TEMPLATE": "templates",
+        "DEFAULT_TOKENS_PER_BATCH": "batches",
+        "Batch": "batches",
+        "Reading": "reading",
+        "Row": "rows",
+        "Sample": "samples",
+        "SampleSet": "samples",
+        "check_fits_model": "reading",
+        "collate": "batches",
+        "load_rows": "rows",
+        "plan_batches": "batches",
+        "shared_rows": "samples",
+        "take": "samples",
+        "tokenize_rows": "tokens",
+    },
+)

@@ -109,7 +109,7 @@ def _int64_bytes(values: Sequence[int]) -> bytes:
 _BIG_ENDIAN = array("q", [1]).tobytes()[0] == 0
 
 
-def take(sample_set: SampleSet, count: int | None, seed: int) -> SampleSet:
+def take(sample_set: SampleSet, count: int | None, seed: int, option: str = "count") -> SampleSet:
     """A seeded random subset of `count` samples, in their original order.
 
     With the same seed a smaller subset is part of a larger one, so that a study over `count` adds samples rather
@@ -119,6 +119,7 @@ def take(sample_set: SampleSet, count: int | None, seed: int) -> SampleSet:
         sample_set: the samples to choose from.
         count: how many; None keeps all.
         seed: of the draw.
+        option: the flag that `count` came from, for the message.
 
     Raises:
         UsageError: if `count` is below 1 or above the number of samples.
@@ -126,7 +127,8 @@ def take(sample_set: SampleSet, count: int | None, seed: int) -> SampleSet:
     if count is None:
         return sample_set
     if not 1 <= count <= len(sample_set):
-        raise UsageError(f"{sample_set.source}: {count} samples asked for; choose between 1 and {len(sample_set)}")
+        available = f"{sample_set.source} has {len(sample_set)} samples"
+        raise UsageError(f"{option} {count}: {available}; give 1 to {len(sample_set)}, or leave it out for all")
     draw = random.Random(seed)
     keys = [draw.random() for _ in range(len(sample_set))]
     chosen = sorted(range(len(sample_set)), key=keys.__getitem__)[:count]

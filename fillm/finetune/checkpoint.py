@@ -1,22 +1,20 @@
-"""A checkpoint: one safetensors file that is either whole or not there.
+"""A training's state in its run folder: the trained parameters, both AdamW moments, the log, nothing that could run.
 
-It holds the trained parameters, both AdamW moments, the log, and nothing that could run code. Sample order, learning
-rate and dropout are functions of the seed and the step, so the number of the step is all the rest of the state.
+Sample order, learning rate and dropout are functions of the seed and the step, so the number of the step is all the
+rest of the state.
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fillm.errors import RunFolderError
+from fillm.finetune.log import LOG_COLUMNS
+from fillm.runs import RunFolder
 
-LOG_COLUMNS = ("step", "epoch", "samples", "tokens", "loss", "lr", "gradient_norm", "eval_loss", "seconds")
+_STAGE = "training"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -36,58 +34,50 @@ class Progressed:
 
 
 def save_checkpoint(
-    path: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, progressed: Progressed
+    folder: RunFolder, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, progressed: Progressed
 ) -> None:
-    """Writes beside `path` and renames, so that a checkpoint once written is only ever replaced by a whole one.
+    """Saves the state; the one before is only ever replaced by a whole one.
 
     Args:
-        path: the file.
+        folder: of the run.
         parameters: the parameters that are trained, by name.
         optimizer: an AdamW over them that has taken a step.
         progressed: how far it has come.
 
     Raises:
-        RunFolderError: the disk is full or the file cannot be written; the last checkpoint stays.
+        RunFolderError: the disk is full or cannot be written; the last state stays.
     """
     tensors = {f"parameter/{name}": value.detach() for name, value in parameters.items()}
     for name, value in parameters.items():
         tensors |= {f"{moment}/{name}": optimizer.state[value][moment] for moment in _MOMENTS}
     tensors["log"] = torch.tensor(progressed.log, dtype=torch.float64).reshape(-1, len(LOG_COLUMNS))
-    tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
-    numbers = {"step": str(progressed.step), "micro_batch": str(progressed.micro_batch)}
-    unfinished = path.with_name(path.name + ".tmp")
-    try:
-        save_file(tensors, unfinished, metadata=numbers)
-        with open(unfinished, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(unfinished, path)
-    except (OSError, SafetensorError) as error:
-        unfinished.unlink(missing_ok=True)
-        raise RunFolderError(
-            f"{path}: cannot be written ({error}); free some disk, then continue with --resume"
-        ) from None
+    folder.save_state(_STAGE, progressed.step, tensors, {"micro_batch": progressed.micro_batch})
 
 
-def load_checkpoint(path: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> Progressed:
-    """Puts a checkpoint's values into `parameters` and `optimizer`.
+def load_checkpoint(
+    folder: RunFolder, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+) -> Progressed | None:
+    """Puts the saved state into `parameters` and `optimizer`; None if there is none.
 
     Raises:
         RunFolderError: damaged, or of another model.
     """
-    try:
-        with safe_open(str(path), framework="pt") as stored:
-            numbers, names = stored.metadata(), set(stored.keys())
-            wanted = {"log"} | {f"{part}/{name}" for name in parameters for part in ("parameter", *_MOMENTS)}
-            if names != wanted:
-                raise RunFolderError(f"{path}: made from another model (differs in {min(names ^ wanted)}); --overwrite")
-            step = int(numbers["step"])
-            for name, value in parameters.items():
-                with torch.no_grad():
-                    value.copy_(stored.get_tensor(f"parameter/{name}"))
-                moments = {part: stored.get_tensor(f"{part}/{name}").to(value.device) for part in _MOMENTS}
-                count = torch.tensor(float(step), dtype=torch.float32, device=value.device)
-                optimizer.state[value] = {"step": count, **moments}
-            log = stored.get_tensor("log").tolist()
-    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        raise RunFolderError(f"{path}: damaged checkpoint ({error}); start anew with --overwrite") from None
-    return Progressed(step=step, micro_batch=int(numbers["micro_batch"]), log=log)
+    saved = folder.load_state()
+    if saved is None:
+        return None
+    _, step, tensors, meta = saved
+    shapes = {"log": (step, len(LOG_COLUMNS))}
+    shapes |= {f"{part}/{name}": tuple(p.shape) for name, p in parameters.items() for part in ("parameter", *_MOMENTS)}
+    found = {name: tuple(value.shape) for name, value in tensors.items()}
+    if found != shapes:
+        differs = min(name for name in found.keys() | shapes.keys() if found.get(name) != shapes.get(name))
+        raise RunFolderError(
+            f"{folder.partial}: made from another model (differs in {differs}); start anew with --overwrite"
+        )
+    for name, value in parameters.items():
+        with torch.no_grad():
+            value.copy_(tensors[f"parameter/{name}"])
+        moments = {part: tensors[f"{part}/{name}"].to(value.device) for part in _MOMENTS}
+        count = torch.tensor(float(step), dtype=torch.float32, device=value.device)
+        optimizer.state[value] = {"step": count, **moments}
+    return Progressed(step=step, micro_batch=meta["micro_batch"], log=tensors["log"].tolist())

@@ -16,7 +16,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,9 +24,11 @@ from torch import Tensor, nn
 
 from fillm.data import SampleSet, collate
 from fillm.errors import InterruptedRun, NumericsError, OutOfMemoryError
-from fillm.finetune.checkpoint import LOG_COLUMNS, Progressed, load_checkpoint, save_checkpoint
+from fillm.finetune.checkpoint import Progressed, load_checkpoint, save_checkpoint
+from fillm.finetune.log import LOG_COLUMNS
 from fillm.finetune.progress import TrainingProgress
 from fillm.finetune.schedule import epoch_batches, rate_factor
+from fillm.runs import RunFolder
 
 _BETAS = (0.9, 0.95)
 _LOSS, _SAMPLES, _SECONDS = (LOG_COLUMNS.index(name) for name in ("loss", "samples", "seconds"))
@@ -96,7 +97,7 @@ class Training:
         model: its parameters that require grad are trained, in place; they should be float32.
         samples: what it learns.
         plan: what is done.
-        checkpoint: where the state is kept; a checkpoint that is there is continued.
+        folder: where the state is kept; a state that is there is continued.
         device: where the model is.
         eval_samples: their loss is measured after every epoch.
     """
@@ -106,12 +107,12 @@ class Training:
         model: nn.Module,
         samples: SampleSet,
         plan: Plan,
-        checkpoint: Path,
+        folder: RunFolder,
         device: torch.device,
         eval_samples: SampleSet | None = None,
     ) -> None:
         self.model, self.samples, self.plan, self.device = model, samples, plan, device
-        self._eval_samples, self._checkpoint = eval_samples, checkpoint
+        self._eval_samples, self._folder = eval_samples, folder
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         trained = list(self._parameters.values())
         groups: list[dict[str, Any]] = [
@@ -119,16 +120,15 @@ class Training:
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
         self._optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=plan.lr, betas=_BETAS, fused=True)
-        self.progressed = Progressed(step=0, micro_batch=plan.batch_size)
-        if checkpoint.exists():
-            self.progressed = load_checkpoint(checkpoint, self._parameters, self._optimizer)
+        loaded = load_checkpoint(folder, self._parameters, self._optimizer)
+        self.progressed = loaded or Progressed(step=0, micro_batch=plan.batch_size)
         self.steps_per_epoch = math.ceil(len(samples) / plan.samples_per_step)
 
-    def run(self, interrupted: Callable[[], bool], show: bool = True) -> None:
+    def run(self, interrupted: Callable[[], str | None], show: bool = True) -> None:
         """Trains to the end of the plan or the target loss.
 
         Args:
-            interrupted: asked after every step; once it says yes the state is saved and the run stops.
+            interrupted: asked after every step; once it names a signal the state is saved and the run stops.
             show: whether progress is shown on stderr.
 
         Raises:
@@ -159,11 +159,11 @@ class Training:
                 progress.advance(state.step, epoch + 1, count, loss)
                 stop = interrupted()
                 if stop or self.finished or time.monotonic() - saved_at >= plan.checkpoint_every:
-                    save_checkpoint(self._checkpoint, self._parameters, self._optimizer, state)
+                    save_checkpoint(self._folder, self._parameters, self._optimizer, state)
                     saved_at, saved_step = time.monotonic(), state.step
                 if stop and not self.finished:
                     raise InterruptedRun(
-                        f"stopped after step {saved_step} of {plan.steps}, saved; continue with --resume"
+                        f"stopped by {stop} after step {saved_step} of {plan.steps}, saved; continue with --resume"
                     )
         self.model.eval()
 

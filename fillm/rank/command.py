@@ -1,22 +1,20 @@
 """The ranking from start to end: data, model, passes, run folder."""
 
 import dataclasses
-import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import fillm_kernels
 import pyarrow as pa
 import torch
-import transformers
 from torch import nn
 
-import fillm
 from fillm.capture import Capture, verify
-from fillm.config import flag_name, from_mapping
-from fillm.data import SampleSet, load_rows, shared_rows, take, tokenize_rows
+from fillm.config import from_mapping
+from fillm.data import Reading, Row, SampleSet, check_fits_model, shared_rows, take
+from fillm.data.reading import DataLike, skipped_lines
 from fillm.errors import DataError, UsageError
 from fillm.models import catalogue, load_model, load_tokenizer, model_fingerprint, select_tensors
 from fillm.rank.config import FORGET_ALONE, WITHOUT_GRADIENTS, RankConfig, check
@@ -28,23 +26,22 @@ from fillm.rank.plan import plan_run
 from fillm.rank.precision import warn_of_noise
 from fillm.rank.ranking import Ranking
 from fillm.rank.ranking_files import write_files
-from fillm.rank.run_folder import RunFolder
+from fillm.runs import RunFolder, run_identity, run_record
 
-Rows = str | Sequence[Mapping[str, Any]] | Any  # a spec, a datasets.Dataset, or any sequence of rows
 # Settings of the command that a function with a model in hand has no use for.
 _COMMAND_ONLY = {
     "adapter", "dtype", "device", "trust_remote_code", "gradient_checkpointing", "out", "resume", "overwrite",
     "dry_run", "checkpoint_seconds", "debug",
 }  # fmt: skip
 # Settings that say where and how a run goes on, not what it computes.
-_WHEREABOUTS = ("out", "resume", "overwrite", "dry_run", "debug", "checkpoint_seconds", "data_root")
+_FREE_ON_RESUME = ("out", "resume", "overwrite", "dry_run", "debug", "checkpoint_seconds", "data_root")
 
 
 def rank_parameters(
     model: nn.Module,
     tokenizer: Any,
-    forget: Rows,
-    retain: Rows = None,
+    forget: DataLike,
+    retain: DataLike = None,
     method: str = "soir",
     *,
     base_model: nn.Module | None = None,
@@ -57,7 +54,7 @@ def rank_parameters(
         model: a causal language model; returned as it came (mode, `requires_grad`, weights).
         tokenizer: of the model; None if the rows carry `input_ids` and `labels`.
         forget: a data spec, a `datasets.Dataset` or any sequence of rows.
-        retain: the same; not needed by `saliency`, `parameter-shift`, `random` and `none`.
+        retain: the same; not needed by `saliency`, `gradient`, `parameter-shift`, `random` and `none`.
         method: as `--method`.
         base_model: the model before fine-tuning, for `parameter-shift`.
         progress: show progress bars and the warnings on stderr.
@@ -76,7 +73,9 @@ def rank_parameters(
     config = from_mapping(RankConfig, {"method": method, **settings}, where="rank_parameters")
     check(dataclasses.replace(config, base_model=config.base_model or ("given" if base_model is not None else None)))
     console = Console() if progress else Console.silent()
-    sets = _samples(config, tokenizer, model, forget, retain, console)
+    # A spec given here is what the set is called.
+    named = {w: data for w, data in (("forget", forget), ("retain", retain)) if isinstance(data, str)}
+    sets = _samples(dataclasses.replace(config, **named), tokenizer, _read(config, forget, retain, console), console)
     return _rank(config, model, base_model, sets, console, None)
 
 
@@ -85,20 +84,18 @@ def run(config: RankConfig) -> None:
     check(config)
     console = Console()
     config = _with_default_data(config)
-    forget = _rows(config.forget, "forget", config)
-    retain = _rows(config.retain, "retain", config)
+    rows = _read(config, config.forget, config.retain, console)
     config = _with_default_model(config, console)
     tokenizer = None
-    if any("input_ids" not in row.fields for row in [*(forget or []), *(retain or [])]):
+    if any("input_ids" not in row.fields for some in rows.values() for row in some):
         tokenizer = load_tokenizer(config.tokenizer or config.model, trust_remote_code=config.trust_remote_code)
     if config.dry_run:
-        plan_run(config, _samples(config, tokenizer, None, forget, retain, console), console)
+        plan_run(config, _samples(config, tokenizer, rows, console), console)
         return
     folder = RunFolder(config.out, overwrite=config.overwrite, resume=config.resume, notice=console.note)
     with folder:
-        sets = _samples(config, tokenizer, None, forget, retain, console)
+        sets = _samples(config, tokenizer, rows, console)
         model = _load(config, config.model, config.adapter)
-        _check_vocabulary(sets, model)
         base = _load(config, config.base_model, None) if config.base_model else None
         ranking = _rank(config, model, base, sets, console, folder)
         folder.finish(lambda path: write_files(ranking, path))
@@ -139,62 +136,26 @@ def _needs(config: RankConfig, which: str) -> bool:
     return method not in WITHOUT_GRADIENTS and not (which == "retain" and method in FORGET_ALONE)
 
 
-def _rows(spec: Any, which: str, config: RankConfig) -> Any:
-    """The rows of a spec, read and checked before any model is loaded; None where the method needs none."""
-    if not _needs(config, which):
-        return None
-    if spec is None:
-        raise UsageError(f"--{which} is needed: a data spec such as rows.jsonl or tofu:forget05")
-    return load_rows(spec, data_root=config.data_root, skip_bad_rows=config.skip_bad_rows)
+def _read(config: RankConfig, forget: DataLike, retain: DataLike, console: Console) -> dict[str, list[Row]]:
+    """The rows that the method needs, read and checked before any model is loaded."""
+    reading = Reading(config, console.warn)
+    given = {"forget": forget, "retain": retain}
+    return {which: reading.rows(data, f"--{which}") for which, data in given.items() if _needs(config, which)}
 
 
 def _samples(
-    config: RankConfig, tokenizer: Any, model: nn.Module | None, forget: Any, retain: Any, console: Console
+    config: RankConfig, tokenizer: Any, rows: Mapping[str, list[Row]], console: Console
 ) -> dict[str, SampleSet]:
-    sets: dict[str, SampleSet] = {}
-    for which, given in (("forget", forget), ("retain", retain)):
-        rows = (
-            given if isinstance(given, list) and given and hasattr(given[0], "fields") else _rows(given, which, config)
-        )
-        if rows is None:
-            continue
-        source = given if isinstance(given, str) else getattr(config, which) or which
-        found = tokenize_rows(
-            rows,
-            tokenizer,
-            template=config.template,
-            max_length=config.max_length,
-            skip_bad_rows=config.skip_bad_rows,
-            source=source,
-        )
-        for where, why in found.skipped[:10]:
-            console.warn(f"skipped {where}: {why}")
-        if found.skipped:
-            console.warn(f"--{which}: {len(found.skipped)} of {len(rows)} rows skipped")
-        sets[which] = take(found, getattr(config, f"num_{which}"), config.seed)
+    reading, sets = Reading(config, console.warn), {}
+    for which, some in rows.items():
+        found = reading.samples(some, tokenizer, f"--{which}", source=getattr(config, which) or which)
+        sets[which] = take(found, getattr(config, f"num_{which}"), config.seed, option=f"--num-{which}")
     if len(sets) == 2 and (shared := shared_rows(sets["forget"], sets["retain"])):
-        count = shared if isinstance(shared, int) else len(shared)
-        line = f"forget and retain share {count} rows"
+        line = f"forget and retain share {len(shared)} rows"
         if config.strict:
             raise DataError(f"{line}; take them out of one, or leave out --strict")
         console.warn(line)
-    if model is not None:
-        _check_vocabulary(sets, model)
     return sets
-
-
-def _check_vocabulary(sets: dict[str, SampleSet], model: nn.Module) -> None:
-    if not hasattr(model, "get_input_embeddings"):
-        return  # a model of another make looks its tokens up as it likes
-    size = model.get_input_embeddings().weight.shape[0]
-    for which, samples in sets.items():
-        for sample in samples:
-            largest = int(max(sample.input_ids))
-            if largest >= size:
-                raise DataError(
-                    f"--{which}: sample {sample.id} has token id {largest}, the model's vocabulary ends at {size - 1}: "
-                    f"give the model's own --tokenizer"
-                )
 
 
 @memory_explained()
@@ -207,10 +168,14 @@ def _rank(
     folder: RunFolder | None,
 ) -> Ranking:
     begun = time.monotonic()
+    for which, samples in sets.items():
+        check_fits_model(samples, model, f"--{which}")
     scope = select_tensors(catalogue(model), config.include, config.exclude)
-    fingerprints = _fingerprints(model, sets)
+    fingerprints = {"model": model_fingerprint(model), **{which: s.fingerprint for which, s in sets.items()}}
     if folder is not None:
-        folder.check_identity({**fingerprints, **_identity(config)})
+        # The order of a sum depends on the number of threads, and with it the last bits.
+        threads = {"threads": str(torch.get_num_threads())}
+        folder.check_identity({**run_identity(config, fingerprints, _FREE_ON_RESUME), **threads})
     capture = Capture(model, [info.name for info in scope], config.loss_reduction)
     passes = Passes(console, config.layout, config.tokens_per_batch, folder, config.checkpoint_seconds)
     checks: dict[str, Any] = {}
@@ -221,14 +186,14 @@ def _rank(
     with passes.stopping():
         scores = rank(job)
     _add_notes(scores, capture)
-    record = {
-        **_environment(capture),
-        **fingerprints,
+    record = run_record(config, fingerprints, skipped_lines(sets.values()), capture.device)
+    settings = record.pop("settings")
+    record |= {
+        "backends": {op: b["used"].get(capture.device.type, "torch") for op, b in fillm_kernels.backends().items()},
         "checks": checks,
         "passes": passes.record,
         "visited_again": scores.visited_again,
         "fallback": dict(capture.fallback),
-        "skipped_rows": {which: len(s.skipped) for which, s in sets.items()},
         "seconds": round(time.monotonic() - begun, 3),
     }
     if scores.visited_again:
@@ -241,8 +206,7 @@ def _rank(
         objective=config.objective,
         updates=scores.update or None,
         samples=_sample_table(sets, passes),
-        # What was said about the folder that lay there is no part of what a replay repeats.
-        settings=dataclasses.asdict(dataclasses.replace(config, resume=False, overwrite=False, debug=False)),
+        settings=settings,
         record=record,
     )
 
@@ -256,35 +220,6 @@ def _checks(capture: Capture, sets: dict[str, SampleSet], config: RankConfig, co
     return {
         "largest_difference_to_autograd": max(found.error.values(), default=0.0),
         "low_precision_difference": difference,
-    }
-
-
-def _fingerprints(model: nn.Module, sets: dict[str, SampleSet]) -> dict[str, str]:
-    data = {f"{which}_fingerprint": samples.fingerprint for which, samples in sets.items()}
-    return {"model_fingerprint": model_fingerprint(model), **data}
-
-
-def _identity(config: RankConfig) -> dict[str, str]:
-    """What a resumed run must share with the interrupted one, beside model and data."""
-    settings = dataclasses.asdict(config)
-    named = {flag_name(name): str(value) for name, value in settings.items() if name not in _WHEREABOUTS}
-    # The order of a sum depends on the number of threads, and with it the last bits.
-    return {**named, "threads": str(torch.get_num_threads())}
-
-
-def _environment(capture: Capture) -> dict[str, Any]:
-    device = capture.device
-    return {
-        "versions": {
-            "fillm": fillm.__version__,
-            "torch": str(torch.__version__),
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"cpu, {torch.get_num_threads()} threads",
-        "backends": {op: found["used"].get(device.type, "torch") for op, found in fillm_kernels.backends().items()},
     }
 
 

@@ -114,6 +114,18 @@ class RankConfig:
         )
 
 
+def _why_no_score(config: RankConfig) -> str | None:
+    """Why nothing is scored by the size of a vector, None if something is."""
+    method = config.canonical_method
+    if method not in (*WITH_UPDATE, "parameter-shift"):
+        return f"--method {method} has a score of its own"
+    if config.granularity == "element":
+        return "at --granularity element a score is the size of one weight's step"
+    if config.objective != "forget":
+        return f"--objective {config.objective} scores what a step changes, not its size"
+    return None
+
+
 def check(config: RankConfig) -> None:
     """Refuses what cannot be honoured.
 
@@ -137,6 +149,8 @@ def check(config: RankConfig) -> None:
         )
     if config.save_update and method not in WITH_UPDATE:
         raise UsageError(f"--save-update needs a method with an update u (soir, soir-sum), not {method}")
+    if config.score is not None and (unused := _why_no_score(config)):
+        raise UsageError(f"--score {config.score} has no effect: {unused}; leave it out")
     if method == "parameter-shift" and not config.base_model:
         raise UsageError("--method parameter-shift needs --base-model, the model before fine-tuning")
     if method in ("random", "none", "memflex") and config.granularity != "tensor":

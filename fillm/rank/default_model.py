@@ -46,5 +46,6 @@ def default_model(console: Console) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)  # a second process waits for the first one's model
         if not path.exists():
             console.note(f"making the embedded default model, once: {path}")
-            finetune_model(DEFAULT_DATA, out=str(path), resume=True, **RECIPE)
+            begun = path.with_name(f"{path.name}.partial").exists()
+            finetune_model(DEFAULT_DATA, out=str(path), resume=begun, **RECIPE)
     return path

@@ -1,14 +1,10 @@
 """One pass over a data set: batches, progress, checkpoints, memory that runs out, numbers that are not finite."""
 
-import os
 import resource
-import signal
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +14,7 @@ from fillm.capture import Capture, PerSampleGradients
 from fillm.data import SampleSet, collate, plan_batches
 from fillm.errors import InterruptedRun, NumericsError, OutOfMemoryError
 from fillm.rank.console import Console
-from fillm.rank.run_folder import RunFolder
+from fillm.runs import RunFolder, signals_noted
 
 
 class Statistic(Protocol):
@@ -59,7 +55,7 @@ class Passes:
     shuffle_seed: int | None = None
     record: list[dict[str, Any]] = field(default_factory=list)
     losses: dict[str, Tensor] = field(default_factory=dict)
-    _stopped: int = 0
+    _interrupted: Callable[[], str | None] = lambda: None
     _limit: int | None = None  # samples a batch, once memory has run out
 
     def run(
@@ -106,13 +102,13 @@ class Passes:
                 bar.advance(len(batch), sum(lengths[i] for i in members), loss=float(losses[batch].mean()))
                 now = time.monotonic()
                 due = now - last_save >= self.checkpoint_seconds and cursor < len(plan)
-                if saves and (due or self._stopped):
+                stopped = self._interrupted()
+                if saves and (due or stopped):
                     state = {"losses": losses, **statistic.state()}
                     self.folder.save_state(stage, cursor, state, {"seconds": before + now - begun})
                     last_save = now
-                if self._stopped:
-                    name = signal.Signals(self._stopped).name
-                    raise InterruptedRun(f"stopped by {name} in the {label}; continue with --resume")
+                if stopped:
+                    raise InterruptedRun(f"stopped by {stopped} in the {label}; continue with --resume")
         seconds = round(before + time.monotonic() - begun, 3)
         measured = {"seconds": seconds, "peak_memory_bytes": peak_memory(capture.device)}
         if saves and seconds >= self.checkpoint_seconds:
@@ -172,22 +168,15 @@ class Passes:
 
     @contextmanager
     def stopping(self) -> Iterator[None]:
-        """SIGINT and SIGTERM end the run after the batch in hand, with its state saved; a second one at once."""
-        if threading.current_thread() is not threading.main_thread():
+        """SIGINT and SIGTERM end the run after the batch in hand, with its state saved; a second one at once.
+
+        Without a folder there is nothing to save and nothing to resume: they act as they do in any program.
+        """
+        if self.folder is None:
             yield
             return
-
-        def handle(number: int, frame: FrameType | None) -> None:
-            if self._stopped:
-                os._exit(3)
-            self._stopped = number
-
-        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
+        with signals_noted() as self._interrupted:
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def _split(batch: list[int], size: int) -> list[list[int]]:

@@ -12,7 +12,7 @@ from fillm_kernels.ghost_norm import BLOCK_ENTRIES
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fillm.data import SampleSet
+from fillm.data import SampleSet, check_fits_model
 from fillm.errors import ModelError
 from fillm.models import DTYPES, TensorInfo, catalogue, quiet_transformers, resolve_device, select_tensors
 from fillm.rank.activations import saved_activation_bytes
@@ -172,11 +172,14 @@ def plan_run(config: RankConfig, sets: Mapping[str, SampleSet], console: Console
         The plan.
 
     Raises:
+        DataError: if the samples do not fit the model.
         ModelError: if the model's or the adapter's configuration cannot be read.
         UsageError: if nothing is in scope or the device is not there.
     """
     device = resolve_device(config.device)
     model = _meta_model(config)
+    for which, samples in sets.items():
+        check_fits_model(samples, model, f"--{which}")
     scope = select_tensors(catalogue(model), config.include, config.exclude)
     program = _resident_bytes() if device.type == "cpu" else 0
     rate = measured_rate(device) if rate is None else rate

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fillm.errors import NumericsError, RunFolderError, UsageError
 from fillm.rank.ranking_files import LazyTensors, check_files, read_record, read_table, write_files
-from fillm.rank.run_folder import RunFolder
+from fillm.runs import RunFolder
 
 _INDEXED = ("row", "head")  # granularities at which one tensor has several rows
 _STRINGS, _INTEGERS = ("name", "kind", "note"), ("rank", "index", "layer", "numel")
@@ -158,7 +158,7 @@ class Ranking:
         """
         with RunFolder(dir, overwrite=overwrite, resume=False) as folder:
             folder.finish(lambda path: write_files(self, path))
-        return Path(dir)
+        return Path(dir).expanduser()
 
     @classmethod
     def load(cls, dir: str | os.PathLike[str]) -> "Ranking":
@@ -167,7 +167,7 @@ class Ranking:
         Raises:
             RunFolderError: saying which file is missing, damaged or not of a ranking, and how.
         """
-        folder = Path(dir)
+        folder = Path(dir).expanduser()
         record = read_record(folder)
         files, described = record.pop("files"), record.pop("ranking")
         check_files(folder, files)

@@ -12,11 +12,10 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fillm.config import to_yaml
 from fillm.errors import RunFolderError
 from fillm.figures import score_heatmap
-from fillm.rank.run_folder import RUN_RECORD
-from fillm.rank.state_files import check_file, file_sha256, save_tensors
+from fillm.runs import RUN_RECORD, write_record
+from fillm.runs.state_files import check_file, file_sha256, save_tensors
 
 if TYPE_CHECKING:
     from fillm.rank.ranking import Ranking
@@ -93,7 +92,7 @@ def write_files(ranking: "Ranking", folder: Path) -> None:
             path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in sorted(folder.iterdir())
         },
     }
-    (folder / RUN_RECORD).write_text(to_yaml(described), encoding="utf-8")
+    write_record(folder, described)
 
 
 def write_table(table: pa.Table, path: Path) -> None:

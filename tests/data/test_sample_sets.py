@@ -62,8 +62,8 @@ def test_take_depends_on_the_seed_and_says_what_is_too_many() -> None:
     assert take(samples, 30, 3).fingerprint == samples.fingerprint
     assert len({take(samples, 10, seed).fingerprint for seed in range(20)}) == 20
     for count in (0, -1, 31):
-        with pytest.raises(UsageError, match=f"set: {count} samples asked for; choose between 1 and 30"):
-            take(samples, count, 0)
+        with pytest.raises(UsageError, match=f"^--num-retain {count}: set has 30 samples; give 1 to 30"):
+            take(samples, count, 0, option="--num-retain")
 
 
 def test_shared_rows_are_those_with_equal_tokens_and_labels() -> None:

@@ -9,17 +9,24 @@ import sys
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
 
-import fillm.finetune.folder as run_folder
 from fillm.errors import InterruptedRun, RunFolderError
-from fillm.finetune import checkpoint, training
+from fillm.finetune import run, training
 from fillm.finetune.__main__ import main
+from fillm.runs import RunFolder, state_files
+from fillm.runs.folder import os as folder_os
 
 
 class Killed(BaseException):
     """Stands for SIGKILL: nothing in the code under test catches it."""
+
+
+def _gone(folder):
+    """What the kernel does for a folder whose process is killed: its lock goes, every file stays."""
+    if folder._lock is not None:
+        os.close(folder._lock)
+        folder._lock = None
 
 
 def _bytes(result):
@@ -27,8 +34,9 @@ def _bytes(result):
 
 
 def _die_at_call(monkeypatch, where, name, call, after=False):
-    """Makes the `call`-th call of `where.name` die, before or after doing its work."""
+    """Makes the `call`-th call of `where.name` die, before or after doing its work, with nothing tidied up."""
     real, calls = getattr(where, name), []
+    monkeypatch.setattr(RunFolder, "close", _gone)
 
     def dying(*args, **kwargs):
         calls.append(name)
@@ -42,18 +50,21 @@ def _die_at_call(monkeypatch, where, name, call, after=False):
     monkeypatch.setattr(where, name, dying)
 
 
-# Moments: in the middle of a step; a checkpoint written but not yet in its place; in its place; the first of all; the
-# model saved or half saved; all files there but the name; the old folder moved away and the new one not yet there.
+# Moments: in the middle of a step; a checkpoint written but not yet in its place; its tensors in their place but not
+# named yet; in its place; the first of all; the model saved or half saved; all files there but the name; the new folder
+# in its place and the old one, with the states, still to be deleted.
 MOMENTS = [
     (training, "sample_losses", 6, False),
-    (checkpoint, "save_file", 4, True),
+    (state_files, "save_file", 4, True),
+    (RunFolder, "save_state", 2, False),
+    (state_files, "write_json", 4, False),
     (training, "save_checkpoint", 3, True),
     (training, "save_checkpoint", 1, False),
     (torch.optim.AdamW, "step", 5, True),
-    (run_folder.RunFolder, "write_log", 1, False),
-    (run_folder.RunFolder, "publish", 1, False),
-    (run_folder.os, "rename", 2, False),
-    (run_folder.shutil, "rmtree", 1, False),
+    (run, "write_log", 1, False),
+    (run, "write_record", 1, True),
+    (RunFolder, "_put_in_place", 1, False),
+    (RunFolder, "_put_in_place", 1, True),
 ]
 
 
@@ -69,11 +80,13 @@ def test_killed_then_resumed(where, name, call, after, lora, train, monkeypatch,
         _die_at_call(patch, where, name, call, after)
         with pytest.raises(Killed):
             train("out", overwrite=True, **settings)
-    if name == "rmtree":  # only the old folder was still to be deleted
+    if name == "_put_in_place" and after:  # only what is no longer needed was still to be deleted
         assert _bytes_at(tmp_path / "out") == _bytes(whole)
+        with pytest.raises(RunFolderError, match="finished: there is nothing to resume"):
+            train("out", resume=True, **settings)
         return
-    assert name == "rename" or _bytes_at(tmp_path / "out") == _bytes_at(tmp_path / "old")
-    with pytest.raises(RunFolderError, match=r"exists already|an interrupted run"):
+    assert _bytes_at(tmp_path / "out") == _bytes_at(tmp_path / "old")
+    with pytest.raises(RunFolderError, match="out exists; give --overwrite"):
         train("out", **settings)
     resumed = train("out", resume=True, **settings)
     assert _bytes(resumed) == _bytes(whole)
@@ -85,20 +98,42 @@ def _bytes_at(folder):
     return (folder / "model.safetensors").read_bytes()
 
 
+def test_killed_between_the_two_renames_of_a_replacement(train, monkeypatch, tmp_path):
+    whole, old = train("whole"), train("out", seed=5)
+    before, real = _bytes(old), folder_os.replace
+
+    def dying(source, target):
+        if Path(source).name == "final":
+            raise Killed
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder_os, "replace", dying)
+        patch.setattr(RunFolder, "close", _gone)
+        with pytest.raises(Killed):
+            train("out", overwrite=True)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(RunFolderError, match="unfinished run; give --resume to continue it or --overwrite to discard"):
+        train("out")
+    assert _bytes_at(tmp_path / "out") == before
+    assert _bytes(train("out", resume=True)) == _bytes(whole)
+    assert not (tmp_path / "out.partial").exists()
+
+
 def test_sigkill_of_the_real_process(train, data, architecture, tmp_path):
     whole = train("whole", checkpoint_every=0.0)
     code = f"""
 import os, signal, sys
 import torch
 torch.set_num_threads({torch.get_num_threads()})
-import fillm.finetune.checkpoint as checkpoint
+import fillm.runs.state_files as state_files
 real, calls = os.replace, []
 def replace(source, target):
     calls.append(target)
-    if str(target).endswith("checkpoint.safetensors") and len(calls) > 5:
+    if str(target).endswith("state.json") and len(calls) > 7:
         os.kill(os.getpid(), signal.SIGKILL)
     real(source, target)
-checkpoint.os.replace = replace
+state_files.os.replace = replace
 from fillm.finetune.__main__ import main
 main(sys.argv[1:])
 """
@@ -131,9 +166,11 @@ def test_a_signal_saves_and_exits_3(number, train, data, architecture, tmp_path,
         assert main(argv) == 3
     assert signal.getsignal(number) is handler
     err = capsys.readouterr().err
-    assert err.splitlines()[-1] == ("fillm finetune: stopped after step 5 of 9, saved; continue with --resume")
+    assert err.splitlines()[-1] == (
+        f"fillm finetune: stopped by {signal.Signals(number).name} after step 5 of 9, saved; continue with --resume"
+    )
     assert main([*argv]) == 2
-    assert "--resume continues it" in capsys.readouterr().err
+    assert "give --resume to continue it" in capsys.readouterr().err
     assert main([*argv, "--resume"]) == 0
     assert "continued at step 5" in capsys.readouterr().err
     assert _bytes_at(tmp_path / "out") == _bytes(whole)
@@ -141,7 +178,7 @@ def test_a_signal_saves_and_exits_3(number, train, data, architecture, tmp_path,
 
 def test_interrupted_after_an_epoch_below_the_target(train, monkeypatch):
     with monkeypatch.context() as patch:
-        _die_at_call(patch, run_folder.RunFolder, "write_log", 1)
+        _die_at_call(patch, run, "write_log", 1)
         with pytest.raises(Killed):
             train("out", target_loss=100.0)
     resumed = train("out", target_loss=100.0, resume=True)
@@ -161,7 +198,7 @@ def _interrupt(train, monkeypatch, **settings):
 
 def test_other_settings_are_refused_by_name(train, monkeypatch):
     _interrupt(train, monkeypatch)
-    with pytest.raises(RunFolderError, match="begun with --lr 0.01, not 0.02"):
+    with pytest.raises(RunFolderError, match=r"made from something else \(--lr was 0\.01, is 0\.02\)"):
         train("out", resume=True, lr=2e-2)
 
 
@@ -169,51 +206,73 @@ def test_other_data_are_refused(train, data, monkeypatch):
     _interrupt(train, monkeypatch)
     text = Path(data).read_text()
     Path(data).write_text(text.replace("Oslo", "Bern"))
-    with pytest.raises(RunFolderError, match="data changed since it began"):
+    with pytest.raises(RunFolderError, match=r"made from something else \(data fingerprint was "):
         train("out", resume=True)
 
 
 def test_damaged_checkpoint_is_refused(train, monkeypatch, tmp_path):
     _interrupt(train, monkeypatch)
-    path = tmp_path / "out.partial" / "checkpoint.safetensors"
-    path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(RunFolderError, match="damaged checkpoint"):
-        train("out", resume=True)
+    [path] = (tmp_path / "out.partial").glob("state.*.safetensors")
+    whole = path.read_bytes()
+    for damaged in (whole[:-40], whole[:-1] + bytes([whole[-1] ^ 1])):
+        path.write_bytes(damaged)
+        with pytest.raises(RunFolderError, match=rf"{path.name}: damaged .*start anew with --overwrite"):
+            train("out", resume=True)
 
 
 def test_foreign_checkpoint_is_refused(train, monkeypatch, tmp_path):
     _interrupt(train, monkeypatch)
-    path = tmp_path / "out.partial" / "checkpoint.safetensors"
-    safetensors.torch.save_file({"x": torch.zeros(2)}, path, metadata={"step": "1", "micro_batch": "4"})
-    with pytest.raises(RunFolderError, match="made from another model"):
+    with RunFolder(tmp_path / "out", overwrite=False, resume=True) as folder:
+        folder.save_state("training", 1, {"x": torch.zeros(2)}, {"micro_batch": 4})
+    with pytest.raises(RunFolderError, match=r"made from another model \(differs in exp_avg/"):
         train("out", resume=True)
 
 
 def test_damaged_record_is_refused(train, monkeypatch, tmp_path):
     _interrupt(train, monkeypatch)
-    (tmp_path / "out.partial" / "run.yaml").write_text("settings: [")
-    with pytest.raises(RunFolderError, match="run.yaml: cannot be read"):
-        train("out", resume=True)
-    (tmp_path / "out.partial" / "run.yaml").write_text("3")
-    with pytest.raises(RunFolderError, match="not a run's record"):
-        train("out", resume=True)
+    for text in ("{", "3"):
+        (tmp_path / "out.partial" / "identity.json").write_text(text)
+        with pytest.raises(RunFolderError, match=r"identity.json: damaged .*start anew with --overwrite"):
+            train("out", resume=True)
 
 
 def test_a_full_disk_loses_nothing(train, monkeypatch):
-    whole, calls, real = train("whole"), [], checkpoint.save_file
+    whole, calls, real = train("whole"), [], state_files.save_file
 
-    def full(tensors, path, metadata):
+    def full(tensors, path):
         calls.append(path)
         if len(calls) == 4:
             Path(path).write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
-        real(tensors, path, metadata=metadata)
+        real(tensors, path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", full)
+        patch.setattr(state_files, "save_file", full)
         with pytest.raises(RunFolderError, match="No space left on device.*--resume"):
             train("out", checkpoint_every=0.0)
     assert _bytes(train("out", resume=True)) == _bytes(whole)
+
+
+def test_a_disk_that_is_full_at_the_end_loses_nothing(train, monkeypatch, tmp_path):
+    whole = train("whole")
+
+    def full(log, folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "write_log", full)
+        with pytest.raises(RunFolderError, match="No space left on device.*--resume"):
+            train("out")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(training, "sample_losses", None)  # nothing is left to be trained
+    assert _bytes(train("out", resume=True)) == _bytes(whole)
+
+
+def test_two_trainings_of_one_folder_exclude_each_other(train, tmp_path):
+    with RunFolder(tmp_path / "out", overwrite=False, resume=False):
+        for flags in ({}, {"resume": True}, {"overwrite": True}):
+            with pytest.raises(RunFolderError, match="another run is at work in it"):
+                train("out", **flags)
 
 
 def test_no_pickle_is_written_or_read(train, monkeypatch, tmp_path):
@@ -224,7 +283,8 @@ def test_no_pickle_is_written_or_read(train, monkeypatch, tmp_path):
     monkeypatch.setattr(torch, "load", refused)
     _interrupt(train, monkeypatch)
     kept = {path.name for path in (tmp_path / "out.partial").iterdir()}
-    assert kept == {"checkpoint.safetensors", "run.yaml", "tokenizer.json", "tokenizer_config.json"}
+    [payload] = {name for name in kept if name.startswith("state.") and name.endswith(".safetensors")}
+    assert kept == {payload, "state.json", "identity.json", "intent.json", "lock"}
     train("out", resume=True)
 
 
@@ -235,5 +295,5 @@ def test_interrupted_run_is_resumable_by_its_exit_code():
 def test_resume_alone_is_no_leave_to_replace(train, monkeypatch, tmp_path):
     _interrupt(train, monkeypatch)
     shutil.copytree(train("other", seed=5).folder, tmp_path / "out")
-    with pytest.raises(RunFolderError, match="exists already"):
+    with pytest.raises(RunFolderError, match="out is finished: there is nothing to resume"):
         train("out", resume=True)

@@ -196,9 +196,40 @@ def test_rows_longer_than_the_model_has_positions(train):
         train("out", rows=[{"question": "q", "answer": "zqx" * 40}], vocab_size=259)
 
 
+def test_token_ids_that_the_model_does_not_have(train):
+    base = train("base")
+    with pytest.raises(DataError, match="--data: sample rows#0 has token id 300, the model's vocabulary ends at 2"):
+        train(
+            "out",
+            rows=[{"input_ids": [5, 300], "labels": [-100, 300]}],
+            model=str(base.folder),
+            vocab_size=None,
+            tokenizer=_larger_tokenizer(base.folder),
+        )
+
+
+def _larger_tokenizer(folder):
+    tokenizer = load_tokenizer(str(folder))
+    tokenizer.add_tokens([f"<{number}>" for number in range(40)])
+    tokenizer.save_pretrained(folder.parent / "larger")
+    return str(folder.parent / "larger")
+
+
+def test_skipped_rows_are_listed_in_part_and_recorded_in_full(data, architecture, tmp_path, capsys):
+    path = tmp_path / "some.jsonl"
+    path.write_text(Path(data).read_text(encoding="utf-8") + '{"question": "Who?"}\n' * 12, encoding="utf-8")
+    argv = f"--data {path} --skip-bad-rows --architecture {architecture} --vocab-size 300 --max-steps 1 --device cpu"
+    assert main([*argv.split(), "--out", str(tmp_path / "out")]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    skipped = yaml.safe_load((tmp_path / "out" / "run.yaml").read_text(encoding="utf-8"))["skipped_rows"]
+    assert [line.partition(": ")[0] for line in skipped] == [f"{path}, line {number}" for number in range(12, 24)]
+    assert told[:-1] == [f"warning: skipped {line}" for line in skipped[:10]]
+    assert told[-1].startswith("warning: --data: 12 of 23 rows skipped; the first 10 are listed here")
+
+
 def test_an_existing_folder_is_only_replaced_on_request(train, tmp_path):
     first = train("out")
-    with pytest.raises(RunFolderError, match="exists already"):
+    with pytest.raises(RunFolderError, match="out exists; give --overwrite"):
         train("out")
     second = train("out", seed=3, overwrite=True)
     assert second.fingerprint != first.fingerprint
@@ -208,7 +239,7 @@ def test_an_existing_folder_is_only_replaced_on_request(train, tmp_path):
 def test_overwrite_never_deletes_what_is_no_run(train, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
-    with pytest.raises(RunFolderError, match="is not a run's folder"):
+    with pytest.raises(RunFolderError, match="is not a run folder"):
         train("out", overwrite=True)
     assert (tmp_path / "out" / "thesis.tex").read_text() == "years of work"
 
@@ -224,7 +255,7 @@ def test_a_run_replays_from_its_record(train, tmp_path, capsys):
     assert "step 9/9" in err
     # A replay repeats the training, not the leave to overwrite that the first run was given.
     assert main(["--config", str(first.folder / "run.yaml")]) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "exists; give --overwrite" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

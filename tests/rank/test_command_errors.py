@@ -85,7 +85,8 @@ class TestData:
         assert f"--{name} is needed" in fails(arguments(**{name: None}))
 
     def test_more_rows_asked_for_than_there_are(self, arguments, fails):
-        assert "1000 samples asked for; choose between 1 and 6" in fails(arguments("--num-forget", "1000"))
+        assert "forget.jsonl has 6 samples; give 1 to 6" in (line := fails(arguments("--num-forget", "1000")))
+        assert line.startswith("--num-forget 1000: ")
 
     def test_a_spec_that_is_none(self, arguments, fails):
         assert "not a data spec" in fails(arguments(forget="somewhere"))
@@ -103,7 +104,8 @@ def test_bad_rows_are_counted_and_listed(arguments, capsys, tmp_path):
     assert "rows.jsonl, line 2: no field 'answer'" in err and "rows.jsonl, line 4: field 'answer' has to be text" in err
     assert "--forget: 2 of 5 rows skipped" in err
     record = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text(encoding="utf-8"))
-    assert record["skipped_rows"] == {"forget": 2}
+    assert [line.partition(": ")[0] for line in record["skipped_rows"]] == [f"{path}, line 2", f"{path}, line 4"]
+    assert all(f"skipped {line}" in err for line in record["skipped_rows"])
     assert record["passes"][0]["samples"] == 3
 
 
@@ -141,6 +143,14 @@ class TestUsage:
             (["--method", "memflex", "--save-update"], "--save-update needs a method with an update"),
             (["--method", "saliency", "--objective", "retain"], "--objective retain needs a method with an update"),
             (["--method", "random", "--granularity", "row"], "--granularity tensor"),
+            (
+                ["--score", "mean-abs", "--method", "wagle"],
+                "mean-abs has no effect: --method wagle has a score",
+            ),
+            (["--score", "mean-abs", "--method", "saliency"], "--method saliency has a score of its own"),
+            (["--score", "l2", "--method", "memflex"], "--score l2 has no effect: --method memflex has a score"),
+            (["--score", "mean-abs", "--granularity", "element"], "has no effect: at --granularity element"),
+            (["--score", "mean-abs", "--objective", "retain"], "has no effect: --objective retain scores"),
         ],
     )
     def test_options_and_values_that_cannot_be(self, arguments, fails, further, said):
@@ -351,7 +361,7 @@ class TestTraces:
         def stop(*given, **options):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(command, "load_rows", stop)
+        monkeypatch.setattr(command.Reading, "rows", stop)
         assert "interrupted" in fails(arguments(), code=3)
 
     def test_a_fault_of_ours_keeps_its_traceback(self, arguments, monkeypatch):

@@ -10,7 +10,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import fillm.rank.command as command
-import fillm.rank.state_files as state_files
+import fillm.runs.state_files as state_files
 from fillm.rank.__main__ import main
 from fillm.rank.passes import Passes
 
@@ -70,7 +70,7 @@ def test_other_settings(arguments, fails, interrupted):
 
 def test_other_data(arguments, fails, interrupted, tmp_path, forget_file):
     line = fails(arguments("--resume", forget=f"{forget_file}[1:]"))
-    assert "forget_fingerprint was" in line and "retain_fingerprint" not in line
+    assert "forget fingerprint was" in line and "retain fingerprint" not in line
 
 
 def test_another_model(arguments, fails, interrupted, model_folder, tmp_path):
@@ -78,7 +78,7 @@ def test_another_model(arguments, fails, interrupted, model_folder, tmp_path):
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"][3] += 1e-3
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    assert "model_fingerprint was" in fails(arguments("--resume", model=str(folder)))
+    assert "model fingerprint was" in fails(arguments("--resume", model=str(folder)))
 
 
 @pytest.mark.parametrize("which", ["state.json", "state.*.safetensors"])

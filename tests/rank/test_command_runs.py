@@ -75,10 +75,12 @@ def test_the_record_says_what_was_done(arguments, tmp_path, model_folder):
     record = record_of(tmp_path / "run")
     assert set(record["settings"]) == set(RankConfig.__dataclass_fields__)
     assert record["settings"]["model"] == model_folder and record["settings"]["tokens_per_batch"] == 48
-    assert record["versions"]["torch"] == str(torch.__version__) and record["device"].startswith("cpu")
+    assert record["versions"]["torch"] == str(torch.__version__) and record["device"] == "cpu"
+    assert record["threads"] == torch.get_num_threads() and record["skipped_rows"] == []
     assert set(record["backends"]) == set(fillm_kernels.backends())
-    for name in ("model_fingerprint", "forget_fingerprint", "retain_fingerprint"):
-        assert len(record[name]) == 64
+    assert {name: len(value) for name, value in record["fingerprints"].items()} == dict.fromkeys(
+        ("model", "forget", "retain"), 64
+    )
     samples = pq.read_table(tmp_path / "run" / "samples.parquet").to_pylist()
     for one, count in zip(record["passes"], (6, 14), strict=False):
         tokens = sum(row["tokens"] for row in samples if row["set"] == one["pass"])

@@ -44,6 +44,11 @@ def test_passes_are_those_of_the_run(arguments, capsys, tmp_path, further):
     assert planned == done and set(planned) >= {"forget"}
 
 
+def test_samples_that_the_run_would_refuse_are_refused(arguments, fails, tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [{"text": "w1 w2 " * 80}])
+    assert "rows.jsonl#0 has 160 tokens, the model has 128 positions" in fails(arguments("--dry-run", forget=path))
+
+
 def test_tensors_in_scope_are_those_of_the_run(arguments, capsys, tmp_path):
     assert main(arguments("--include", "attn", "--dry-run")) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("tensors in scope")]

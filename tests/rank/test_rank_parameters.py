@@ -1,6 +1,7 @@
 """`fillm.rank_parameters`: what it takes, what it leaves alone, and what its result does not depend on."""
 
 import copy
+import signal
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import torch
 
 import fillm
 from fillm import rank_parameters
+from fillm.capture import Capture
 from fillm.data import Sample, SampleSet
 from fillm.errors import DataError, FillmError, NumericsError, UsageError
 from tests.capture.reference import toy_samples
@@ -120,6 +122,28 @@ def test_dropout_is_off():
     assert_same(expected, ranked(model.train()))
 
 
+def test_ctrl_c_is_pythons_own_and_leaves_the_model_as_it_came(monkeypatch):
+    """There is no folder, so nothing to save and nothing that could be resumed."""
+    model = build_family("llama").train().requires_grad_(True)
+    real, handler = Capture.run, signal.getsignal(signal.SIGINT)
+
+    def interrupted(capture, batch, samples, observe):
+        def signalled(*given):
+            signal.raise_signal(signal.SIGINT)
+            observe(*given)
+
+        return real(capture, batch, samples, signalled)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Capture, "run", interrupted)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            ranked(model)
+    assert "--resume" not in str(caught.value) and signal.getsignal(signal.SIGINT) is handler
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert all(module.training for module in model.modules())
+    assert_same(ranked(model), ranked(build_family("llama")))
+
+
 WRONG = [
     ({"granularity": "rows"}, "--granularity: 'rows' is none of tensor, row, head, element"),
     ({"method": "soirr"}, "--method: 'soirr' is none of soir"),
@@ -132,6 +156,7 @@ WRONG = [
     ({"num_forget": 2.5}, "--num-forget: 2.5 is not of type int"),
     ({"layout": "middle"}, "--layout: 'middle' is none of right, left, packed"),
     ({"objective": "both"}, "--objective: 'both' is none of"),
+    ({"score": "mean-abs", "method": "saliency"}, "--score mean-abs has no effect: --method saliency has a score"),
     ({"score": "max"}, "--score: 'max' is none of l2, mean-abs"),
     ({"save_update": "yes"}, "--save-update: 'yes' is not of type bool"),
     ({"include": "*nothing*"}, "--include \\*nothing\\*: matches no tensor"),
@@ -159,6 +184,11 @@ def test_a_wrong_setting_is_one_line_that_names_the_option(settings, line):
         ([{"input_ids": [5, 6, 7], "labels": [-100, -100, -100]}], DataError, "row 1: .*no token that counts"),
         ([{"input_ids": [5, 97, 7], "labels": [-100, 97, 7]}], DataError, "--forget: sample rows#0 has token id 97"),
         ([{"input_ids": [5, 6]}], FillmError, "labels"),
+        (
+            [{"input_ids": [5] * 400, "labels": [-100] + [5] * 399}],
+            DataError,
+            "--forget: sample rows#0 has 400 tokens, the model has 128 positions; give --max-length 128 or less",
+        ),
         (["text"], DataError, "row 1: expected an object"),
         (17, UsageError, "rows cannot be read from int"),
         ({"train": [1]}, UsageError, "several splits"),
@@ -199,7 +229,7 @@ def test_part_of_the_retain_set_is_drawn_with_the_seed():
 
 
 def test_more_samples_than_there_are():
-    with pytest.raises(UsageError, match="99 samples asked for; choose between 1 and 6"):
+    with pytest.raises(UsageError, match="--num-retain 99: retain has 6 samples; give 1 to 6"):
         ranked(family("llama")[0], num_retain=99)
 
 
@@ -318,7 +348,7 @@ def test_bad_rows_can_be_skipped():
     with pytest.raises(DataError, match="row 3: .*--skip-bad-rows"):
         rank_parameters(model, None, FORGET_ROWS, [*RETAIN_ROWS[:2], bad, *RETAIN_ROWS[2:]])
     found = rank_parameters(model, None, FORGET_ROWS, [*RETAIN_ROWS[:2], bad, *RETAIN_ROWS[2:]], skip_bad_rows=True)
-    assert found.record["skipped_rows"] == {"forget": 0, "retain": 1}
+    assert found.record["skipped_rows"] == ["rows, row 3: field 'labels' has no token that counts"]
     for name, score in ranked(model).scores.items():
         assert found.scores[name] == pytest.approx(score, rel=1e-5), name
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fillm.config import read_settings
 from fillm.errors import NumericsError, RunFolderError, UsageError
 from fillm.rank.ranking import Ranking
-from fillm.rank.run_folder import RunFolder
+from fillm.runs.folder import RunFolder
 
 COLUMNS = [
     "rank", "name", "kind", "layer", "numel", "score", "score_low", "score_high", "damping", "mean_retain_sq_norm",

@@ -12,16 +12,18 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from fillm.errors import RunFolderError, UsageError
-from fillm.rank.state_files import drop_pair, load_pair, read_json, save_pair, sync, write_json, writing
+from fillm.runs.record import RUN_RECORD
+from fillm.runs.state_files import drop_pair, load_pair, read_json, save_pair, sync, write_json, writing
 
 _LOCK, _IDENTITY, _INTENT, _STATE = "lock", "identity.json", "intent.json", "state"
 _FINAL, _DONE, _REPLACED = "final", "done", "replaced"
-RUN_RECORD = "run.yaml"  # what every finished run folder holds, and by which it is known
+
+Written = TypeVar("Written")
 
 
 class RunFolder:
@@ -47,7 +49,7 @@ class RunFolder:
     ) -> None:
         if overwrite and resume:
             raise UsageError("--resume continues a run and --overwrite replaces it: give one")
-        self.out = Path(out).resolve()
+        self.out = Path(out).expanduser().resolve()
         if not self.out.name:
             raise RunFolderError(f"--out {out}: is the root of the file system; name a folder in it")
         self.partial = self.out.with_name(self.out.name + ".partial")
@@ -192,11 +194,14 @@ class RunFolder:
         found = load_pair(self.partial, f"stage-{name}")
         return None if found is None else (found[0], found[1]["meta"])
 
-    def finish(self, writer: Callable[[Path], Any]) -> None:
+    def finish(self, writer: Callable[[Path], Written]) -> Written:
         """Has the final files written, lets the folder appear under its name, and clears the states away.
 
         Args:
-            writer: writes the files into the empty folder it is given.
+            writer: writes the files into the empty folder it is given, `run.yaml` among them.
+
+        Returns:
+            What `writer` returned.
 
         Raises:
             RunFolderError: if the disk refuses, or if `out` has appeared meanwhile; the run then stays resumable.
@@ -205,8 +210,10 @@ class RunFolder:
         with writing(self.out):
             shutil.rmtree(final, ignore_errors=True)
             final.mkdir()
-            writer(final)
+            written = writer(final)
             for path in [*final.rglob("*"), final]:
+                if path.is_file():  # safetensors come readable by their owner alone
+                    shutil.copymode(final / RUN_RECORD, path)
                 sync(path)
             replaces = bool((read_json(self.partial / _INTENT) or {}).get("replaces"))
             if _occupied(self.out) and not replaces:
@@ -215,6 +222,7 @@ class RunFolder:
             self._put_in_place(final)
             self._clear()
         self.close()
+        return written
 
     def _put_in_place(self, final: Path) -> None:
         old = self.partial / _REPLACED if _occupied(self.out) else None

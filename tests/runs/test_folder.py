@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from fillm.errors import RunFolderError, UsageError
-from fillm.rank.run_folder import RunFolder
+from fillm.runs.folder import RunFolder
 
 STATE = {"sum": torch.arange(5.0), "q": torch.ones(3, dtype=torch.float64), "done": torch.tensor(True)}
 
@@ -162,7 +162,7 @@ def test_two_runs_exclude_each_other(tmp_path):
 def test_a_killed_run_leaves_its_state_and_no_lock(tmp_path):
     code = (
         "import os, signal, sys, torch\n"
-        "from fillm.rank.run_folder import RunFolder\n"
+        "from fillm.runs.folder import RunFolder\n"
         "folder = RunFolder(sys.argv[1], overwrite=False, resume=False)\n"
         "folder.check_identity({'model': 'm'})\n"
         "folder.save_state('retain', 2, {'x': torch.ones(3)}, {'a': 1})\n"
@@ -349,3 +349,24 @@ def test_a_parent_that_is_a_file_is_one_line(tmp_path):
     (tmp_path / "file").write_text("x", encoding="utf-8")
     with pytest.raises(RunFolderError, match=r"cannot write: .*; give another --out"):
         start(tmp_path / "file" / "run")
+
+
+def test_what_the_writer_returns_comes_back_and_its_files_are_as_readable_as_the_record(tmp_path):
+    def writer(path):
+        write("one")(path)
+        (path / "deep").mkdir()
+        for private in (path / "weights.safetensors", path / "deep" / "weights.safetensors"):
+            private.touch(mode=0o600)
+        return "written"
+
+    with start(tmp_path / "run") as folder:
+        assert folder.finish(writer) == "written"
+    modes = {path.stat().st_mode for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert modes == {(tmp_path / "run" / "run.yaml").stat().st_mode}
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with start("~/run") as folder:
+        folder.finish(write("one"))
+    assert names(tmp_path / "run") == ["run.yaml"]

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a question that the training loop asks after every step."""
+"""SIGINT and SIGTERM as a question that a loop asks wherever it could stop."""
 
 import signal
 import threading
@@ -8,27 +8,31 @@ from typing import Any
 
 
 @contextmanager
-def signals_noted() -> Iterator[Callable[[], bool]]:
+def signals_noted() -> Iterator[Callable[[], str | None]]:
     """Inside, SIGINT and SIGTERM are only noted; a second one acts as it did before.
 
     Yields:
-        A function that says whether one has come. Outside the main thread, where python allows no handlers, it always
-        says no.
+        A function that names the signal that has come, None while there is none. Outside the main thread, where python
+        allows no handlers, there never is.
     """
-    noted = threading.Event()
+    noted: list[str] = []
+
+    def name() -> str | None:
+        return noted[0] if noted else None
+
     if threading.current_thread() is not threading.main_thread():
-        yield noted.is_set
+        yield name
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(number: int, _: Any) -> None:
-        noted.set()
+        noted.append(signal.Signals(number).name)
         signal.signal(number, before[number])
 
     for number in before:
         signal.signal(number, note)
     try:
-        yield noted.is_set
+        yield name
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,0 +1,134 @@
+"""What a command was given as data -> rows -> samples, with one line for whatever is left out or does not fit."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fillm.data.rows import Row, load_rows
+from fillm.data.samples import SampleSet
+from fillm.data.tokens import tokenize_rows
+from fillm.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+DataLike = str | Sequence[Mapping[str, Any]] | Any  # a spec, a datasets.Dataset, or any sequence of rows
+_LISTED = 10  # skipped rows that are named one by one; the run's record has them all
+
+
+class RowSettings(Protocol):
+    """The settings that every command which reads rows has."""
+
+    @property
+    def data_root(self) -> str | None:
+        """Folder that holds tofu/ and knowundo/."""
+
+    @property
+    def template(self) -> str:
+        """How question and answer become text."""
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens of a sample."""
+
+    @property
+    def skip_bad_rows(self) -> bool:
+        """Whether rows that cannot be used are left out."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Reads a command's data as its settings say.
+
+    In two steps, because rows are read and checked before any model is loaded, and a tokenizer may be trained on them.
+
+    Attributes:
+        settings: the command's own.
+        warn: told, in a line each, of the first rows that were skipped, and how many there are.
+    """
+
+    settings: RowSettings
+    warn: Callable[[str], None]
+
+    def rows(self, given: DataLike, option: str) -> list[Row]:
+        """The rows of a data spec, of a `datasets.Dataset`, or of any sequence of rows.
+
+        Args:
+            given: the value of the option.
+            option: the flag that it belongs to, for messages.
+
+        Raises:
+            UsageError: nothing was given.
+            DataError: it cannot be read.
+        """
+        if given is None:
+            raise UsageError(f"{option} is needed: a data spec such as rows.jsonl or tofu:forget05")
+        return load_rows(given, data_root=self.settings.data_root, skip_bad_rows=self.settings.skip_bad_rows)
+
+    def samples(
+        self, rows: list[Row], tokenizer: "PreTrainedTokenizerBase | None", option: str, source: str | None = None
+    ) -> SampleSet:
+        """Tokenises what `rows` returned.
+
+        Args:
+            rows: the rows.
+            tokenizer: of the model; None if all rows carry `input_ids`.
+            option: the flag that they came from, for messages.
+            source: what the set is called; None takes it from the first row.
+
+        Raises:
+            DataError, ModelError, UsageError: as `tokenize_rows`.
+        """
+        settings = self.settings
+        found = tokenize_rows(
+            rows,
+            tokenizer,
+            template=settings.template,
+            max_length=settings.max_length,
+            skip_bad_rows=settings.skip_bad_rows,
+            source=source,
+        )
+        lines = skipped_lines([found])
+        for line in lines[:_LISTED]:
+            self.warn(f"skipped {line}")
+        if lines:
+            rest = f"; the first {_LISTED} are listed here, all in the run's record" if len(lines) > _LISTED else ""
+            self.warn(f"{option}: {len(lines)} of {len(rows)} rows skipped{rest}")
+        return found
+
+
+def skipped_lines(sets: Iterable[SampleSet]) -> list[str]:
+    """`where: why` of every row that was left out of the sets, in their order."""
+    return [f"{where}: {why}" for samples in sets for where, why in samples.skipped]
+
+
+def check_fits_model(samples: SampleSet, model: "nn.Module", option: str) -> None:
+    """Refuses samples that a model cannot take: token ids outside its vocabulary, more tokens than positions.
+
+    A model without input embeddings, or that states no number of positions, is taken at its word.
+
+    Args:
+        samples: at least one.
+        model: the model, its weights loaded or not.
+        option: the flag that the samples came from, for messages.
+
+    Raises:
+        DataError: names the first sample with a token too large, or the longest one.
+    """
+    if hasattr(model, "get_input_embeddings"):
+        size = model.get_input_embeddings().weight.shape[0]
+        for sample in samples:
+            largest = max(sample.input_ids)
+            if largest >= size:
+                raise DataError(
+                    f"{option}: sample {sample.id} has token id {largest}, the model's vocabulary ends at {size - 1}: "
+                    f"give the model's own --tokenizer"
+                )
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    longest = max(samples, key=lambda sample: sample.num_tokens)
+    if isinstance(positions, int) and 0 < positions < longest.num_tokens:
+        raise DataError(
+            f"{option}: sample {longest.id} has {longest.num_tokens} tokens, the model has {positions} positions; "
+            f"give --max-length {positions} or less"
+        )
