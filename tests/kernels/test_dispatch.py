@@ -9,7 +9,7 @@ import torch
 from fillm_kernels import BackendError, backends, dispatch, ghost_dot, ghost_norm, native
 from fillm_kernels.rows import nonzero_rows
 
-OPS = {"ghost_norm", "ghost_dot", "weighted_outer_"}
+OPS = {"ghost_norm", "ghost_dot", "ghost_gram", "weighted_outer_"}
 X, OFFSETS = torch.ones(2, 3), torch.tensor([0, 2])
 KERNELS = Path(fillm_kernels.__file__).parents[1]
 
@@ -25,9 +25,15 @@ def test_backends_says_what_runs_where():
     report = backends()
     assert set(report) == OPS
     for entry in report.values():
-        assert set(entry["available"]) == {"cpu", "torch", "reference"}
-        assert entry["used"] == {"cpu": "cpu", "cuda": "torch"}
-        assert entry["refused"] == {}
+        # In the interpreter Triton runs on the CPU, when forced; without it, on CUDA tensors.
+        if dispatch.interpreted():
+            assert set(entry["available"]) == {"cpu", "triton", "torch", "reference"}
+            assert entry["used"] == {"cpu": "cpu", "cuda": "torch"}
+            assert entry["refused"] == {}
+        else:
+            assert set(entry["available"]) == {"cpu", "torch", "reference"}
+            assert entry["used"] == {"cpu": "cpu", "cuda": "triton"}
+            assert entry["refused"] == {"triton": "runs on cuda tensors only, not on cpu"}
         assert entry["instruction_sets"][0] == "generic"
     json.dumps(report)
 
