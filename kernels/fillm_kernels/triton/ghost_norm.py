@@ -30,7 +30,13 @@ from fillm_kernels.triton.tiles import multiply, ragged_case, row_products, sum_
 PACKED_ROWS = 64  # samples up to this long share a tile; 64 rows fill one matrix instruction of a warp group
 FIELDS = 7
 
-# untimed; FIGURES
+# untimed; chosen by `python -m fillm_kernels.compile_check`, bfloat16, registers / KiB of shared memory, no spill:
+#              sm_80       sm_90       sm_100      gfx942
+#   packed     127 / 48    126 / 64    147 / 64     96 / 48
+#   paired     212 / 64    252 / 96    239 / 96    156 / 64    two float32 tiles of 128 x 128 are half of all registers
+#   explicit   168 / 48    116 / 96     74 / 96    174 / 64
+# 64 KiB is all gfx942 has. At odd widths and strides 128 rows spilled (181 LDL and STL on sm_90), and 64 rows with 64
+# features a step did on sm_80 (188): ODD_GRAM takes 173 and 128 registers, ODD_EXPLICIT 72 and 54.
 HALF_PACKED = Configuration({"BLOCK_T": 64, "BLOCK_K": 64}, num_warps=4, num_stages=4)
 HALF_PAIRED = Configuration({"BLOCK_T": 128, "BLOCK_K": 64}, num_warps=8, num_stages=3)
 HALF_EXPLICIT = Configuration({"BLOCK_O": 128, "BLOCK_I": 128, "BLOCK_K": 64}, num_warps=8, num_stages=3)
@@ -80,7 +86,7 @@ def gram_kernel(
         row = (left >= begin) & (left < tl.minimum(end, left_end))
         column = (right >= begin) & (right < tl.minimum(end, right_end))
         own = tl.where(row[:, None] & column[None, :], pairs, 0.0)
-        tl.store(shares_ptr + share + sample - first, weight * tl.sum(tl.sum(own, 1), 0))
+        tl.store(shares_ptr + share + sample - first, weight * tl.sum(own))
 
 
 @triton.jit
@@ -113,7 +119,7 @@ def explicit_kernel(
         dy = tl.load(dy_ptr + rows[:, None] * dy_stride + out, mask=inside & (out < outputs)[None, :], other=0.0)
         x = tl.load(x_ptr + rows[:, None] * x_stride + feature, mask=inside & (feature < inputs)[None, :], other=0.0)
         total = multiply(tl.trans(dy), x, total, WIDEN)
-    tl.store(shares_ptr + share + tile, tl.sum(tl.sum(total * total, 1), 0))
+    tl.store(shares_ptr + share + tile, tl.sum(total * total))
 
 
 @lru_cache(maxsize=16)  # the layers of one batch ask with the same offsets, and few shapes
@@ -204,8 +210,11 @@ def compile_cases() -> Iterator[CompileCase]:
         half, rows = dtype != torch.float32, {"x_ptr": POINTERS[dtype], "dy_ptr": POINTERS[dtype]}
         gram = {**rows, "offsets_ptr": "*i64", "items_ptr": "*i64", "shares_ptr": "*fp32", **scalars}
         whole = {**rows, "samples_ptr": "*i64", "shares_ptr": "*fp32", **scalars}
-        configurations = zip(("packed", "paired", "explicit"), shipped(dtype, aligned), strict=True)
-        for kind, configuration in configurations:
+        for_packed, for_paired, for_explicit = shipped(dtype, aligned)
+        kinds = {"packed": for_packed, "paired": for_paired, "explicit": for_explicit}
+        if for_packed == for_paired:
+            del kinds["packed"]
+        for kind, configuration in kinds.items():
             kernel, types = (explicit_kernel, whole) if kind == "explicit" else (gram_kernel, gram)
             name = f"ghost_norm {kind} {name_of(dtype, aligned)}"
             yield CompileCase(name, kernel, configuration, types, {"WIDEN": False}, half, aligned)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fillm_kernels.triton.configurations import POINTERS, CompileCase, Configuration, launch_kernel, name_of
 
-# untimed; sums of a few megabytes at most, no matrix units. sm_90: 32 and 28 registers, no spill.
+# untimed; sums of a few megabytes at most, no matrix units. sm_90: at most 48 registers, no spill.
 ALONG = Configuration({"BLOCK_ROWS": 1024, "BLOCK_COLUMNS": 1}, num_warps=4, num_stages=1)
 ACROSS = Configuration({"BLOCK_ROWS": 32, "BLOCK_COLUMNS": 32}, num_warps=4, num_stages=1)
 

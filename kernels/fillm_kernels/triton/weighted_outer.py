@@ -27,7 +27,11 @@ from fillm_kernels.triton.configurations import (
 )
 from fillm_kernels.triton.tiles import multiply, ragged_case, to_device, unit_rows
 
-# untimed; FIGURES
+# untimed; chosen by `python -m fillm_kernels.compile_check`, bfloat16, registers / KiB of shared memory, no spill:
+#              sm_80       sm_90       sm_100      gfx942
+#   HALF       250 / 32    180 / 64    190 / 64    222 / 32    weighted; plain 182, 182, 212, 170 registers
+#   ODD        110 / 16     78 / 16     96 / 16     68 / 16    at odd widths and strides HALF spills (103 on sm_90)
+# `out` with a stride of 1 along its rows matters: 64 entries a thread with an address each spilled on sm_80 and sm_100.
 HALF = Configuration({"BLOCK_O": 128, "BLOCK_I": 128, "BLOCK_K": 64, "GROUP": 8}, num_warps=8, num_stages=3)
 ODD = Configuration({"BLOCK_O": 64, "BLOCK_I": 64, "BLOCK_K": 32, "GROUP": 8}, num_warps=8, num_stages=2)
 FLOAT = Configuration({"BLOCK_O": 64, "BLOCK_I": 64, "BLOCK_K": 16, "GROUP": 8}, num_warps=8, num_stages=2)
