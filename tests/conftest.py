@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 import torch
 
-# Triton reads this when it is first imported: without a GPU its kernels run in the interpreter.
+# Triton reads it when it is first imported, which torch leaves to the first kernel: without a GPU its kernels run on
+# CPU tensors, in the interpreter. Tests of the compiler start processes of their own without it.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 

@@ -5,13 +5,13 @@ Ragged convention of the ops on layers: `x [N, I]` and `dy [N, O]` hold the samp
 Masks hold one bit a weight, as `top_mask` writes them.
 
 One file per op holds formula and source, reference, custom op, fake kernel and dispatch. The C++ of an op lies in
-`csrc/cpu/<op>.cpp`; its Triton kernel in `fillm_kernels/triton/<op>.py`, CUDA C++ belongs in `csrc/cuda/<op>.cu`, and
-both join the op's line in the dispatch table. An op that has neither runs on torch's operators on CUDA.
+`csrc/cpu/<op>.cpp`, its Triton kernel in `fillm_kernels/triton/<op>.py`; both join the op's line in the dispatch table.
 """
 
 from fillm_kernels.dispatch import backends
 from fillm_kernels.errors import BackendError, DeviceError, DtypeError, KernelError, NotANumberError, ShapeError
 from fillm_kernels.ghost_dot import ghost_dot
+from fillm_kernels.ghost_gram import ghost_gram
 from fillm_kernels.ghost_norm import ghost_norm
 from fillm_kernels.masked_adamw import masked_adamw_
 from fillm_kernels.masked_norm import masked_norm
@@ -35,6 +35,7 @@ __all__ = [
     "TopMask",
     "backends",
     "ghost_dot",
+    "ghost_gram",
     "ghost_norm",
     "masked_adamw_",
     "masked_norm",

@@ -8,8 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from fillm_kernels import native
 from fillm_kernels.errors import BackendError
+from fillm_kernels.self_check import SelfChecks
 
 VARIABLE = "FILLM_BACKEND"
 # Fastest first; "reference", the oracle of the tests, runs when forced, or where an op has nothing else on a device.
@@ -26,12 +29,16 @@ class Backend:
         devices: device types it runs on; empty means any.
         needs_extension: whether it calls into `fillm_kernels._C`.
         needs_triton: whether it launches Triton kernels.
+        dtypes: element types it computes in; empty means all the op takes.
+        checked_module: module whose `small_case` is compared with the reference at the first call; empty for none.
     """
 
     run: Callable[..., Any]
     devices: tuple[str, ...] = ()
     needs_extension: bool = False
     needs_triton: bool = False
+    dtypes: tuple[torch.dtype, ...] = ()
+    checked_module: str = ""
 
     def refusal(self, device: str) -> str | None:
         """Why this backend does not run on a device type, or None if it does."""
@@ -42,17 +49,27 @@ class Backend:
             return "triton is not installed; pip install 'fillm[gpu]'"
         return native.refusal if self.needs_extension else None
 
+    def limit(self) -> str | None:
+        """Element types it is confined to, in words, or None."""
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
+        return f"computes in {names} only; the next backend takes the rest" if names else None
 
-def triton_backend(module: str) -> Backend:
+
+MATRIX_TYPES = (torch.float32, torch.bfloat16, torch.float16)  # what Triton kernels of products compute in
+
+
+def triton_backend(module: str, dtypes: tuple[torch.dtype, ...] = MATRIX_TYPES) -> Backend:
     """The Triton backend of an op: `launch` of `fillm_kernels.triton.<module>`, imported at the first call.
 
-    It runs on CUDA tensors, and on CPU tensors (when forced) under Triton's interpreter.
+    It runs on CUDA tensors, and on CPU tensors (when forced) under Triton's interpreter. The first call on a device
+    compares `launch` with the op's reference on the module's `small_case`, where it has one.
     """
+    path = f"fillm_kernels.triton.{module}"
 
     def run(*args: Any) -> Any:
-        return importlib.import_module(f"fillm_kernels.triton.{module}").launch(*args)
+        return importlib.import_module(path).launch(*args)
 
-    return Backend(run, devices=("cuda",), needs_triton=True)
+    return Backend(run, devices=("cuda",), needs_triton=True, dtypes=dtypes, checked_module=path)
 
 
 def interpreted() -> bool:
@@ -61,6 +78,7 @@ def interpreted() -> bool:
 
 
 _registry: dict[str, dict[str, Backend]] = {}
+_self_checks = SelfChecks()
 _warned = False
 
 
@@ -69,21 +87,24 @@ def register(op: str, **implementations: Backend) -> None:
     _registry[op] = implementations
 
 
-def select(op: str, device: str) -> Callable[..., Any]:
-    """The implementation that runs `op` on tensors of a device type.
+def select(op: str, device: str | torch.device, dtype: torch.dtype | None = None) -> Callable[..., Any]:
+    """The implementation that runs `op` on tensors of a device.
 
     Args:
         op: name of the op.
-        device: `tensor.device.type`.
+        device: the tensors' device, or its type.
+        dtype: element type the op computes in; None if every backend of the op takes all.
 
     Returns:
-        The backend's function.
+        The backend's function. One whose first use has to be checked is checked before it is returned.
 
     Raises:
-        BackendError: if `FILLM_BACKEND` names a backend that the op does not have or that cannot run on the device.
+        BackendError: if `FILLM_BACKEND` names a backend that the op does not have, that cannot run on the device or
+            in the dtype, or that failed its self-check.
     """
-    name = _choose(op, device)
-    if name != "cpu" and device == "cpu" and VARIABLE not in os.environ:
+    device = torch.device(device)
+    name = _choose(op, device, dtype, check=True)
+    if native.refusal and name != "cpu" and device.type == "cpu" and VARIABLE not in os.environ:
         _warn_once()
     return _registry[op][name].run
 
@@ -93,43 +114,59 @@ def backends() -> dict[str, dict[str, Any]]:
 
     Returns:
         By op: `available` (backends that can run here, by name), `used` (backend by device type, an explanation where
-        there is none), `refused` (why, by name of the backend, for those that cannot run on the CPU here), and
+        there is none), `refused` (why, by name of the backend, for those that cannot run on the CPU here or failed
+        their self-check), `limits` (in words, by name, for those confined to some element types), and
         `instruction_sets` of the compiled extension, slowest first.
     """
     report = {}
     for op, implementations in _registry.items():
         refused = {name: reason for name, backend in implementations.items() if (reason := backend.refusal("cpu"))}
+        refused |= {name: reason for name in implementations if (reason := _self_checks.failure(op, name))}
         used = {}
         for device in DEVICES:
             try:
-                used[device] = _choose(op, device)
+                used[device] = _choose(op, torch.device(device), None, check=False)
             except BackendError as error:
                 used[device] = str(error)
         report[op] = {
             "available": [name for name in implementations if name not in refused],
             "used": used,
             "refused": refused,
+            "limits": {name: limit for name, backend in implementations.items() if (limit := backend.limit())},
             "instruction_sets": native.instruction_sets(),
         }
     return report
 
 
-def _choose(op: str, device: str) -> str:
+def _choose(op: str, device: torch.device, dtype: torch.dtype | None, check: bool) -> str:
     implementations = _registry[op]
     forced = os.environ.get(VARIABLE)
     if forced:
         if forced not in implementations:
             known = ", ".join(sorted(implementations))
             raise BackendError(f"{VARIABLE}={forced}: {op} has no such backend; it has {known}")
-        if reason := implementations[forced].refusal(device):
+        if reason := _refusal(op, forced, device, dtype, check):
             raise BackendError(f"{VARIABLE}={forced}: {op} cannot use it: {reason}; unset {VARIABLE} or change it")
         return forced
     for name in PREFERENCE:
         # The interpreter is slow: it runs when it is asked for by name.
         usable = name in implementations and not (name == "triton" and interpreted())
-        if usable and implementations[name].refusal(device) is None:
+        if usable and _refusal(op, name, device, dtype, check) is None:
             return name
     return "reference"
+
+
+def _refusal(op: str, name: str, device: torch.device, dtype: torch.dtype | None, check: bool) -> str | None:
+    """Why a backend does not run an op on a device in a dtype; `check` runs a self-check that is still due."""
+    backend = _registry[op][name]
+    if reason := backend.refusal(device.type):
+        return reason
+    if backend.dtypes and dtype is not None and dtype not in backend.dtypes:
+        return f"{backend.limit()}; asked for {str(dtype).removeprefix('torch.')}"
+    if check and backend.checked_module and "reference" in _registry[op]:
+        reference = _registry[op]["reference"].run
+        _self_checks.run_if_due(op, name, backend.run, reference, backend.checked_module, device, dtype)
+    return _self_checks.failure(op, name)
 
 
 def _warn_once() -> None:

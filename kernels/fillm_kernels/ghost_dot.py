@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fillm_kernels import native
 from fillm_kernels.arguments import accumulation_dtype, as_tensor, check_offsets, check_ragged
-from fillm_kernels.dispatch import Backend, register, select
+from fillm_kernels.dispatch import Backend, register, select, triton_backend
 from fillm_kernels.errors import DeviceError, DtypeError, ShapeError
 from fillm_kernels.products import ieee_products, product
 from fillm_kernels.rows import nonzero_rows
@@ -117,7 +117,7 @@ def _sum_by_sample(dots: Tensor, offsets: Tensor) -> Tensor:
 def _op(x: Tensor, dy: Tensor, v: Tensor, offsets: Tensor) -> Tensor:
     _check(x, dy, v, offsets)
     host = check_offsets(offsets, x.shape[0])
-    dots = select("ghost_dot", x.device.type)(x.detach(), dy.detach(), v.detach(), host)
+    dots = select("ghost_dot", x.device, x.dtype)(x.detach(), dy.detach(), v.detach(), host)
     return dots.to(device=x.device, dtype=accumulation_dtype(x.dtype))
 
 
@@ -130,6 +130,7 @@ def _(x: Tensor, dy: Tensor, v: Tensor, offsets: Tensor) -> Tensor:
 register(
     "ghost_dot",
     cpu=Backend(_cpu, devices=("cpu",), needs_extension=True),
+    triton=triton_backend("ghost_dot"),
     torch=Backend(_torch),
     reference=Backend(_reference),
 )

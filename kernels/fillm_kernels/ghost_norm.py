@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fillm_kernels import native
 from fillm_kernels.arguments import accumulation_dtype, as_tensor, check_offsets, check_ragged
-from fillm_kernels.dispatch import Backend, register, select
+from fillm_kernels.dispatch import Backend, register, select, triton_backend
 from fillm_kernels.errors import ShapeError
 from fillm_kernels.products import ieee_products, product
 
@@ -146,7 +146,7 @@ def _explicit(x: Tensor, dy: Tensor) -> Tensor:
 def _op(x: Tensor, dy: Tensor, offsets: Tensor, form: str) -> Tensor:
     check_ragged(x, dy, offsets)
     host = check_offsets(offsets, x.shape[0])
-    norms = select("ghost_norm", x.device.type)(x.detach(), dy.detach(), host, form)
+    norms = select("ghost_norm", x.device, x.dtype)(x.detach(), dy.detach(), host, form)
     return norms.to(device=x.device, dtype=accumulation_dtype(x.dtype))
 
 
@@ -159,6 +159,7 @@ def _(x: Tensor, dy: Tensor, offsets: Tensor, form: str) -> Tensor:
 register(
     "ghost_norm",
     cpu=Backend(_cpu, devices=("cpu",), needs_extension=True),
+    triton=triton_backend("ghost_norm"),
     torch=Backend(_torch),
     reference=Backend(_reference),
 )

@@ -171,7 +171,7 @@ def _(
 register(
     "masked_adamw_",
     cpu=Backend(_cpu, devices=("cpu",), needs_extension=True),
-    triton=triton_backend("masked_adamw"),
+    triton=triton_backend("masked_adamw", dtypes=()),
     torch=Backend(on_torch),
     reference=Backend(_reference),
 )

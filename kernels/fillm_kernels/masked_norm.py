@@ -107,7 +107,7 @@ def _(grad: Tensor, bits: Tensor | None, starts: Tensor, rows: Tensor | None, si
 register(
     "masked_norm",
     cpu=Backend(_cpu, devices=("cpu",), needs_extension=True),
-    triton=triton_backend("masked_norm"),
+    triton=triton_backend("masked_norm", dtypes=()),
     torch=Backend(_torch),
     reference=Backend(_reference),
 )

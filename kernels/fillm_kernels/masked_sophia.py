@@ -181,7 +181,7 @@ def _(
 register(
     "masked_sophia_",
     cpu=Backend(_cpu, devices=("cpu",), needs_extension=True),
-    triton=triton_backend("masked_sophia"),
+    triton=triton_backend("masked_sophia", dtypes=()),
     torch=Backend(on_torch),
     reference=Backend(_reference),
 )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fillm_kernels import native
 from fillm_kernels.arguments import accumulation_dtype, as_tensor, check_offsets, check_ragged
-from fillm_kernels.dispatch import Backend, register, select
+from fillm_kernels.dispatch import Backend, register, select, triton_backend
 from fillm_kernels.errors import DeviceError, DtypeError, ShapeError
 from fillm_kernels.products import ieee_products, product
 from fillm_kernels.rows import nonzero_rows
@@ -235,7 +235,7 @@ def _op(
         raise ShapeError("second and absolute share memory; pass two tensors")
     host = check_offsets(offsets, x.shape[0])
     plain = [None if matrix is None else matrix.detach() for matrix in (v, second, absolute)]
-    found = select("sample_moments", x.device.type)(x.detach(), dy.detach(), host, *plain, rows, alpha)
+    found = select("sample_moments", x.device, x.dtype)(x.detach(), dy.detach(), host, *plain, rows, alpha)
     wide = accumulation_dtype(x.dtype)
     return tuple(part.to(device=x.device, dtype=wide) for part in found)
 
@@ -258,6 +258,7 @@ def _(
 register(
     "sample_moments",
     cpu=Backend(_cpu, devices=("cpu",), needs_extension=True),
+    triton=triton_backend("sample_moments"),
     torch=Backend(_torch),
     reference=Backend(_reference),
 )

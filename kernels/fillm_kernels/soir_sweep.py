@@ -215,7 +215,7 @@ def _(s: Tensor, v: Tensor, norms: Tensor, damping: float, numel: Sequence[int])
 register(
     "soir_sweep",
     cpu=Backend(_cpu, devices=("cpu",), needs_extension=True),
-    triton=triton_backend("soir_sweep"),
+    triton=triton_backend("soir_sweep", dtypes=()),
     torch=Backend(on_torch),
     reference=Backend(_reference),
 )

@@ -208,7 +208,7 @@ def _(scores: Sequence[Tensor], budget: int) -> list[Tensor]:
 register(
     "top_mask",
     cpu=Backend(_cpu, devices=("cpu",), needs_extension=True),
-    triton=triton_backend("top_mask"),
+    triton=triton_backend("top_mask", dtypes=()),
     torch=Backend(_torch),
     reference=Backend(_reference),
 )

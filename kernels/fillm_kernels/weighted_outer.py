@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fillm_kernels import native
 from fillm_kernels.arguments import as_tensor, check_offsets, check_ragged, sample_of_row
-from fillm_kernels.dispatch import Backend, register, select
+from fillm_kernels.dispatch import Backend, register, select, triton_backend
 from fillm_kernels.errors import DeviceError, DtypeError, ShapeError
 from fillm_kernels.products import ieee_products
 from fillm_kernels.rows import nonzero_rows
@@ -149,7 +149,9 @@ def _op(out: Tensor, x: Tensor, dy: Tensor, weights: Tensor | None, offsets: Ten
     _check(out, x, dy, weights, offsets)
     host = check_offsets(offsets, x.shape[0])
     weights = None if weights is None else weights.detach()
-    select("weighted_outer_", x.device.type)(out.detach(), x.detach(), dy.detach(), weights, host, alpha)
+    # A float64 sum is one in float64, however narrow the rows.
+    dtype = out.dtype if out.dtype == torch.float64 else x.dtype
+    select("weighted_outer_", x.device, dtype)(out.detach(), x.detach(), dy.detach(), weights, host, alpha)
 
 
 @_op.register_fake
@@ -160,6 +162,7 @@ def _(out: Tensor, x: Tensor, dy: Tensor, weights: Tensor | None, offsets: Tenso
 register(
     "weighted_outer_",
     cpu=Backend(_cpu, devices=("cpu",), needs_extension=True),
+    triton=triton_backend("weighted_outer"),
     torch=Backend(_torch),
     reference=Backend(_reference),
 )

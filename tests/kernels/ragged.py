@@ -47,3 +47,8 @@ def assert_within(got: Tensor, want: Tensor, bound: Tensor | float) -> None:
     """Every entry within its bound; NaN and infinity are never within."""
     excess = (got.double() - want.double()).abs() - bound
     assert bool((excess <= 0).all()), f"off by up to {float(excess.nan_to_num(nan=torch.inf).max()):.3e} too much"
+
+
+def triton_device() -> str:
+    """Where Triton kernels run in these tests: on a GPU if there is one, else on CPU tensors in the interpreter."""
+    return "cuda" if torch.cuda.is_available() else "cpu"

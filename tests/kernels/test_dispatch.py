@@ -9,8 +9,8 @@ import torch
 from fillm_kernels import BackendError, backends, dispatch, ghost_dot, ghost_norm, native
 from fillm_kernels.rows import nonzero_rows
 
-OPS = {"ghost_norm", "ghost_dot", "weighted_outer_", "sample_moments"}
-TRITON_OPS = {"soir_sweep", "top_mask", "masked_norm", "masked_adamw_", "masked_sophia_"}
+OPS = {"ghost_norm", "ghost_dot", "ghost_gram", "weighted_outer_", "sample_moments"}
+OPS |= {"soir_sweep", "top_mask", "masked_norm", "masked_adamw_", "masked_sophia_"}
 X, OFFSETS = torch.ones(2, 3), torch.tensor([0, 2])
 KERNELS = Path(fillm_kernels.__file__).parents[1]
 
@@ -24,11 +24,17 @@ def without_extension(monkeypatch):
 
 def test_backends_says_what_runs_where():
     report = backends()
-    assert set(report) == OPS | TRITON_OPS
-    for op, entry in report.items():
-        assert set(entry["available"]) == {"cpu", "torch", "reference"} | ({"triton"} if op in TRITON_OPS else set())
-        assert entry["used"] == {"cpu": "cpu", "cuda": "torch"}
-        assert entry["refused"] == {}
+    assert set(report) == OPS
+    for entry in report.values():
+        # In the interpreter Triton runs on the CPU, when forced; without it, on CUDA tensors.
+        if dispatch.interpreted():
+            assert set(entry["available"]) == {"cpu", "triton", "torch", "reference"}
+            assert entry["used"] == {"cpu": "cpu", "cuda": "torch"}
+            assert entry["refused"] == {}
+        else:
+            assert set(entry["available"]) == {"cpu", "torch", "reference"}
+            assert entry["used"] == {"cpu": "cpu", "cuda": "triton"}
+            assert entry["refused"] == {"triton": "runs on cuda tensors only, not on cpu"}
         assert entry["instruction_sets"][0] == "generic"
     json.dumps(report)
 

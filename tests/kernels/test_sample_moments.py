@@ -58,6 +58,30 @@ def test_every_backend_against_float64(monkeypatch, backend, dtype, lengths, wid
     assert all(torch.equal(now, then) for now, then in zip((x, dy, offsets, v), kept, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("lengths, width", [([0, 1, 63, 5, 130], (65, 40)), ([3] * 9, (64, 128)), ([0, 0], (16, 16))])
+@pytest.mark.parametrize("asked", ["all", "norm"])
+def test_triton_in_the_interpreter(monkeypatch, dtype, lengths, width, asked):
+    if not dispatch.interpreted():
+        pytest.skip("Triton runs compiled where there is a GPU")
+    x, dy, offsets, v, second, absolute = inputs(lengths, width, dtype)
+    whole = sample_moments(x, dy, offsets, v, one := second.clone(), two := absolute.clone(), rows=True, alpha=0.5)
+    before = (second.clone(), absolute.clone())
+    monkeypatch.setenv("FILLM_BACKEND", "triton")
+    if asked == "norm":  # nothing is summed over samples: they are dealt out to several groups of programs
+        found = sample_moments(x, dy, offsets, rows=True)
+        torch.testing.assert_close(found.squared_norms, whole.squared_norms, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.row_squared_norms, whole.row_squared_norms, rtol=1e-4, atol=1e-5)
+        return
+    found = sample_moments(x, dy, offsets, v, second, absolute, rows=True, alpha=0.5)
+    check(x, dy, offsets, v, second, absolute, 0.5, found, before)
+    torch.testing.assert_close(second, one, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(absolute, two, rtol=1e-4, atol=1e-5)
+    wide = torch.zeros(width[0], width[1]).T  # a transposed accumulator
+    sample_moments(x, dy, offsets, second=wide, alpha=0.5)
+    torch.testing.assert_close(wide, second - before[0], rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("which", native.instruction_sets())
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_instruction_set(monkeypatch, which, dtype):

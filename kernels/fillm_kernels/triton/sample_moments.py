@@ -1,0 +1,216 @@
+"""Triton kernel of `sample_moments`: a tile of every sample's gradient passes through one program's registers.
+
+A program owns a tile of [O, I] and goes through samples, one after another: a sample's tile is summed over its rows on
+the matrix units, and where the sample ends, everything that is asked is taken from it before the next one starts.
+Sums over samples stay in registers and are written once; a number per sample and tile goes to a table that is added up
+in fixed order. Short samples therefore share a program, and no entry of any G_b is ever written.
+"""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import pairwise, product
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fillm_kernels.triton.configurations import (
+    DTYPES,
+    POINTERS,
+    CompileCase,
+    Configuration,
+    is_aligned,
+    launch_kernel,
+    name_of,
+    widen,
+)
+from fillm_kernels.triton.tiles import multiply, ragged_case, to_device, unit_rows
+
+# untimed
+HALF = Configuration({"BLOCK_O": 128, "BLOCK_I": 64, "BLOCK_K": 64}, num_warps=8, num_stages=3)
+ODD = Configuration({"BLOCK_O": 64, "BLOCK_I": 64, "BLOCK_K": 32}, num_warps=8, num_stages=2)
+FLOAT = Configuration({"BLOCK_O": 64, "BLOCK_I": 64, "BLOCK_K": 16}, num_warps=8, num_stages=2)
+# Programs below which samples are dealt out to several groups, where nothing is summed over samples: some for each of
+# the multiprocessors of the largest GPUs.
+ENOUGH_PROGRAMS = 1024
+
+
+def shipped(dtype: torch.dtype, aligned: bool) -> Configuration:
+    """The configuration for an element type."""
+    return FLOAT if dtype == torch.float32 else HALF if aligned else ODD
+
+
+@triton.jit
+def moments_kernel(
+    x_ptr,
+    dy_ptr,
+    v_ptr,
+    second_ptr,
+    absolute_ptr,
+    norms_ptr,
+    dots_ptr,
+    row_norms_ptr,
+    steps_ptr,
+    groups_ptr,
+    tiles,
+    inputs,
+    outputs,
+    x_stride,
+    dy_stride,
+    v_stride,
+    second_stride,
+    absolute_stride,
+    alpha,
+    BLOCK_O: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DOT: tl.constexpr,
+    SECOND: tl.constexpr,
+    ABSOLUTE: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """One tile of [O, I], all samples of one group."""
+    across = tl.cdiv(inputs, BLOCK_I)
+    tile = tl.program_id(0) % tiles
+    group = tl.program_id(0) // tiles
+    output = (tile // across) * BLOCK_O + tl.arange(0, BLOCK_O)
+    feature = (tile % across) * BLOCK_I + tl.arange(0, BLOCK_I)
+    kept = (output < outputs)[:, None] & (feature < inputs)[None, :]
+    far = output.to(tl.int64)[:, None]
+    near = feature.to(tl.int64)[None, :]
+    if DOT:
+        v = tl.load(v_ptr + far * v_stride + near, mask=kept, other=0.0).to(tl.float32)
+    gradient = tl.zeros((BLOCK_O, BLOCK_I), dtype=tl.float32)
+    second = tl.zeros((BLOCK_O, BLOCK_I), dtype=tl.float32)
+    absolute = tl.zeros((BLOCK_O, BLOCK_I), dtype=tl.float32)
+    for step in range(tl.load(groups_ptr + group), tl.load(groups_ptr + group + 1)):
+        begin, end = tl.load(steps_ptr + step * 3), tl.load(steps_ptr + step * 3 + 1)
+        rows = begin + tl.arange(0, BLOCK_K)
+        inside = (rows < end)[:, None]
+        dy = tl.load(dy_ptr + rows[:, None] * dy_stride + output, mask=inside & (output < outputs)[None, :], other=0.0)
+        x = tl.load(x_ptr + rows[:, None] * x_stride + feature, mask=inside & (feature < inputs)[None, :], other=0.0)
+        gradient = multiply(tl.trans(dy), x, gradient, WIDEN)
+        sample = tl.load(steps_ptr + step * 3 + 2)
+        if sample >= 0:  # the sample ends here, and its tile of G_b is whole
+            squares = gradient * gradient
+            by_row = tl.sum(squares, 1)
+            tl.store(norms_ptr + sample * tiles + tile, tl.sum(by_row, 0))
+            if ROWS:
+                place = row_norms_ptr + (sample * outputs + output) * across + tile % across
+                tl.store(place, by_row, mask=output < outputs)
+            if DOT:
+                tl.store(dots_ptr + sample * tiles + tile, tl.sum(tl.sum(gradient * v, 1), 0))
+            if SECOND:
+                second += squares
+            if ABSOLUTE:
+                absolute += tl.abs(gradient)
+            gradient = tl.zeros((BLOCK_O, BLOCK_I), dtype=tl.float32)
+    if SECOND:
+        entries = second_ptr + far * second_stride + near
+        tl.store(entries, tl.load(entries, mask=kept, other=0.0) + alpha * second, mask=kept)
+    if ABSOLUTE:
+        entries = absolute_ptr + far * absolute_stride + near
+        tl.store(entries, tl.load(entries, mask=kept, other=0.0) + alpha * absolute, mask=kept)
+
+
+@lru_cache(maxsize=16)  # the layers of one batch ask with the same offsets
+def plan(bounds: tuple[int, ...], block: int, groups: int) -> tuple[Tensor, Tensor]:
+    """Steps of at most `block` rows of one sample, and how they are dealt out.
+
+    Returns:
+        [steps, 3], first row, end, the sample if it ends here, else -1 (an empty sample has one step of no rows);
+        [groups + 1], the first step of every group, each of which begins with a sample.
+    """
+    steps, firsts = [], []
+    for sample, (begin, end) in enumerate(pairwise(bounds)):
+        firsts.append(len(steps))
+        for first in range(begin, max(end, begin + 1), block):
+            steps.append((first, min(first + block, end), sample if first + block >= end else -1))
+    firsts.append(len(steps))
+    shares = [len(steps) * group // groups for group in range(groups + 1)]
+    starts = [min(firsts, key=lambda step, share=share: (abs(step - share), step)) for share in shares]
+    return torch.tensor(steps, dtype=torch.int64).reshape(-1, 3), torch.tensor(starts, dtype=torch.int64)
+
+
+def launch(
+    x: Tensor,
+    dy: Tensor,
+    offsets: Tensor,
+    v: Tensor | None,
+    second: Tensor | None,
+    absolute: Tensor | None,
+    rows: bool,
+    alpha: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[N, I], [N, O], [B + 1] on the host -> norms [B], dots [B] or [0], row norms [B, O] or [0, 0], float64."""
+    samples, inputs, outputs = offsets.shape[0] - 1, x.shape[1], dy.shape[1]
+    empty = x.new_zeros(samples, dtype=torch.float64)
+    if x.numel() == 0 or dy.numel() == 0:
+        shape = (samples, outputs) if rows else (0, 0)
+        return empty, empty.clone() if v is not None else empty[:0], empty.new_zeros(shape)
+    x, dy = unit_rows(x), unit_rows(dy)
+    v = None if v is None else unit_rows(v)
+    # Written along rows; what lies otherwise is summed apart and added.
+    targets = [
+        out if out is None or out.stride(1) == 1 else torch.zeros_like(out).contiguous() for out in (second, absolute)
+    ]
+    given = [matrix for matrix in (v, *targets) if matrix is not None]
+    configuration = shipped(x.dtype, is_aligned((x, dy, *given)))
+    down = triton.cdiv(outputs, configuration.constants["BLOCK_O"])
+    across = triton.cdiv(inputs, configuration.constants["BLOCK_I"])
+    tiles = down * across
+    summed = second is not None or absolute is not None
+    groups = 1 if summed else max(1, min(samples, ENOUGH_PROGRAMS // tiles))
+    steps, starts = (
+        to_device(part, x.device) for part in plan(tuple(offsets.tolist()), configuration.constants["BLOCK_K"], groups)
+    )
+    table = torch.empty(samples, tiles, dtype=torch.float32, device=x.device)
+    norms, dots = table, torch.empty_like(table) if v is not None else table
+    row_norms = x.new_empty((samples, outputs, across) if rows else (0, outputs, across), dtype=torch.float32)
+    # What is not asked is neither read nor written; any pointer stands in for it.
+    matrices = [table if matrix is None else matrix for matrix in (v, *targets)]
+    launch_kernel(
+        moments_kernel, tiles * groups, configuration, x, dy, *matrices, norms, dots, row_norms, steps, starts, tiles,
+        inputs, outputs, x.stride(0), dy.stride(0), *(matrix.stride(0) for matrix in matrices), alpha,
+        DOT=v is not None, SECOND=second is not None, ABSOLUTE=absolute is not None, ROWS=rows, WIDEN=widen(),
+    )  # fmt: skip
+    for out, target in zip((second, absolute), targets, strict=True):
+        if out is not None and target is not out:
+            out.add_(target)
+    return (
+        norms.sum(1, dtype=torch.float64),
+        dots.sum(1, dtype=torch.float64) if v is not None else empty[:0],
+        row_norms.sum(2, dtype=torch.float64) if rows else empty.new_zeros(0, 0),
+    )
+
+
+def small_case(dtype: torch.dtype, device: torch.device) -> tuple[object, ...]:
+    """More than one tile, several samples and everything asked, for the check at first use."""
+    x, dy, offsets = ragged_case([5, 0, 70, 1], 136, 40, dtype, device)
+    generator = torch.Generator().manual_seed(1)
+    v, second, absolute = (torch.rand(40, 136, generator=generator).to(device) for _ in range(3))
+    return x, dy, offsets, v, second, absolute, True, 0.5
+
+
+def compile_cases() -> Iterator[CompileCase]:
+    """Every configuration above: the norm alone, with the dot, with the diagonal, and with everything."""
+    asked = {
+        "norm": (False, False, False, False),
+        "dot": (True, False, False, False),
+        "second": (False, True, False, False),
+        "all": (True, True, True, True),
+    }
+    sizes = ("inputs", "outputs", "x_stride", "dy_stride", "v_stride", "second_stride", "absolute_stride")
+    for dtype, aligned, name in product(DTYPES, (True, False), asked):
+        types = {"x_ptr": POINTERS[dtype], "dy_ptr": POINTERS[dtype]}
+        types |= {f"{part}_ptr": "*fp32" for part in ("v", "second", "absolute", "norms", "dots", "row_norms")}
+        types |= {"steps_ptr": "*i64", "groups_ptr": "*i64", "tiles": "i32", **dict.fromkeys(sizes, "i32")}
+        types |= {"alpha": "fp32"}
+        flags = dict(zip(("DOT", "SECOND", "ABSOLUTE", "ROWS"), asked[name], strict=True))
+        case = f"sample_moments {name} {name_of(dtype, aligned)}"
+        yield CompileCase(
+            case, moments_kernel, shipped(dtype, aligned), types, {**flags, "WIDEN": False},
+            dtype != torch.float32, aligned, ("tiles",),
+        )  # fmt: skip

@@ -1,0 +1,129 @@
+"""Ahead-of-time compilation, in processes of its own: this one runs Triton kernels in the interpreter."""
+
+import csv
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import fillm_kernels
+import pytest
+from fillm_kernels import compile_check
+from fillm_kernels.compile_check import TARGETS, read_amdgcn
+
+pytest.importorskip("triton")
+KERNELS = Path(fillm_kernels.__file__).parents[1]
+
+
+def run(code_or_module: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    # A cache of its own: what an earlier run compiled proves nothing about this source.
+    environment = {**kept, "PYTHONPATH": str(KERNELS), "TRITON_CACHE_DIR": str(folder / "cache"), **environment}
+    return subprocess.run([sys.executable, *code_or_module], env=environment, capture_output=True, text=True)
+
+
+def check(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    return run(["-m", "fillm_kernels.compile_check", *options], folder)
+
+
+def rows_of(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="", encoding="utf-8") as opened:
+        return list(csv.DictReader(opened))
+
+
+def test_one_case_of_every_kernel_compiles_for_sm_90(tmp_path):
+    done = check(tmp_path, "--target", "sm_90", "--quick", "--csv", str(tmp_path / "rows.csv"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = rows_of(tmp_path / "rows.csv")
+    assert done.stdout.splitlines()[-1] == f"{len(rows)} compiled, 0 failed"
+    assert {row["target"] for row in rows} == {"sm_90"}
+    matrix = [row for row in rows if "HGMMA" in row["matrix"]]
+    assert {row["kernel"].split()[0] for row in matrix} >= {"ghost_norm", "ghost_dot", "ghost_gram", "weighted_outer_"}
+    for row in rows:
+        assert 0 < int(row["registers"]) <= 255 and row["stack"] == row["spills"] == "0" and row["verdict"] == "ok"
+        assert 0 < int(row["shared"]) <= int(row["shared_limit"]) == 227 * 1024
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_configuration_compiles_for_every_target(tmp_path):
+    done = check(tmp_path, "--csv", str(tmp_path / "rows.csv"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = rows_of(tmp_path / "rows.csv")
+    assert Counter(row["target"] for row in rows) == dict.fromkeys(TARGETS, len(rows) // len(TARGETS))
+    assert len({(row["kernel"], row["target"]) for row in rows}) == len(rows)
+
+
+BAD_KERNELS = """
+import sys
+import triton
+import triton.language as tl
+from fillm_kernels import compile_check
+from fillm_kernels.triton.configurations import CompileCase, Configuration
+
+@triton.jit
+def greedy(a_ptr, b_ptr, out_ptr, width, stride, M: tl.constexpr, K: tl.constexpr):
+    r = tl.arange(0, M)
+    total = tl.zeros((M, M), tl.float32)
+    for k in range(0, width, K):
+        f = k + tl.arange(0, K)
+        a = tl.load(a_ptr + r[:, None] * stride + f[None, :])
+        b = tl.load(b_ptr + r[:, None] * stride + f[None, :])
+        total = tl.dot(a, tl.trans(b), total, input_precision="ieee")
+    tl.store(out_ptr + r[:, None] * M + r[None, :], total)
+
+def case(dtype, m, k, warps, stages):
+    types = {"a_ptr": dtype, "b_ptr": dtype, "out_ptr": "*fp32", "width": "i32", "stride": "i32"}
+    return CompileCase("greedy", greedy, Configuration({"M": m, "K": k}, warps, stages), types, {}, True)
+
+CASES = {
+    "spills": case("*bf16", 256, 64, 4, 1),
+    "shared": case("*bf16", 128, 256, 8, 4),
+    "matrix": case("*fp32", 64, 16, 4, 2),
+}
+compile_check.cases = lambda: [CASES[sys.argv[1]]]
+sys.exit(compile_check.main(["--target", "sm_90"]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"), [("spills", "spills, stack of"), ("shared", "too much shared memory"), ("matrix", "no HGMMA")]
+)
+def test_a_configuration_that_breaks_a_gate_fails_the_check(kind, words, tmp_path):
+    script = tmp_path / "bad.py"  # Triton reads a kernel's source from its file
+    script.write_text(BAD_KERNELS, encoding="utf-8")
+    done = run([str(script), kind], tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert words in done.stdout
+    assert done.stdout.splitlines()[-1] == "1 compiled, 1 failed"
+
+
+def test_a_case_that_does_not_fit_its_kernel_is_an_error(tmp_path):
+    code = (
+        "from dataclasses import replace\nfrom fillm_kernels import compile_check as c\n"
+        "case = c.cases()[0]\nc.compile_case(replace(case, types={**case.types, 'absent': 'i32'}), c.TARGETS['sm_90'])"
+    )
+    done = run(["-c", code], tmp_path)
+    assert done.returncode != 0 and "the case and the kernel differ in {'absent'}" in done.stderr
+
+
+def test_under_the_interpreter_or_without_a_match_the_command_says_so(tmp_path):
+    done = run(["-m", "fillm_kernels.compile_check"], tmp_path, TRITON_INTERPRET="1")
+    assert done.returncode == 2 and "TRITON_INTERPRET=1 replaces the compiler" in done.stderr
+    done = check(tmp_path, "--kernel", "nothing")
+    assert done.returncode == 2 and "no kernel's name contains 'nothing'" in done.stderr
+
+
+def test_amd_metadata_is_read_and_its_absence_is_an_error():
+    text = "  v_mfma_f32_32x32x8_bf16 a, b\n  v_mfma_f32_32x32x8_bf16 a, b\n    .private_segment_fixed_size: 4\n"
+    text += "    .sgpr_spill_count: 2\n    .vgpr_count:     99\n    .vgpr_spill_count: 3\n"
+    assert read_amdgcn(text) == (99, 4, 5, {"v_mfma_f32_32x32x8_bf16": 2})
+    with pytest.raises(ValueError, match="lacks vgpr_count, "):
+        read_amdgcn("    .private_segment_fixed_size: 0\n")
+
+
+def test_sections_of_the_report_are_kept_apart():
+    assert compile_check.LOCAL_MEMORY.findall("LDL.64 R1; STL [R2]; LDG R3; LDSM R4") == ["LDL", "STL"]
+    found = compile_check.MATRIX_INSTRUCTIONS.findall("HGMMA.64x128x16.F32 R1; UTCHMMA gdesc; HMMA.16816 R2; FFMA R3")
+    assert found == ["HGMMA", "UTCHMMA", "HMMA"]

@@ -1,0 +1,133 @@
+import dataclasses
+import importlib
+import pkgutil
+import re
+import warnings
+
+import pytest
+import torch
+from fillm_kernels import BackendError, backends, dispatch, ghost_norm, self_check
+from fillm_kernels.self_check import SelfChecks
+
+from tests.kernels.ragged import triton_device
+
+triton_norm = pytest.importorskip("fillm_kernels.triton.ghost_norm")
+DEVICE = triton_device()
+X, OFFSETS = torch.ones(2, 3, device=DEVICE), torch.tensor([0, 2])
+OPS = {
+    "ghost_norm": "ghost_norm",
+    "ghost_dot": "ghost_dot",
+    "ghost_gram": "ghost_gram",
+    "weighted_outer_": "weighted_outer",
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    """No check done yet, as in a new process."""
+    monkeypatch.setattr(dispatch, "_self_checks", SelfChecks())
+
+
+@pytest.fixture
+def preferred(monkeypatch):
+    """Triton first where the tests run it, as it is on a GPU."""
+    monkeypatch.setattr(dispatch, "interpreted", lambda: False)
+    monkeypatch.setattr(dispatch, "PREFERENCE", ("triton", "cpu", "torch"))
+    table = dispatch._registry["ghost_norm"]
+    monkeypatch.setitem(table, "triton", dataclasses.replace(table["triton"], devices=(DEVICE,)))
+
+
+def break_kernel(monkeypatch, change):
+    launch = triton_norm.launch
+    monkeypatch.setattr(triton_norm, "launch", lambda *arguments: change(launch(*arguments)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_every_kernel_passes(op, dtype, monkeypatch):
+    monkeypatch.setenv("FILLM_BACKEND", "triton")
+    calls = []
+    entry = dispatch._registry[op]["reference"]
+    spy = dispatch.Backend(lambda *a, run=entry.run: calls.append(1) or run(*a))
+    monkeypatch.setitem(dispatch._registry[op], "reference", spy)
+    for _ in range(3):
+        assert dispatch.select(op, DEVICE, dtype) is dispatch._registry[op]["triton"].run
+    assert calls == [1]
+    assert dispatch._self_checks.failure(op, "triton") is None
+
+
+def test_a_kernel_that_is_off_leaves_the_op_to_the_next_backend_with_one_warning(preferred, monkeypatch):
+    break_kernel(monkeypatch, lambda norms: norms * 1.001)
+    with pytest.warns(
+        RuntimeWarning, match="ghost_norm does not use its triton backend; .* off from the reference"
+    ) as seen:
+        assert ghost_norm(X, X, OFFSETS).tolist() == [36.0]
+    assert len(seen) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ghost_norm(X, X, OFFSETS).tolist() == [36.0]
+    entry = backends()["ghost_norm"]
+    expected = r"self-check on \w+(:\d)? in float32: off from the reference by 1.0e-03 relative \(1e-04 allowed\)"
+    assert re.fullmatch(expected, entry["refused"]["triton"])
+    assert "triton" not in entry["available"]
+    assert entry["used"][DEVICE] != "triton"
+    assert "self-check" not in backends()["ghost_dot"]["refused"].get("triton", "")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda norms: norms * torch.nan, "off from the reference by nan"),
+        (lambda norms: norms * 0, "off from the reference by 1.0e+00"),
+        (lambda norms: norms[:-1], "RuntimeError: "),
+        (lambda norms: norms.missing, "AttributeError: .* has no attribute 'missing'"),
+    ],
+)
+def test_every_kind_of_failure_is_put_in_words(change, words, preferred, monkeypatch):
+    break_kernel(monkeypatch, change)
+    with pytest.warns(RuntimeWarning, match=words.replace("+", r"\+")):
+        assert ghost_norm(X, X, OFFSETS).tolist() == [36.0]
+
+
+def test_a_kernel_that_is_off_in_one_type_is_not_used_in_any(preferred, monkeypatch):
+    launch = triton_norm.launch
+    off = lambda x, *rest: launch(x, *rest) * (2 if x.dtype == torch.bfloat16 else 1)  # noqa: E731
+    monkeypatch.setattr(triton_norm, "launch", off)
+    assert dispatch.select("ghost_norm", DEVICE, torch.float32) is dispatch._registry["ghost_norm"]["triton"].run
+    with pytest.warns(RuntimeWarning, match="in bfloat16: off"):
+        dispatch.select("ghost_norm", DEVICE, torch.bfloat16)
+    assert dispatch.select("ghost_norm", DEVICE, torch.float32) is not dispatch._registry["ghost_norm"]["triton"].run
+
+
+def test_forced_backend_that_is_off_is_an_error_with_the_figures(monkeypatch):
+    monkeypatch.setenv("FILLM_BACKEND", "triton")
+    break_kernel(monkeypatch, lambda norms: norms * 1.5)
+    with (
+        pytest.warns(RuntimeWarning, match="off from the reference"),
+        pytest.raises(BackendError, match="FILLM_BACKEND=triton: ghost_norm cannot use it: self-check .* relative"),
+    ):
+        ghost_norm(X, X, OFFSETS)
+
+
+def test_an_op_that_works_in_place_is_judged_by_all_its_tensors():
+    kept, other = torch.ones(2), torch.zeros(2)
+    assert self_check._results(None, (kept, 3, other)) == [kept, other]
+    assert self_check._results((kept, other), (other,)) == [kept, other]
+    assert self_check._results(kept, (other,)) == [kept]
+
+
+def test_a_module_without_a_small_case_is_not_checked(monkeypatch):
+    monkeypatch.delattr(triton_norm, "small_case")
+    monkeypatch.setenv("FILLM_BACKEND", "triton")
+    break_kernel(monkeypatch, lambda norms: norms * 2)
+    assert ghost_norm(X, X, OFFSETS).tolist() == [72.0]
+
+
+def test_every_module_that_launches_has_a_small_case_and_compile_cases():
+    package = importlib.import_module("fillm_kernels.triton")
+    names = [module.name for module in pkgutil.iter_modules(package.__path__)]
+    modules = [importlib.import_module(f"fillm_kernels.triton.{name}") for name in names]
+    launching = [module for module in modules if hasattr(module, "launch")]
+    assert len(launching) >= 4
+    for module in launching:
+        assert hasattr(module, "small_case") and hasattr(module, "compile_cases"), module.__name__
