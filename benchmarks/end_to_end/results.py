@@ -46,7 +46,7 @@ def provenance(config: BenchConfig, work: Workload) -> Row:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "model": type(work.model).__name__,
         "model_parameters": sum(p.numel() for p in parameters.values()),
@@ -67,7 +67,7 @@ def _cpu() -> str:
     return next(named, platform.processor() or platform.machine())
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit of the checkout, `-dirty` if a tracked file differs from it."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
