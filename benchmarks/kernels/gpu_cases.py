@@ -116,7 +116,8 @@ def _vector_cases(device: torch.device, shrink: int) -> Iterator[Case]:
     def sweep(**given: Any) -> Any:
         return fk.soir_sweep(**given, numel=10 * k)
 
-    yield Case("soir_sweep", f"{n} x {k} float32", store, sweep, 4.0 * n * k, 4.0 * n * k, 0.8, "bandwidth", ("two products", lambda g: (g["s"] @ g["v"]) @ g["s"]))  # fmt: skip
+    yield Case("soir_sweep", f"{n} x {k} float32", store, sweep, 4.0 * n * k, 4.0 * n * k, 0.8, "bandwidth",
+               ("two products", lambda given: (given["s"] @ given["v"]) @ given["s"]))  # fmt: skip
     count = (1 << 28) // shrink**2
 
     def scores() -> dict[str, Any]:
