@@ -17,4 +17,5 @@ PYBIND11_MODULE(_C, module) {
         return std::vector<std::string>(names, names + count);
     });
     fillm::bind_ghost_norm(module);
+    fillm::bind_sketch(module);
 }

@@ -19,6 +19,10 @@ import numpy as np
 import pytest
 import torch
 
+# Without a GPU, Triton kernels run in its interpreter when they are asked for; read when triton is first imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 THREADS = 2
 
 torch.set_num_threads(min(THREADS, torch.get_num_threads()))

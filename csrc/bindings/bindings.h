@@ -8,5 +8,6 @@ namespace py = pybind11;
 namespace fillm {
 
 void bind_ghost_norm(py::module_& module);
+void bind_sketch(py::module_& module);
 
 }  // namespace fillm
