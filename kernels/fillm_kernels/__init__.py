@@ -10,6 +10,7 @@ both join the op's line in the dispatch table. An op without either runs on torc
 
 from fillm_kernels.dispatch import backends
 from fillm_kernels.errors import BackendError, DeviceError, DtypeError, KernelError, ShapeError
+from fillm_kernels.factored_sketch import factored_sketch
 from fillm_kernels.ghost_dot import ghost_dot
 from fillm_kernels.ghost_norm import ghost_norm
 from fillm_kernels.sketch import sketch
@@ -22,6 +23,7 @@ __all__ = [
     "KernelError",
     "ShapeError",
     "backends",
+    "factored_sketch",
     "ghost_dot",
     "ghost_norm",
     "sketch",

@@ -9,7 +9,7 @@ import torch
 from fillm_kernels import BackendError, backends, dispatch, ghost_dot, ghost_norm, native
 from fillm_kernels.rows import nonzero_rows
 
-OPS = {"ghost_norm", "ghost_dot", "weighted_outer_", "sketch"}
+OPS = {"ghost_norm", "ghost_dot", "weighted_outer_", "sketch", "factored_sketch"}
 X, OFFSETS = torch.ones(2, 3), torch.tensor([0, 2])
 KERNELS = Path(fillm_kernels.__file__).parents[1]
 
