@@ -23,4 +23,5 @@ PYBIND11_MODULE(_C, module) {
     fillm::bind_top_mask(module);
     fillm::bind_masked_step(module);
     fillm::bind_soir_sweep(module);
+    fillm::bind_sketch(module);
 }

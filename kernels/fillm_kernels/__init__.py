@@ -10,6 +10,7 @@ One file per op holds formula and source, reference, custom op, fake kernel and 
 
 from fillm_kernels.dispatch import backends
 from fillm_kernels.errors import BackendError, DeviceError, DtypeError, KernelError, NotANumberError, ShapeError
+from fillm_kernels.factored_sketch import factored_sketch
 from fillm_kernels.ghost_dot import ghost_dot
 from fillm_kernels.ghost_gram import ghost_gram
 from fillm_kernels.ghost_norm import ghost_norm
@@ -18,6 +19,7 @@ from fillm_kernels.masked_norm import masked_norm
 from fillm_kernels.masked_sophia import masked_sophia_
 from fillm_kernels.sample_moments import Moments, sample_moments
 from fillm_kernels.selection import Selection, select_bits, select_rows
+from fillm_kernels.sketch import sketch
 from fillm_kernels.soir_sweep import SoirSweep, soir_sweep
 from fillm_kernels.top_mask import TopMask, top_mask
 from fillm_kernels.weighted_outer import weighted_outer_
@@ -34,6 +36,7 @@ __all__ = [
     "SoirSweep",
     "TopMask",
     "backends",
+    "factored_sketch",
     "ghost_dot",
     "ghost_gram",
     "ghost_norm",
@@ -43,6 +46,7 @@ __all__ = [
     "sample_moments",
     "select_bits",
     "select_rows",
+    "sketch",
     "soir_sweep",
     "top_mask",
     "weighted_outer_",

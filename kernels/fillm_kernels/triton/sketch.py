@@ -1,0 +1,181 @@
+"""`sketch` on Triton: every program owns a run of bins in registers and loads what falls on them.
+
+A block of coordinates is a rotation of a run of bins, so the value for bin j of block b lies at a known address: loads
+of consecutive entries, additions in registers, no atomics, no shared memory. The sign word of a bin serves 32 blocks.
+Splits of the coordinates depend on their number alone and are added in order. Sizes of the tiles: untimed.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fillm_kernels.arguments import accumulation_dtype
+from fillm_kernels.seed_law import KINDS, SIGNS, BlockMap
+from fillm_kernels.triton.seed_law import ANGLE, RADIUS, SIGN, START, below, cell, halves, key_of, state_of
+
+BINS, ENTRIES = 1024, 2048  # bins of a program at most, and entries it loads at a time
+SPLITS = 64  # parts of one vector at most
+DENSE_SAMPLES, DENSE_COORDINATES, DENSE_BINS = 16, 16, 32
+
+
+def launch(g: Tensor, dim: int, kind: str, seed: int, nonzeros: int, offset: int) -> Tensor:
+    """The backend: g [B, P] -> [B, dim], float32 (float64 for float64)."""
+    if kind in ("rademacher", "gaussian"):
+        return _dense(g, dim, kind, seed, offset)
+    law = BlockMap.of(kind, seed, dim, nonzeros)
+    samples, count = g.shape
+    group = SIGNS * law.width
+    first = offset // group
+    groups = (offset + count + group - 1) // group - first
+    splits = max(1, min(SPLITS, groups))
+    bins = min(BINS, triton.next_power_of_2(law.width))
+    tiles = law.chunks * law.ranges * triton.cdiv(law.width, bins)
+    dtype = accumulation_dtype(g.dtype)
+    partial = torch.empty(samples, splits, dim, dtype=dtype, device=g.device)
+    if samples:
+        with torch.cuda.device_of(g):
+            _block_kernel[(samples * splits * tiles,)](
+                g, partial, g.stride(0), g.stride(1), count, offset, *halves(seed), first, triton.cdiv(groups, splits),
+                splits, tiles, dim, law.width, law.ranges,
+                KIND=KINDS.index(kind), BINS=bins, BLOCKS=max(1, min(SIGNS, ENTRIES // bins)),
+                WIDE=tl.float64 if dtype == torch.float64 else tl.float32,
+            )  # fmt: skip
+    return _sum_splits(partial, law.scale)
+
+
+def _sum_splits(partial: Tensor, scale: float) -> Tensor:
+    """[samples, splits, dim] -> [samples, dim], in order; a library's sum may take another one for another shape."""
+    samples, splits, dim = partial.shape
+    out = torch.empty(samples, dim, dtype=partial.dtype, device=partial.device)
+    if samples:
+        with torch.cuda.device_of(partial):
+            _split_kernel[(samples * triton.cdiv(dim, BINS),)](partial, out, splits, dim, scale, BINS=BINS)
+    return out
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _split_kernel(partial, out, splits, dim, scale, BINS: tl.constexpr):
+    tiles = (dim + BINS - 1) // BINS
+    sample = (tl.program_id(0) // tiles).to(tl.int64)
+    column = (tl.program_id(0) % tiles) * BINS + tl.arange(0, BINS)
+    total = tl.zeros((BINS,), dtype=out.dtype.element_ty)
+    for split in range(0, splits):
+        total += tl.load(partial + (sample * splits + split) * dim + column, mask=column < dim, other=0.0)
+    tl.store(out + sample * dim + column, total * scale, mask=column < dim)
+
+
+@triton.jit(do_not_specialize=["offset", "seed_low", "seed_high", "first", "splits", "tiles"])
+def _block_kernel(
+    values, partial, stride, step, count, offset, seed_low, seed_high, first, share, splits, tiles, dim, width, ranges,
+    KIND: tl.constexpr, BINS: tl.constexpr, BLOCKS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    tile = program % tiles
+    split = (program // tiles) % splits
+    sample = (program // tiles // splits).to(tl.int64)
+    runs = (width + BINS - 1) // BINS
+    chunk = tile // (runs * ranges)
+    home = (tile // runs) % ranges
+    column = (tile % runs) * BINS + tl.arange(0, BINS)  # bin of the run
+    column_bin = (home * width + column).to(tl.uint32)  # bin of the chunk
+    start_first, start_second = key_of(seed_low, seed_high, KIND, START, chunk)
+    sign_first, sign_second = key_of(seed_low, seed_high, KIND, SIGN, chunk)
+    sums = tl.zeros((BLOCKS, BINS), dtype=WIDE)
+    begin = first.to(tl.int64) + split.to(tl.int64) * share
+    for turn in range(0, share):
+        group = begin + turn
+        word_first, word_second = state_of(sign_first, sign_second, group)
+        words = cell(word_first, word_second, column_bin)
+        for within in range(0, 32, BLOCKS):
+            bit = within + tl.arange(0, BLOCKS)
+            block = group * 32 + bit
+            block_first, block_second = state_of(start_first, start_second, block)
+            start = below(cell(block_first, block_second, tl.zeros_like(block_first)), width * ranges)
+            rotation = start % width
+            position = column[None, :] - rotation[:, None]
+            position = tl.where(position < 0, position + width, position)
+            at = (block * width - offset)[:, None] + position
+            mine = (column < width)[None, :] & (start // width == home)[:, None] & (at >= 0) & (at < count)
+            entry = tl.load(values + sample * stride + at * step, mask=mine, other=0.0).to(WIDE)
+            flip = (words[None, :] >> bit.to(tl.uint32)[:, None]) & 1
+            sums += tl.where(flip != 0, -entry, entry)
+    target = partial + (sample * splits + split) * dim + chunk * (width * ranges) + column_bin
+    tl.store(target, tl.sum(sums, 0), mask=column < width)
+
+
+def _dense(g: Tensor, dim: int, kind: str, seed: int, offset: int) -> Tensor:
+    """Rademacher and Gaussian: g [B, P] times entries made in registers.
+
+    float64, which the product of a tile does not take, by torch's operators.
+    """
+    if g.dtype == torch.float64:
+        from fillm_kernels.sketch import project
+
+        return project(g, dim, kind, seed, offset)
+    samples, count = g.shape
+    steps = triton.cdiv(count, DENSE_COORDINATES)
+    splits = max(1, min(SPLITS, steps))
+    tiles = triton.cdiv(dim, DENSE_BINS)
+    partial = torch.empty(samples, splits, dim, dtype=torch.float32, device=g.device)
+    if samples:
+        with torch.cuda.device_of(g):
+            _dense_kernel[(triton.cdiv(samples, DENSE_SAMPLES) * splits * tiles,)](
+                g, partial, g.stride(0), g.stride(1), samples, count, offset, *halves(seed),
+                triton.cdiv(steps, splits), splits, tiles, dim, KIND=KINDS.index(kind), NORMAL=kind == "gaussian",
+                SAMPLES=DENSE_SAMPLES, COORDINATES=DENSE_COORDINATES, BINS=DENSE_BINS,
+            )  # fmt: skip
+    return _sum_splits(partial, dim**-0.5)
+
+
+@triton.jit
+def _cosine(turn, odd):
+    """Cosine (sine where odd is 1) of turn / 2^24 of a full turn, turn uint32 below 2^24.
+
+    Reduced exactly, in integers, to the nearest quarter: a library's function reserves stack for arguments of any size.
+    """
+    turn = turn.to(tl.int32)
+    quarter = (turn + (1 << 21)) >> 22
+    angle = (turn - (quarter << 22)).to(tl.float32) * 3.7450702829238413e-07  # within pi / 4
+    square = angle * angle
+    # Taylor series; the first terms left out are below 2e-9 and 3e-8.
+    sine = angle * (1 + square * (-1 / 6 + square * (1 / 120 + square * (-1 / 5040 + square * (1 / 362880)))))
+    cosine = 1 + square * (-1 / 2 + square * (1 / 24 + square * (-1 / 720 + square * (1 / 40320))))
+    quarter = (quarter + 3 * odd) & 3
+    value = tl.where((quarter & 1) == 1, sine, cosine)
+    return tl.where(((quarter + 1) >> 1 & 1) == 1, -value, value)
+
+
+@triton.jit(do_not_specialize=["offset", "seed_low", "seed_high", "splits", "tiles"])
+def _dense_kernel(
+    values, partial, stride, step, samples, count, offset, seed_low, seed_high, share, splits, tiles, dim,
+    KIND: tl.constexpr, NORMAL: tl.constexpr, SAMPLES: tl.constexpr, COORDINATES: tl.constexpr, BINS: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    split = (program // tiles) % splits
+    sample = (program // tiles // splits).to(tl.int64) * SAMPLES + tl.arange(0, SAMPLES)
+    column = (program % tiles) * BINS + tl.arange(0, BINS)
+    sums = tl.zeros((SAMPLES, BINS), dtype=tl.float32)
+    for turn in range(0, share):
+        at = (split.to(tl.int64) * share + turn) * COORDINATES + tl.arange(0, COORDINATES)
+        inside = (sample < samples)[:, None] & (at < count)[None, :]
+        entry = tl.load(values + sample[:, None] * stride + at[None, :] * step, mask=inside, other=0.0).to(tl.float32)
+        coordinate = at + offset
+        if NORMAL:
+            pair = (column >> 1).to(tl.uint32)[None, :]
+            first, second = key_of(seed_low, seed_high, KIND, RADIUS, split * 0)
+            first, second = state_of(first, second, coordinate)
+            radius = ((cell(first[:, None], second[:, None], pair) >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
+            first, second = key_of(seed_low, seed_high, KIND, ANGLE, split * 0)
+            first, second = state_of(first, second, coordinate)
+            turned = _cosine(cell(first[:, None], second[:, None], pair) >> 8, (column & 1)[None, :])
+            matrix = tl.sqrt(-2.0 * tl.log(radius)) * turned
+        else:
+            first, second = key_of(seed_low, seed_high, KIND, SIGN, split * 0)
+            first, second = state_of(first, second, coordinate >> 5)
+            word = cell(first[:, None], second[:, None], column.to(tl.uint32)[None, :])
+            flip = (word >> (coordinate & 31).to(tl.uint32)[:, None]) & 1
+            matrix = tl.where(flip != 0, -1.0, 1.0)
+        sums += tl.dot(entry, matrix, input_precision="ieee")
+    target = partial + (sample[:, None] * splits + split) * dim + column[None, :]
+    tl.store(target, sums, mask=(sample < samples)[:, None] & (column < dim)[None, :])
