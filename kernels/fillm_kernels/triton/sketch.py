@@ -65,7 +65,7 @@ def _split_kernel(partial, out, splits, dim, scale, BINS: tl.constexpr):
     tl.store(out + sample * dim + column, total * scale, mask=column < dim)
 
 
-@triton.jit(do_not_specialize=["offset", "seed_low", "seed_high", "first", "splits", "tiles"])
+@triton.jit(do_not_specialize=["offset", "seed_low", "seed_high", "first", "splits", "tiles", "width", "ranges"])
 def _block_kernel(
     values, partial, stride, step, count, offset, seed_low, seed_high, first, share, splits, tiles, dim, width, ranges,
     KIND: tl.constexpr, BINS: tl.constexpr, BLOCKS: tl.constexpr, WIDE: tl.constexpr,
