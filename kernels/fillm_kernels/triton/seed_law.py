@@ -48,7 +48,7 @@ def cell(first, second, column):
 @triton.jit
 def below(word, limit):
     """Uniform words turned into 0 .. limit - 1, int32."""
-    return ((word.to(tl.uint64) * limit.to(tl.uint64)) >> 32).to(tl.int32)
+    return ((word.to(tl.uint64) * limit) >> 32).to(tl.int32)
 
 
 @triton.jit
