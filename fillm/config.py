@@ -6,12 +6,16 @@ A field is made with `option(default, help)`; its annotation says what it accept
 
 import argparse
 import dataclasses
+import signal
 import sys
+import threading
 import traceback
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from types import FrameType
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -86,7 +90,8 @@ def build_parser(cls: type, prog: str) -> argparse.ArgumentParser:
         kind, _ = _unpack(hints[field.name])
         text = field.metadata["help"]
         if field.default is not None and field.default is not False:
-            text += f" (default: {field.default})"
+            shown = repr(field.default) if "\n" in str(field.default) else field.default
+            text += f" (default: {shown})"
         text = text.replace("%", "%%")
         if kind is bool:
             parser.add_argument(flag_name(field.name), action=argparse.BooleanOptionalAction, help=text)
@@ -143,6 +148,29 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def leave(code: int) -> NoReturn:
+    """Ends the process with an exit code that a further Ctrl-C no longer replaces by the signal's."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.exit(code)
+
+
+@contextmanager
+def _terminated_in_words() -> Iterator[None]:
+    """SIGTERM outside of a pass, which notes it and saves its state first, ends the command like a Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise InterruptedRun("stopped by SIGTERM; --resume continues from what was saved before, if any")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def run_command(cls: type[Config], main: Callable[[Config], None], argv: Sequence[str] | None, prog: str) -> int:
     """Parse, run, and turn named errors into one line on stderr and their exit code.
 
@@ -156,7 +184,8 @@ def run_command(cls: type[Config], main: Callable[[Config], None], argv: Sequenc
         config = parse(cls, argv, prog)
         if config is not None:
             debug = debug or bool(getattr(config, "debug", False))
-            main(config)
+            with _terminated_in_words():
+                main(config)
         return 0
     except KeyboardInterrupt:
         error: FillmError = InterruptedRun("interrupted at once; --resume continues from what was saved before, if any")

@@ -25,16 +25,18 @@ def unit_roundoff(dtype: torch.dtype) -> float:
     return max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
 
 
-def rounded_to_zero(summed: Tensor, terms: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sums [B, ...] set to zero where they are the rounding noise of terms that cancel.
+def rounded_to_zero(summed: Tensor, squares: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sums [B, ...], set to zero where they are the rounding noise of terms that cancel.
 
     A key bias without rotary positions, for one, has gradient zero in real arithmetic and noise in floating point; its
     score would divide noise by noise squared and come out on top. Independent terms add up to about the root of the sum
-    of their squares, `terms` [B]; a sum a thousand roundings below that (or 1/64 in low precision) is no accident.
+    of their squares, `squares` [B, ...]: a whole gradient a thousand roundings below that (1/64 in low precision) is no
+    accident, nor is an entry (of the key rows of a fused bias) 64 roundings below; rotary positions leave some at 1000.
     """
-    floor = min(1024.0 * unit_roundoff(dtype), 1.0 / 64.0) * terms
-    noise = summed.flatten(1).norm(dim=1) <= floor.to(summed.dtype)
-    return summed.masked_fill(noise.view(-1, *[1] * (summed.ndim - 1)), 0.0)
+    unit, size = unit_roundoff(dtype), squares.sqrt().to(summed.dtype)
+    whole = summed.flatten(1).norm(dim=1) <= min(1024.0 * unit, 1.0 / 64.0) * size.flatten(1).norm(dim=1)
+    entry = summed.abs() <= min(64.0 * unit, 1.0 / 256.0) * size
+    return summed.masked_fill(whole.view(-1, *[1] * (summed.ndim - 1)) | entry, 0.0)
 
 
 class Rules:
@@ -100,8 +102,8 @@ class Rules:
     def shift_gradients(self, shift: Tracked, dy: Tensor, offsets: Tensor) -> DenseGradients:
         """Per-sample gradients of a bias: `sum_t dy_t`, or zero where that is rounding noise."""
         wide = dy.to(torch.promote_types(dy.dtype, torch.float32))
-        terms = segment_sum(wide.square().sum(1), offsets).sqrt()
-        return DenseGradients(shift.to_parameter(rounded_to_zero(segment_sum(wide, offsets), terms, dy.dtype)))
+        squares = segment_sum(wide.square(), offsets)
+        return DenseGradients(shift.to_parameter(rounded_to_zero(segment_sum(wide, offsets), squares, dy.dtype)))
 
     def _embedding(
         self,
@@ -157,9 +159,8 @@ class Rules:
 
         def site(dy: Tensor) -> None:
             wide = dy.to(torch.promote_types(dy.dtype, torch.float32))
-            lead = dy.shape[: dy.ndim - w.ndim]
-            terms = segment_sum(wide.reshape(lead.numel(), -1).square().sum(1), self.rows.row_offsets(lead)).sqrt()
-            summed = rounded_to_zero(self.rows.sum_by_sample(wide, w.shape), terms, dy.dtype)
+            squares = self.rows.sum_by_sample(wide.square(), w.shape)
+            summed = rounded_to_zero(self.rows.sum_by_sample(wide, w.shape), squares, dy.dtype)
             self.deliver(record.name, DenseGradients(record.to_parameter(summed)))
 
         self.used(record.name)

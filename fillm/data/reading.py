@@ -95,6 +95,12 @@ class Reading:
         if lines:
             rest = f"; the first {_LISTED} are listed here, all in the run's record" if len(lines) > _LISTED else ""
             self.warn(f"{option}: {len(lines)} of {len(rows)} rows skipped{rest}")
+        if found.shortened:
+            line = f"{option}: {len(found.shortened)} of {len(rows)} rows lost part of their answer to --max-length "
+            line += f"{settings.max_length}, {found.shortened[0]} the first"
+            if getattr(settings, "strict", False):
+                raise DataError(f"{line}; raise it, or leave out --strict")
+            self.warn(line)
         return found
 
 

@@ -1,9 +1,8 @@
 """`python -m fillm.finetune`."""
 
-import sys
 from collections.abc import Sequence
 
-from fillm.config import run_command
+from fillm.config import leave, run_command
 from fillm.finetune.config import FinetuneConfig
 
 
@@ -21,4 +20,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

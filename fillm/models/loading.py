@@ -3,14 +3,17 @@
 import contextlib
 import logging
 import re
+import sys
 import warnings
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import torch
 import transformers
+from huggingface_hub.constants import HF_HUB_OFFLINE
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -112,6 +115,8 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> PreTraine
     """
     folder = _local_folder(source)
     if folder is not None and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{source}: no config.json in it; not a model's folder")
         raise ModelError(f"{source}: holds no tokenizer (no tokenizer.json); give --tokenizer")
     with quiet_transformers(), _explained(source):
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
@@ -126,7 +131,15 @@ def _local_folder(source: str) -> Path | None:
         raise ModelError(f"{source}: is a file; give the folder that holds config.json and the weights")
     if not _HUB_ID.fullmatch(source):
         raise ModelError(f"{source}: no such folder")
+    _announce(source)
     return None
+
+
+@cache
+def _announce(source: str) -> None:
+    """Without a network the Hub's client tries for most of a minute before it gives up."""
+    if not HF_HUB_OFFLINE:
+        print(f"{source}: no such folder; asking the Hub", file=sys.stderr)
 
 
 def _load_config(model: str, trust_remote_code: bool) -> Any:

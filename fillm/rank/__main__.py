@@ -1,9 +1,8 @@
 """`python -m fillm.rank`."""
 
-import sys
 from collections.abc import Sequence
 
-from fillm.config import run_command
+from fillm.config import leave, run_command
 from fillm.rank.config import RankConfig
 
 
@@ -19,4 +18,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

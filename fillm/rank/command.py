@@ -68,6 +68,8 @@ def rank_parameters(
     """
     if misplaced := sorted(_COMMAND_ONLY & set(settings)):
         raise UsageError(f"rank_parameters: {', '.join(misplaced)}: a setting of the command, not of this function")
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"model: give the loaded model, not a {type(model).__name__}")
     if base_model is not None and not isinstance(base_model, nn.Module):
         raise UsageError("base_model: give the loaded model, not a path")
     config = from_mapping(RankConfig, {"method": method, **settings}, where="rank_parameters")
@@ -212,7 +214,7 @@ def _rank(
 
 
 def _checks(capture: Capture, sets: dict[str, SampleSet], config: RankConfig, console: Console) -> dict[str, Any]:
-    samples = sets.get("retain", sets["forget"])
+    samples = max(sets.values(), key=len)  # of one sample alone nothing can be said about batches
     found = verify(capture, samples, config.layout)
     for name, reason in capture.fallback.items():
         console.warn(f"{name}: {reason}; it takes batch-1 autograd, exact and slower")

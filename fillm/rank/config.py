@@ -58,14 +58,20 @@ class RankConfig:
     max_length: int = option(512, "longest sample in tokens", "N")
     tokens_per_batch: int | None = option(None, "token budget of a batch, padding included (default: 2048)", "N")
     layout: Literal["right", "left", "packed"] = option("right", "how a batch is laid out; scores do not depend on it")
-    method: Method = option("soir", "localisation method")
+    method: Method = option(
+        "soir",
+        "localisation method; so-influence, so-influence-sum, so-influence-pd, fo-influence and param-deltas are the "
+        "published names of soir, soir-sum, soir-per-sample, first-order and parameter-shift",
+    )
     curvature: Literal["datainf", "woodbury", "diagonal"] = option("datainf", "inverse curvature applied")
     damping: float = option(0.1, "factor of the mean squared gradient entry, equation (1)", "X")
-    damping_dimension: Literal["parameter", "sketch"] = option("parameter", "what the damping divides by")
+    damping_dimension: Literal["parameter", "sketch"] = option(
+        "parameter", "what the damping divides by (only parameter in this release)"
+    )
     score: Literal["l2", "mean-abs"] | None = option(None, "size of the update (default: l2; mean-abs for soir-sum)")
     loss_reduction: Literal["mean", "sum"] = option("mean", "over a sample's answer tokens")
-    compression: Compression = option("none", "gradient sketch")
-    sketch_dim: int = option(4096, "numbers a gradient is compressed to", "K")
+    compression: Compression = option("none", "gradient sketch (only none in this release)")
+    sketch_dim: int = option(4096, "numbers a gradient is compressed to (not in this release)", "K")
     objective: Objective = option(
         "forget", "forget: largest |u|; retain: least damage; trade-off: damage at equal gain"
     )
@@ -78,9 +84,9 @@ class RankConfig:
     similarity: float = option(0.92, "largest cosine of forget and retain gradient (memflex)", "X")
     magnitude: float = option(6e-4, "smallest mean forget gradient entry (memflex)", "X")
     mu: float = option(1e-3, "stand-in for the Hessian diagonal (wagle)", "X")
-    store: str | None = option(None, "folder of a sketch store", "DIR")
-    memory: str | None = option(None, "memory that --compression auto may use, such as 8GiB", "SIZE")
-    groups: int = option(1, "process the layers in this many groups", "N")
+    store: str | None = option(None, "folder of a sketch store (not in this release)", "DIR")
+    memory: str | None = option(None, "memory that --compression auto may use (not in this release)", "SIZE")
+    groups: int = option(1, "process the layers in this many groups (only 1 in this release)", "N")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
     strict: bool = option(False, "make warnings about the data errors")
     skip_bad_rows: bool = option(False, "leave out rows that cannot be used, counted and listed")
@@ -139,6 +145,10 @@ def check(config: RankConfig) -> None:
     if config.compression != "none" or config.store or config.damping_dimension != "parameter" or config.memory:
         raise UsageError("--compression, --store, --memory and --damping-dimension need gradient sketches, which this "
                          "release does not have yet; leave them out for the exact ranking")  # fmt: skip
+    if config.sketch_dim != 4096:
+        raise UsageError("--sketch-dim needs gradient sketches, which this release does not have yet; leave it out")
+    if not math.isfinite(config.similarity) or not math.isfinite(config.magnitude):
+        raise UsageError("--similarity and --magnitude must be finite")
     if config.groups != 1:
         raise UsageError("--groups other than 1 is not in this release yet")
     if config.curvature != "datainf" and method != "soir":
@@ -162,6 +172,8 @@ def check(config: RankConfig) -> None:
         if not 0 < value < math.inf:
             needed = "finite" if value == math.inf else "above 0"
             raise UsageError(f"--{name.replace('_', '-')} must be {needed}, not {value}")
+    if not 1e-12 <= config.damping <= 1e12:
+        raise UsageError(f"--damping must be between 1e-12 and 1e12, not {config.damping}")
     for name in ("num_forget", "num_retain", "tokens_per_batch", "max_length"):
         value = getattr(config, name)
         if value is not None and value < 1:

@@ -97,8 +97,6 @@ class Passes:
             for cursor, members in enumerate(plan[start:], start=start + 1):
                 batch = [chosen[i] for i in members]
                 losses[batch] = self._batch(capture, samples, batch, statistic)
-                if hasattr(statistic, "after_batch"):
-                    statistic.after_batch()
                 bar.advance(len(batch), sum(lengths[i] for i in members), loss=float(losses[batch].mean()))
                 now = time.monotonic()
                 due = now - last_save >= self.checkpoint_seconds and cursor < len(plan)

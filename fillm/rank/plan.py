@@ -153,7 +153,7 @@ def plan(
             memory["allocator slack"] = int(_SLACK * (memory["activations"] + logits))
         notes.append(f"activations are {'counted on the graph' if counted else 'estimated from shapes'}")
         if config.canonical_method == "soir" and not config.needs_update:
-            notes.append("weighted sums are dropped once the bracket certifies a tensor; what fails comes on top")
+            notes.append("a pass over what the bracket does not certify comes on top")
     if program_bytes:
         memory["program"] = program_bytes
     return Plan(len(scope), sum(info.numel for info in scope), tuple(passes), memory, rate, tuple(notes))

@@ -1,5 +1,6 @@
 """Second-Order Influence Ranking: one pass over the forget set, one over the retain set (docs/method.md)."""
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 
@@ -11,6 +12,7 @@ from fillm.data import SampleSet
 from fillm.errors import NumericsError
 from fillm.rank.passes import Passes
 from fillm.statistics import (
+    BRACKET_SLACK,
     MeanGradient,
     MeanPower,
     RetainMoments,
@@ -20,6 +22,8 @@ from fillm.statistics import (
     squared_norm,
     uncertified,
 )
+
+NOISE = 1e-9  # of the largest tensor's gradient; float32 rounds at 6e-8
 
 
 @dataclass
@@ -84,6 +88,12 @@ def rank_soir(
     moments = RetainMoments(v, len(retain), damping, weighted=v, tolerance=None if need_update else tolerance)
     passes.run("retain", "retain pass", capture, retain, moments)
     scalars = {name: moments.scalars(name) for name in v}
+    for name in _rounding_noise(scalars):
+        v[name].zero_()
+        scalars[name] = dataclasses.replace(
+            scalars[name], forget_sq_norm=0.0, q=torch.zeros_like(scalars[name].q), d=torch.zeros_like(scalars[name].d)
+        )
+        moments.sums.pop(name, None)
     out = _from_scalars(scalars)
     wanted = set(v) if need_update else _uncertified(out, moments, tolerance)
     wanted = {name for name in wanted if scalars[name].lambda_ > 0}
@@ -109,7 +119,13 @@ def rank_soir(
             sums[name] = sums[name].add_(total) if name in sums else total
     for name, w in sums.items():
         u = w.sub_(v[name]).div_(scalars[name].lambda_)  # -(v - w) / lambda
-        out.low[name] = out.high[name] = math.sqrt(squared_norm(u))
+        size = math.sqrt(squared_norm(u))
+        slack = BRACKET_SLACK * math.sqrt(scalars[name].forget_sq_norm) / scalars[name].lambda_
+        if slack <= tolerance * size:
+            out.low[name] = out.high[name] = size
+        else:  # v and w all but cancel: the forget and the retain set pull the same way
+            out.low[name], out.high[name] = max(0.0, size - slack), size + slack
+            out.notes[name] = "forget and retain gradients parallel: known to rounding only"
         if need_update:
             out.update[name] = u
     if need_update:
@@ -117,6 +133,17 @@ def rank_soir(
         for name in set(v) - set(sums):
             out.update[name] = torch.zeros_like(v[name])
     return out
+
+
+def _rounding_noise(scalars: dict[str, Scalars]) -> set[str]:
+    """Tensors whose gradients of both sets are far below one rounding of the largest tensor's.
+
+    A query that can attend to one token alone has no gradient; what backpropagation leaves there is noise, and divided
+    by its own square it would rank first.
+    """
+    size = {name: max(s.forget_sq_norm, float(s.q.mean())) for name, s in scalars.items()}
+    floor = NOISE**2 * max(size.values(), default=0.0)
+    return {name for name, value in size.items() if 0.0 < value < floor}
 
 
 def _uncertified(out: Influence, moments: RetainMoments, tolerance: float) -> set[str]:

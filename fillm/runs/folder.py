@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fillm.errors import RunFolderError, UsageError
 from fillm.runs.record import RUN_RECORD
-from fillm.runs.state_files import drop_pair, load_pair, read_json, save_pair, sync, write_json, writing
+from fillm.runs.state_files import SAVED, drop_pair, load_pair, read_json, save_pair, sync, write_json, writing
 
 _LOCK, _IDENTITY, _INTENT, _STATE = "lock", "identity.json", "intent.json", "state"
 _FINAL, _DONE, _REPLACED = "final", "done", "replaced"
@@ -207,7 +207,7 @@ class RunFolder:
             RunFolderError: if the disk refuses, or if `out` has appeared meanwhile; the run then stays resumable.
         """
         final = self.partial / _FINAL
-        with writing(self.out):
+        with writing(self.out, SAVED if self._holds_work() else "nothing was saved; make room, then start it again"):
             shutil.rmtree(final, ignore_errors=True)
             final.mkdir()
             written = writer(final)

@@ -22,11 +22,11 @@ from fillm.errors import RunFolderError
 _PIECE_BYTES = 1 << 22
 
 
-_SAVED = "what was saved before is good: see to that, then give --resume"
+SAVED = "what was saved before is good: see to that, then give --resume"
 
 
 @contextlib.contextmanager
-def writing(path: Path, remedy: str = _SAVED) -> Iterator[None]:
+def writing(path: Path, remedy: str = SAVED) -> Iterator[None]:
     """What goes wrong with a disk (full, no permission), as one line that ends with `remedy`.
 
     Raises:

@@ -10,10 +10,11 @@ from fillm.statistics.accumulators import (
     inner,
     squared_norm,
 )
-from fillm.statistics.influence import Scalars, relative_width, uncertified
+from fillm.statistics.influence import BRACKET_SLACK, Scalars, relative_width, uncertified
 from fillm.statistics.retain import EXPANSION_NUMEL, EXPANSION_TERMS, RetainMoments, WeightedSum
 
 __all__ = [
+    "BRACKET_SLACK",
     "EXPANSION_NUMEL",
     "EXPANSION_TERMS",
     "Groups",

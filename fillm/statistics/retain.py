@@ -12,14 +12,12 @@ from torch import Tensor
 
 from fillm.capture import PerSampleGradients, norms_and_dots
 from fillm.statistics.accumulators import first_not_finite, squared_norm, zeros_like
-from fillm.statistics.influence import Scalars, relative_width
+from fillm.statistics.influence import Scalars
 
 EXPANSION_NUMEL = 1 << 13  # tensors up to this size carry the higher terms: more accumulators cost them little
 EXPANSION_TERMS = 8
 REVISIT_TOLERANCE = 1e-6  # error of w that samples not visited again may leave, as a part of |v|
 SKIPPED_COSINE = 1.25  # times the root of the tolerance: gradients closer to orthogonal to v are left to the bracket
-DROP_AFTER = 32  # samples seen before a bracket is trusted
-DROP_MARGIN = 0.25  # and it has to be this much narrower than the tolerance, twice in a row
 
 
 class RetainMoments:
@@ -31,7 +29,7 @@ class RetainMoments:
         damping: the factor in docs/method.md (1).
         weighted: tensors that also accumulate `w`.
         tolerance: relative width that a bracket may have: `w` then leaves out samples whose gradient is nearly
-            orthogonal to `v`, and is dropped once the scalars alone are well inside it. None sums every sample.
+            orthogonal to `v`. None sums every sample.
     """
 
     def __init__(
@@ -45,11 +43,9 @@ class RetainMoments:
         self.v, self.count, self.damping, self.tolerance = forget_mean, count, damping, tolerance
         self.q = {name: torch.zeros(count, dtype=torch.float64) for name in forget_mean}
         self.d = {name: torch.zeros(count, dtype=torch.float64) for name in forget_mean}
-        self.seen = torch.zeros(count, dtype=torch.bool)
         self.forget_sq_norm = {name: squared_norm(v) for name, v in forget_mean.items()}
         self.estimate: dict[str, float] = {}  # l
         self.sums: dict[str, list[Tensor]] = {}  # W_j, j = 0 .. EXPANSION_TERMS or 0 alone
-        self.narrow: dict[str, int] = {}  # batches in a row with a narrow bracket
         self.summed: dict[str, Tensor] = {}  # [n], samples that w holds
         for name in weighted:
             v = forget_mean[name]
@@ -62,7 +58,6 @@ class RetainMoments:
         q, d = norms_and_dots(gradients, self.v[name])
         where = positions.cpu()
         self.q[name][where], self.d[name][where] = q.cpu(), d.cpu()
-        self.seen[where] = True
         if name not in self.sums:
             return
         if self.estimate.get(name, 0.0) == 0.0:
@@ -85,22 +80,9 @@ class RetainMoments:
         """The first tensor and sample among `positions` with a NaN or infinite gradient."""
         return first_not_finite(positions, self.q, self.d)
 
-    def after_batch(self) -> None:
-        """Lets go of sums that the bracket makes unnecessary."""
-        if self.tolerance is None or int(self.seen.sum()) < DROP_AFTER:
-            return
-        for name in list(self.sums):
-            narrow = relative_width(*self.scalars(name, self.seen).bracket()) < DROP_MARGIN * self.tolerance
-            self.narrow[name] = self.narrow.get(name, 0) + 1 if narrow else 0
-            if self.narrow[name] >= 2:
-                del self.sums[name]
-
-    def scalars(self, name: str, among: Tensor | None = None) -> Scalars:
-        """The scalars of one tensor, of all samples or of those seen so far."""
-        q, d = self.q[name], self.d[name]
-        if among is not None:
-            q, d = q[among], d[among]
-        return Scalars(self.v[name].numel(), self.forget_sq_norm[name], q, d, self.damping)
+    def scalars(self, name: str) -> Scalars:
+        """The scalars of one tensor."""
+        return Scalars(self.v[name].numel(), self.forget_sq_norm[name], self.q[name], self.d[name], self.damping)
 
     def weighted_sum(self, name: str) -> tuple[Tensor, Tensor]:
         """`w` from the accumulated terms, and how far each sample's part in it is off.
@@ -149,19 +131,17 @@ class RetainMoments:
 
     def state(self) -> dict[str, Tensor]:
         """What a resumed run needs."""
-        out = {"seen": self.seen}
+        out: dict[str, Tensor] = {}
         for name in self.q:
             out |= {f"q/{name}": self.q[name], f"d/{name}": self.d[name]}
         for name, sums in self.sums.items():
             out |= {f"sum{j}/{name}": total for j, total in enumerate(sums)}
             out[f"estimate/{name}"] = torch.tensor(self.estimate.get(name, 0.0), dtype=torch.float64)
-            out[f"narrow/{name}"] = torch.tensor(self.narrow.get(name, 0))
             out[f"summed/{name}"] = self.summed[name]
         return out
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Continues from `state()`."""
-        self.seen.copy_(state["seen"])
         for name in self.q:
             self.q[name].copy_(state[f"q/{name}"])
             self.d[name].copy_(state[f"d/{name}"])
@@ -172,7 +152,6 @@ class RetainMoments:
             for j, total in enumerate(self.sums[name]):
                 total.copy_(state[f"sum{j}/{name}"])
             self.estimate[name] = float(state[f"estimate/{name}"])
-            self.narrow[name] = int(state[f"narrow/{name}"])
             self.summed[name].copy_(state[f"summed/{name}"])
 
 

@@ -200,7 +200,7 @@ class TestModels:
 
     def test_an_empty_folder(self, arguments, fails, tmp_path):
         (tmp_path / "nothing").mkdir()
-        assert "nothing: holds no tokenizer" in fails(arguments(model=str(tmp_path / "nothing")))
+        assert "nothing: no config.json in it" in fails(arguments(model=str(tmp_path / "nothing")))
 
     def test_pickled_weights_only(self, arguments, fails, folder):
         (folder / "model.safetensors").rename(folder / "pytorch_model.bin")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fillm.statistics import Scalars, relative_width, uncertified
+from fillm.statistics import BRACKET_SLACK, Scalars, relative_width, uncertified
 
 INF = math.inf
 
@@ -81,7 +81,7 @@ def test_upper_bound_is_attained_by_equal_gradients() -> None:
     g, v = random_case()
     g = g[:1].expand(4, -1)
     _, u = exact_update(g, v, 0.1)
-    assert scalars_of(g, v).bracket()[1] == pytest.approx(float(u.norm()), rel=3e-5)
+    assert scalars_of(g, v).bracket()[1] == pytest.approx(float(u.norm()), rel=2 * BRACKET_SLACK)
 
 
 def test_orthogonal_gradients_leave_no_room() -> None:
@@ -89,7 +89,7 @@ def test_orthogonal_gradients_leave_no_room() -> None:
     g = g - (g @ v)[:, None] * v / (v @ v)
     low, high = scalars_of(g, v).bracket()
     lambda_, u = exact_update(g, v, 0.1)
-    assert relative_width(low, high) < 3e-5
+    assert relative_width(low, high) < 2.1 * BRACKET_SLACK
     assert float(u.norm()) == pytest.approx(float(v.norm()) / lambda_, rel=1e-12)
     assert low < float(u.norm()) < high
 

@@ -1,0 +1,81 @@
+"""Sets on which a ranking goes wrong easily: many rows, parallel gradients, one row, one position to attend to."""
+
+import pytest
+
+from fillm import rank_parameters
+from tests.capture.reference import reference_gradients, toy_samples
+from tests.families import build_family
+from tests.rank.direct import FORGET_ROWS, RETAIN_ROWS, Direct, family, rows_of
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("tolerance", [1e-3, 0.05])
+def test_many_rows_give_the_same_scores_however_they_are_batched(name, tolerance):
+    """Enough rows that brackets certify: which sums are kept must not depend on where batches end."""
+    model, _ = family(name)
+    rows = rows_of(toy_samples(48, seed=3))
+    expected = rank_parameters(model, None, FORGET_ROWS, rows, tolerance=tolerance)
+    exact = {row["name"] for row in expected if row["score_low"] == row["score_high"]}
+    assert len(exact) < len(expected.scores) or tolerance == 1e-3  # the brackets do decide something
+    for settings in ({"tokens_per_batch": 1}, {"tokens_per_batch": 40}, {"layout": "left", "tokens_per_batch": 64}):
+        found = rank_parameters(model, None, FORGET_ROWS, rows, tolerance=tolerance, **settings)
+        assert {row["name"] for row in found if row["score_low"] == row["score_high"]} == exact
+        for tensor, score in found.scores.items():
+            assert score == pytest.approx(expected.scores[tensor], rel=1e-5), (tensor, settings)
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_parallel_gradients_keep_the_exact_value_inside_an_honest_bracket(copies):
+    """With the forget row alone as retain set, v and w cancel to lambda / q of their size, below float32."""
+    model = build_family("llama")
+    samples = toy_samples(1, seed=5)
+    rows = rows_of(samples)
+    g = reference_gradients(model, samples)
+    direct = Direct(g, g * copies)
+    ranking = rank_parameters(model, None, rows, rows * copies)
+    bracketed = 0
+    for row in ranking:
+        exact = float(direct.u[row["name"]].norm())
+        if "unused" in row["note"]:
+            continue
+        slack = 1e-3 if row["score_low"] == row["score_high"] else 1e-6
+        assert row["score_low"] * (1 - slack) <= exact <= row["score_high"] * (1 + slack), row["name"]
+        if row["score_low"] < row["score_high"]:
+            bracketed += 1
+            assert "parallel" in row["note"] or row["score_high"] / row["score_low"] < 1.001
+    assert bracketed
+
+
+def test_queries_that_see_one_token_are_unused_not_first():
+    """One input position: attention has nothing to choose from, and q and k no gradient but rounding noise."""
+    model = build_family("llama")
+    rows = [{"input_ids": [token, token + 1], "labels": [-100, token + 1]} for token in range(3, 9)]
+    ranking = rank_parameters(model, None, rows[:2], rows[2:])
+    for row in ranking:
+        queries = ".q_proj." in row["name"] or ".k_proj." in row["name"]
+        assert ("unused" in row["note"]) == queries, row
+    assert not any("autograd" in row["note"] for row in ranking)
+
+
+def test_key_rows_of_a_fused_bias_are_no_ones_choice():
+    model = build_family("gpt2")
+    ranking = rank_parameters(model, None, FORGET_ROWS, RETAIN_ROWS, granularity="row", objective="retain")
+    width = model.config.n_embd
+    keys = [row for row in ranking if row["name"].endswith("c_attn.bias") and width <= row["index"] < 2 * width]
+    assert len(keys) == width * model.config.n_layer
+    assert all("unused" in row["note"] for row in keys)
+    assert min(row["rank"] for row in keys) > len(ranking.scores) - len(keys) - 200
+
+
+def test_one_retain_row_still_shows_a_model_that_mixes_its_batch():
+    model = build_family("llama")
+
+    def mixing(module, args, output):
+        return output - 0.5 * output.mean(0, keepdim=True)
+
+    handle = model.model.layers[0].mlp.register_forward_hook(mixing)
+    try:
+        ranking = rank_parameters(model, None, FORGET_ROWS, RETAIN_ROWS[:1])
+    finally:
+        handle.remove()
+    assert all("batch-1 autograd" in row["note"] for row in ranking)
