@@ -148,7 +148,7 @@ def _op(
 ) -> None:
     places = Places(bits, starts, rows, sizes)
     check_step(param, (grad,), (first, second), places)
-    run = select("masked_adamw_", param.device.type)
+    run = select("masked_adamw_", param.device, param.dtype)
     run(param, grad, first, second, places, clip, scalars)
 
 

@@ -95,7 +95,7 @@ def _cpu(grad: Tensor, places: Places, instruction_set: str = "") -> Tensor:
 def _op(grad: Tensor, bits: Tensor | None, starts: Tensor, rows: Tensor | None, sizes: Sequence[int]) -> Tensor:
     places = Places(bits, starts, rows, sizes)
     _check(grad, places)
-    return select("masked_norm", grad.device.type)(grad, places)
+    return select("masked_norm", grad.device, grad.dtype)(grad, places)
 
 
 @_op.register_fake

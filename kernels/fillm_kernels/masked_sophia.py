@@ -157,7 +157,7 @@ def _op(
 ) -> None:
     places = Places(bits, starts, rows, sizes)
     check_step(param, _values(grad, estimate), (first, second), places)
-    run = select("masked_sophia_", param.device.type)
+    run = select("masked_sophia_", param.device, param.dtype)
     run(param, grad, first, second, estimate, places, clip, scalars)
 
 

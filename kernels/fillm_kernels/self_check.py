@@ -83,12 +83,16 @@ def _verdict(
 
 def _results(returned: Any, arguments: Sequence[Any]) -> list[Tensor]:
     """Tensors to compare: what was returned, or every argument of an op that returns nothing and works in place."""
-    if isinstance(returned, Tensor):
-        return [returned]
-    return [value for value in (arguments if returned is None else returned) if isinstance(value, Tensor)]
+    value = arguments if returned is None else returned
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value if isinstance(value, (list, tuple)) else ()
+    return [tensor for part in parts if part is not None for tensor in _results(part, ())]
 
 
 def _relative_error(got: Tensor, want: Tensor) -> float:
+    if not want.is_floating_point():  # masks and counts are right or wrong
+        return 0.0 if torch.equal(got.cpu(), want.cpu()) else torch.inf
     want = want.to(device="cpu", dtype=torch.float64)
     scale = float(want.norm())
     off = float((got.to(device="cpu", dtype=torch.float64) - want).norm())

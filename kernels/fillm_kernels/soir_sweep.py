@@ -197,7 +197,7 @@ def on_torch(s: Tensor, v: Tensor, norms: Tensor, damping: float, numel: Sequenc
 @torch.library.custom_op("fillm_kernels::soir_sweep", mutates_args=())
 def _op(s: Tensor, v: Tensor, norms: Tensor, damping: float, numel: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     _check(s, v, norms, damping, numel)
-    run = select("soir_sweep", s.device.type)
+    run = select("soir_sweep", s.device, s.dtype)
     dots, weighted, pieces = run(s.detach(), v.detach(), norms.detach().double().contiguous(), damping, numel)
     wide = accumulation_dtype(s.dtype)
     return dots.to(wide), weighted.to(wide), pieces

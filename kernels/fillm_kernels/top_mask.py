@@ -194,7 +194,8 @@ def _write(flat: Sequence[Tensor], key: int, ties: int) -> list[Tensor]:
 @torch.library.custom_op("fillm_kernels::top_mask", mutates_args=())
 def _op(scores: Sequence[Tensor], budget: int) -> list[Tensor]:
     _check(scores, budget)
-    bits, threshold = select("top_mask", scores[0].device.type)([tensor.detach() for tensor in scores], budget)
+    run = select("top_mask", scores[0].device, scores[0].dtype)
+    bits, threshold = run([tensor.detach() for tensor in scores], budget)
     return [*bits, threshold.to(device=scores[0].device, dtype=scores[0].dtype)]
 
 

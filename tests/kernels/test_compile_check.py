@@ -39,14 +39,21 @@ def test_one_case_of_every_kernel_compiles_for_sm_90(tmp_path):
     assert done.stdout.splitlines()[-1] == f"{len(rows)} compiled, 0 failed"
     assert {row["target"] for row in rows} == {"sm_90"}
     matrix = [row for row in rows if "HGMMA" in row["matrix"]]
-    assert {row["kernel"].split()[0] for row in matrix} >= {"ghost_norm", "ghost_dot", "ghost_gram", "weighted_outer_"}
+    assert {row["kernel"].split()[0] for row in matrix} >= {
+        "ghost_norm",
+        "ghost_dot",
+        "ghost_gram",
+        "sample_moments",
+        "weighted_outer_",
+    }
+    assert {row["kernel"].split()[0] for row in rows} >= {"soir_sweep", "top_mask", "masked_norm", "masked_adamw_"}
     for row in rows:
         assert 0 < int(row["registers"]) <= 255 and row["stack"] == row["spills"] == "0" and row["verdict"] == "ok"
         assert 0 < int(row["shared"]) <= int(row["shared_limit"]) == 227 * 1024
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_every_configuration_compiles_for_every_target(tmp_path):
     done = check(tmp_path, "--csv", str(tmp_path / "rows.csv"))
     assert done.returncode == 0, done.stdout + done.stderr

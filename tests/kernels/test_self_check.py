@@ -7,7 +7,9 @@ import warnings
 import pytest
 import torch
 from fillm_kernels import BackendError, backends, dispatch, ghost_norm, self_check
+from fillm_kernels.selection import Places, select_bits
 from fillm_kernels.self_check import SelfChecks
+from fillm_kernels.top_mask import pack_bits, unpack_bits
 
 from tests.kernels.ragged import triton_device
 
@@ -19,6 +21,12 @@ OPS = {
     "ghost_dot": "ghost_dot",
     "ghost_gram": "ghost_gram",
     "weighted_outer_": "weighted_outer",
+    "sample_moments": "sample_moments",
+    "soir_sweep": "soir_sweep",
+    "top_mask": "top_mask",
+    "masked_norm": "masked_norm",
+    "masked_adamw_": "masked_adamw",
+    "masked_sophia_": "masked_sophia",
 }
 
 
@@ -114,6 +122,56 @@ def test_an_op_that_works_in_place_is_judged_by_all_its_tensors():
     assert self_check._results(None, (kept, 3, other)) == [kept, other]
     assert self_check._results((kept, other), (other,)) == [kept, other]
     assert self_check._results(kept, (other,)) == [kept]
+    assert self_check._results(([kept], other), ()) == [kept, other]
+    assert self_check._results(None, ((kept, None, [2, 3]), "", other)) == [kept, other]
+
+
+def test_masks_and_counts_must_be_equal_to_the_last_bit():
+    bits = torch.full((10**6,), 255, dtype=torch.uint8)
+    off = bits.clone()
+    off[-1] = 254
+    assert self_check._relative_error(bits, bits) == 0
+    assert self_check._relative_error(off, bits) == torch.inf
+
+
+@pytest.mark.parametrize("op", ["top_mask", "masked_norm", "masked_adamw_", "masked_sophia_"])
+def test_one_wrong_bit_of_a_mask_is_found(op, monkeypatch):
+    """A kernel that takes a weight too many or too few must not hide in rounding."""
+    module = importlib.import_module(f"fillm_kernels.triton.{OPS[op]}")
+    launch = module.launch
+
+    def one_off(*arguments):
+        if op == "top_mask":
+            return launch(arguments[0], arguments[1] + 1)
+        places = next(part for part in arguments if isinstance(part, Places))
+        chosen = unpack_bits(places.bits, places.sizes[0])
+        at = int(chosen.nonzero()[-1])
+        chosen[at] = False
+        fewer = select_bits(pack_bits(chosen), places.sizes[0]).places()
+        return launch(*(fewer if part is places else part for part in arguments))
+
+    monkeypatch.setattr(module, "launch", one_off)
+    monkeypatch.setenv("FILLM_BACKEND", "triton")
+    for dtype in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr(dispatch, "_self_checks", SelfChecks())
+        with pytest.warns(RuntimeWarning, match="off from the reference"), pytest.raises(BackendError):
+            dispatch.select(op, DEVICE, dtype)
+
+
+def test_small_cases_meet_what_they_are_for():
+    """Ties past the quota, a negative threshold; blocks without a bit; results that bfloat16 holds exactly."""
+    for dtype in (torch.float32, torch.bfloat16):
+        scores, budget = importlib.import_module("fillm_kernels.triton.top_mask").small_case(dtype, torch.device("cpu"))
+        threshold = torch.cat(scores).sort(descending=True).values[budget - 1]
+        assert threshold < 0 and sum(int((tensor >= threshold).sum()) for tensor in scores) > budget
+    for op in ("masked_adamw_", "masked_sophia_"):
+        module = importlib.import_module(f"fillm_kernels.triton.{OPS[op]}")
+        exact, rounded = (module.small_case(dtype, torch.device("cpu")) for dtype in (torch.float64, torch.bfloat16))
+        places = next(part for part in exact if isinstance(part, Places))
+        assert (places.starts.diff() == 0).any() and places.sizes[0] % 8 != 0
+        for arguments in (exact, rounded):
+            dispatch._registry[op]["reference"].run(*arguments)
+        assert torch.equal(exact[0], rounded[0].double()) and len(exact[0].unique()) > 20
 
 
 def test_a_module_without_a_small_case_is_not_checked(monkeypatch):
@@ -128,6 +186,6 @@ def test_every_module_that_launches_has_a_small_case_and_compile_cases():
     names = [module.name for module in pkgutil.iter_modules(package.__path__)]
     modules = [importlib.import_module(f"fillm_kernels.triton.{name}") for name in names]
     launching = [module for module in modules if hasattr(module, "launch")]
-    assert len(launching) >= 4
+    assert len(launching) >= 10
     for module in launching:
         assert hasattr(module, "small_case") and hasattr(module, "compile_cases"), module.__name__

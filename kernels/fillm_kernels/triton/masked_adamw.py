@@ -3,7 +3,9 @@
 float64 parameters go to torch's operators: the numbers that a Triton kernel is launched with are float32.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import product
+from typing import Any
 
 import torch
 import triton
@@ -11,9 +13,17 @@ import triton.language as tl
 from torch import Tensor
 
 from fillm_kernels import masked_adamw
-from fillm_kernels.selection import BLOCK, Places
-from fillm_kernels.triton.device import device_of
-from fillm_kernels.triton.masked_step import WARPS, is_empty, place_arguments, places_of
+from fillm_kernels.selection import Places
+from fillm_kernels.triton.configurations import POINTERS, CompileCase, launch_kernel, name_of
+from fillm_kernels.triton.masked_step import (
+    STEP,
+    is_empty,
+    place_arguments,
+    place_types,
+    places_of,
+    step_case,
+    value_types,
+)
 
 
 @triton.jit
@@ -69,9 +79,23 @@ def launch(
     decay, beta1, beta2, step_size, scale, eps = scalars
     numbers = (decay, 1 - beta1, beta2, 1 - beta2, step_size, scale, eps)
     programs, arguments = place_arguments(places, param.device)
-    if programs:
-        tensors = (param, grad.contiguous(), first, second, clip)
-        with device_of(param):
-            _step[(programs,)](
-                *tensors, *arguments, *numbers, places.rows is not None, BLOCK, num_warps=WARPS, enable_fp_fusion=True
-            )
+    tensors = (param, grad.contiguous(), first, second, clip)
+    launch_kernel(_step, programs, STEP, *tensors, *arguments, *numbers, ROWS=places.rows is not None)
+
+
+def small_case(dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
+    """A step on bits, for the check at first use: roots of 1, 9 and 49, with eps divisors of 2, 4 and 8."""
+    return *step_case(dtype, device, (1.0, 17.0, 97.0)), [0.5, 0.5, 0.5, 1.0, 1.0, 1.0]
+
+
+def compile_cases() -> Iterator[CompileCase]:
+    """Bits and rows, for every pair of element types; most sizes are no multiples of 16."""
+    numbers = dict.fromkeys(("decay", "fresh1", "beta2", "fresh2", "step_size", "scale", "eps"), "fp32")
+    for (dtype, grad_dtype), rows in product(value_types(), (False, True)):
+        types = {"param": POINTERS[dtype], "grad": POINTERS[grad_dtype]}
+        types |= {"exp_avg": "*fp32", "exp_avg_sq": "*fp32", "clip": "*fp64"}
+        places, constants = place_types(rows)
+        beside = "" if grad_dtype == dtype else " beside float32"
+        name = f"masked_adamw_ {'rows' if rows else 'bits'}{beside} {name_of(dtype)}"
+        types = {**types, **places, **numbers}
+        yield CompileCase(name, _step, STEP, types, {**constants, "ROWS": rows}, aligned=False)

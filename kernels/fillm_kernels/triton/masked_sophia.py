@@ -3,7 +3,9 @@
 float64 parameters go to torch's operators: the numbers that a Triton kernel is launched with are float32.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import product
+from typing import Any
 
 import torch
 import triton
@@ -11,9 +13,17 @@ import triton.language as tl
 from torch import Tensor
 
 from fillm_kernels import masked_sophia
-from fillm_kernels.selection import BLOCK, Places
-from fillm_kernels.triton.device import device_of
-from fillm_kernels.triton.masked_step import WARPS, is_empty, place_arguments, places_of
+from fillm_kernels.selection import Places
+from fillm_kernels.triton.configurations import POINTERS, CompileCase, launch_kernel, name_of
+from fillm_kernels.triton.masked_step import (
+    STEP,
+    is_empty,
+    place_arguments,
+    place_types,
+    places_of,
+    step_case,
+    value_types,
+)
 
 
 @triton.jit
@@ -77,8 +87,26 @@ def launch(
     numbers = (decay, 1 - beta1, 1 - beta2, step_size, gamma, eps)
     programs, arguments = place_arguments(places, param.device)
     grad = grad.contiguous()
-    if programs:
-        tensors = (param, grad, grad if estimate is None else estimate.contiguous(), first, second, clip)
-        flags = (estimate is not None, places.rows is not None)
-        with device_of(param):
-            _step[(programs,)](*tensors, *arguments, *numbers, *flags, BLOCK, num_warps=WARPS, enable_fp_fusion=True)
+    tensors = (param, grad, grad if estimate is None else estimate.contiguous(), first, second, clip)
+    flags = {"FRESH": estimate is not None, "ROWS": places.rows is not None}
+    launch_kernel(_step, programs, STEP, *tensors, *arguments, *numbers, **flags)
+
+
+def small_case(dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
+    """A step on bits with an estimate, for the check at first use: divisors 2 (eps), 2 and 4, some updates clipped."""
+    param, grad, first, second, places, clip = step_case(dtype, device, (0.0, 4.0, 12.0))
+    return param, grad, first, second, grad.square(), places, clip, [0.5, 0.5, 0.5, 1.0, 0.5, 2.0]
+
+
+def compile_cases() -> Iterator[CompileCase]:
+    """Bits and rows, with an estimate and without, for every pair of types; most sizes are no multiples of 16."""
+    numbers = dict.fromkeys(("decay", "fresh1", "fresh2", "step_size", "gamma", "eps"), "fp32")
+    for (dtype, grad_dtype), rows, fresh in product(value_types(), (False, True), (False, True)):
+        types = {"param": POINTERS[dtype], "grad": POINTERS[grad_dtype], "estimate": POINTERS[grad_dtype]}
+        types |= {"exp_avg": "*fp32", "hessian": "*fp32", "clip": "*fp64"}
+        places, constants = place_types(rows)
+        form = f"{'rows' if rows else 'bits'}{' estimate' if fresh else ''}"
+        beside = "" if grad_dtype == dtype else " beside float32"
+        name = f"masked_sophia_ {form}{beside} {name_of(dtype)}"
+        constants = {**constants, "FRESH": fresh, "ROWS": rows}
+        yield CompileCase(name, _step, STEP, {**types, **places, **numbers}, constants, aligned=False)

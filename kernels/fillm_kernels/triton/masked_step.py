@@ -1,5 +1,6 @@
 """Where the selected weights of a block lie, for the Triton kernels of masked steps and norms."""
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -7,9 +8,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fillm_kernels.selection import BLOCK, Places
+from fillm_kernels.arguments import accumulation_dtype
+from fillm_kernels.selection import BLOCK, Places, select_bits
+from fillm_kernels.top_mask import pack_bits
+from fillm_kernels.triton.configurations import DTYPES, Configuration
 
-WARPS = 8  # untimed: eight weights a thread
+STEP = Configuration({"BLOCK": BLOCK}, num_warps=8, num_stages=1)  # 8 weights a thread; untimed; sm_90: 104 registers
 
 
 @triton.jit
@@ -58,3 +62,42 @@ def place_arguments(places: Places, device: torch.device) -> tuple[int, tuple[An
     if rows is not None:
         return rows.shape[0] * triton.cdiv(columns, BLOCK), (unused, unused, rows, entries, columns)
     return triton.cdiv(entries, BLOCK), (bits, starts, unused, entries, 1)
+
+
+def places_case(device: torch.device) -> Places:
+    """Bits of four blocks, the last one short and the second one empty, for the checks at first use."""
+    chosen = torch.rand(3 * BLOCK + 101, generator=torch.Generator().manual_seed(0)) < 0.4
+    chosen[BLOCK : 2 * BLOCK] = False
+    return select_bits(pack_bits(chosen).to(device), chosen.shape[0]).places()
+
+
+def step_case(
+    dtype: torch.dtype, device: torch.device, curvatures: Sequence[float]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Places, Tensor]:
+    """Parameter, gradient, first and second state, places and clip factor, for the checks at first use.
+
+    The callers' factors are powers of two, and `curvatures`, what the second state is drawn from, are such that new
+    parameters are sixteenths below 4: two bfloat16 results never differ by how a float32 one was rounded before.
+    """
+    places, wide = places_case(device), accumulation_dtype(dtype)
+    entries, _, count = places.sizes
+    generator = torch.Generator().manual_seed(1)
+    param = torch.randint(-16, 17, (entries,), generator=generator) / 8
+    grad = torch.randint(0, 2, (entries,), generator=generator) * 4.0 - 2
+    first = torch.randint(-7, 8, (count,), generator=generator)
+    second = torch.tensor(curvatures)[torch.randint(len(curvatures), (count,), generator=generator)]
+    clip = torch.full((), 0.5, dtype=torch.float64, device=device)
+    values, state = (param.to(device, dtype), grad.to(device, dtype)), (first.to(device, wide), second.to(device, wide))
+    return *values, *state, places, clip
+
+
+def place_types(rows: bool) -> tuple[dict[str, str], dict[str, int]]:
+    """Types and constants of what `place_arguments` gives, for the compile cases."""
+    types = {"bits": "*i64" if rows else "*u8", "starts": "*i64", "rows": "*i64", "entries": "i32"}
+    return (types | {"columns": "i32"}, {}) if rows else (types, {"columns": 1})
+
+
+def value_types() -> Iterator[tuple[torch.dtype, torch.dtype]]:
+    """Element types of a parameter and its gradient for the compile cases; a float32 one may come with either half."""
+    yield from ((dtype, dtype) for dtype in DTYPES)
+    yield torch.bfloat16, torch.float32

@@ -27,18 +27,29 @@ from fillm_kernels.triton.configurations import (
 )
 from fillm_kernels.triton.tiles import multiply, ragged_case, to_device, unit_rows
 
-# untimed
+# untimed; chosen by `python -m fillm_kernels.compile_check`, most registers / KiB of shared memory, no spill:
+#                 sm_80       sm_90       sm_100      gfx942
+#   HALF          160 / 32    124 / 49    106 / 49    137 / 32
+#   HALF_FULL     240 / 32    226 / 32    216 / 25    173 / 32    64 rows at a time spilled on sm_80 (2)
+#   ODD           202 / 16    182 / 16    180 / 16    126 / 16
+#   FLOAT         158 / 16     94 / 16     84 / 16     90 / 16
+#   FLOAT_FULL    182 / 16    182 / 16    184 / 16    126 / 16    two stages spilled on sm_80 (20) and sm_90 (2)
 HALF = Configuration({"BLOCK_O": 128, "BLOCK_I": 64, "BLOCK_K": 64}, num_warps=8, num_stages=3)
 ODD = Configuration({"BLOCK_O": 64, "BLOCK_I": 64, "BLOCK_K": 32}, num_warps=8, num_stages=2)
 FLOAT = Configuration({"BLOCK_O": 64, "BLOCK_I": 64, "BLOCK_K": 16}, num_warps=8, num_stages=2)
+# With v, second and absolute three tiles beside G_b's are held in registers.
+HALF_FULL = Configuration({"BLOCK_O": 128, "BLOCK_I": 64, "BLOCK_K": 32}, num_warps=8, num_stages=3)
+FLOAT_FULL = Configuration({"BLOCK_O": 64, "BLOCK_I": 64, "BLOCK_K": 16}, num_warps=8, num_stages=1)
 # Programs below which samples are dealt out to several groups, where nothing is summed over samples: some for each of
 # the multiprocessors of the largest GPUs.
 ENOUGH_PROGRAMS = 1024
 
 
-def shipped(dtype: torch.dtype, aligned: bool) -> Configuration:
-    """The configuration for an element type."""
-    return FLOAT if dtype == torch.float32 else HALF if aligned else ODD
+def shipped(dtype: torch.dtype, aligned: bool, full: bool) -> Configuration:
+    """The configuration for an element type; `full` where v, second and absolute are all given."""
+    if dtype == torch.float32:
+        return FLOAT_FULL if full else FLOAT
+    return ODD if not aligned else HALF_FULL if full else HALF
 
 
 @triton.jit
@@ -157,7 +168,7 @@ def launch(
         out if out is None or out.stride(1) == 1 else torch.zeros_like(out).contiguous() for out in (second, absolute)
     ]
     given = [matrix for matrix in (v, *targets) if matrix is not None]
-    configuration = shipped(x.dtype, is_aligned((x, dy, *given)))
+    configuration = shipped(x.dtype, is_aligned((x, dy, *given)), len(given) == 3)
     down = triton.cdiv(outputs, configuration.constants["BLOCK_O"])
     across = triton.cdiv(inputs, configuration.constants["BLOCK_I"])
     tiles = down * across
@@ -195,11 +206,12 @@ def small_case(dtype: torch.dtype, device: torch.device) -> tuple[object, ...]:
 
 
 def compile_cases() -> Iterator[CompileCase]:
-    """Every configuration above: the norm alone, with the dot, with the diagonal, and with everything."""
+    """Every configuration above: the norm alone, with the dot, with the diagonal, with all matrices, and with all."""
     asked = {
         "norm": (False, False, False, False),
         "dot": (True, False, False, False),
         "second": (False, True, False, False),
+        "dot second absolute": (True, True, True, False),
         "all": (True, True, True, True),
     }
     sizes = ("inputs", "outputs", "x_stride", "dy_stride", "v_stride", "second_stride", "absolute_stride")
@@ -211,6 +223,6 @@ def compile_cases() -> Iterator[CompileCase]:
         flags = dict(zip(("DOT", "SECOND", "ABSOLUTE", "ROWS"), asked[name], strict=True))
         case = f"sample_moments {name} {name_of(dtype, aligned)}"
         yield CompileCase(
-            case, moments_kernel, shipped(dtype, aligned), types, {**flags, "WIDEN": False},
+            case, moments_kernel, shipped(dtype, aligned, flags["ABSOLUTE"]), types, {**flags, "WIDEN": False},
             dtype != torch.float32, aligned, ("tiles",),
         )  # fmt: skip

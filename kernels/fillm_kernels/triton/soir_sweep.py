@@ -1,22 +1,29 @@
 """`soir_sweep` in Triton: a program takes a part of a tensor's rows, four at a time, dots first, then the weighted sum.
 
 The second use of a row finds it in the cache. Parts have accumulators of their own, in global memory and mostly in the
-cache too, added up in order at the end. float64 sketches go to torch's operators. The configuration is untimed.
+cache too, added up in order at the end. float64 sketches go to torch's operators.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import product
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fillm_kernels.arguments import accumulation_dtype
 from fillm_kernels.soir_sweep import damping_of, on_torch
-from fillm_kernels.triton.device import device_of
+from fillm_kernels.triton.configurations import (
+    DTYPES,
+    POINTERS,
+    CompileCase,
+    Configuration,
+    launch_kernel,
+    name_of,
+)
 
-ROWS = 4
-BLOCK = 2048
-WARPS = 8
+SWEEP = Configuration({"ROWS": 4, "BLOCK": 2048}, num_warps=8, num_stages=1)  # untimed; sm_90: 90 registers, 8 KiB
 MOST_PARTS = 128  # of a tensor: sizes alone decide, never the device
 LEAST_ROWS = 16  # of a part, so that accumulators are a sixteenth of the store at most
 
@@ -30,19 +37,19 @@ def _sweep(
     dots,  # [L, n], float32
     sums,  # [L, parts, k], float32, zeros
     cross,  # [L, parts], float64
+    parts,
     n,
     k,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    part = tl.program_id(0).to(tl.int64)
-    tensor = tl.program_id(1).to(tl.int64)
-    parts = tl.num_programs(0).to(tl.int64)
+    program = tl.program_id(0).to(tl.int64)
+    tensor, part = program // parts, program % parts
     row = n * part // parts
     last = n * (part + 1) // parts
     lane = tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
-    own = sums + (tensor * parts + part) * k
+    own = sums + program * k
     lam = tl.load(damping + tensor)
     total = lam * 0
     while row < last:
@@ -67,7 +74,7 @@ def _sweep(
             tl.store(own + at, before + tl.sum(tile * weight[:, None], 0), mask=at < k)
         tl.debug_barrier()  # what one thread added to the sums another may read for the next rows
         row += ROWS
-    tl.store(cross + tensor * parts + part, total)
+    tl.store(cross + program, total)
 
 
 def launch(s: Tensor, v: Tensor, norms: Tensor, damping: float, numel: Sequence[int]) -> tuple[Tensor, ...]:
@@ -80,11 +87,30 @@ def launch(s: Tensor, v: Tensor, norms: Tensor, damping: float, numel: Sequence[
     dots = torch.empty(tensors, rows, dtype=torch.float32, device=s.device)
     sums = torch.zeros(tensors, parts, k, dtype=torch.float32, device=s.device)
     cross = torch.zeros(tensors, parts, dtype=torch.float64, device=s.device)
-    if s.numel():
-        with device_of(s):
-            _sweep[(parts, tensors)](
-                s, v, norms, lam, dots, sums, cross, rows, k, ROWS, BLOCK, num_warps=WARPS, enable_fp_fusion=True
-            )
+    programs = parts * tensors if s.numel() else 0
+    launch_kernel(_sweep, programs, SWEEP, s, v, norms, lam, dots, sums, cross, parts, rows, k)
     weighted, n = sums.sum(1, dtype=torch.float64), max(rows, 1)
     rest = (v.double() - weighted / n).square().sum(1)
     return dots, weighted.float(), torch.stack([lam, cross.sum(1) / n, rest, v.double().square().sum(1)], 1)
+
+
+def small_case(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor, float, list[int]]:
+    """Two tensors of two parts and two blocks of columns, for the check at first use.
+
+    Sketches that resemble v, and a damping of a size with their norms, so that no number of the result drowns in
+    another beside which it is compared.
+    """
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(2, 2100, generator=generator)
+    s = v[:, None] + torch.randn(2, 37, 2100, generator=generator)
+    norms = s.double().square().sum(2)
+    return s.to(device, dtype), v.to(device, accumulation_dtype(dtype)), norms.to(device), 500.0, [2100, 1000]
+
+
+def compile_cases() -> Iterator[CompileCase]:
+    """The configuration above for every element type, for widths that are multiples of 16 and others."""
+    for dtype, aligned in product(DTYPES, (True, False)):
+        types = {"s": POINTERS[dtype], "v": "*fp32", "norms": "*fp64", "damping": "*fp64", "dots": "*fp32"}
+        types |= {"sums": "*fp32", "cross": "*fp64", "parts": "i32", "n": "i32", "k": "i32"}
+        name = f"soir_sweep {name_of(dtype, aligned)}"
+        yield CompileCase(name, _sweep, SWEEP, types, aligned=aligned, counts=("parts", "n"))
