@@ -106,13 +106,12 @@ def moments_kernel(
         sample = tl.load(steps_ptr + step * 3 + 2)
         if sample >= 0:  # the sample ends here, and its tile of G_b is whole
             squares = gradient * gradient
-            by_row = tl.sum(squares, 1)
-            tl.store(norms_ptr + sample * tiles + tile, tl.sum(by_row, 0))
+            tl.store(norms_ptr + sample * tiles + tile, tl.sum(squares))
             if ROWS:
                 place = row_norms_ptr + (sample * outputs + output) * across + tile % across
-                tl.store(place, by_row, mask=output < outputs)
+                tl.store(place, tl.sum(squares, 1), mask=output < outputs)
             if DOT:
-                tl.store(dots_ptr + sample * tiles + tile, tl.sum(tl.sum(gradient * v, 1), 0))
+                tl.store(dots_ptr + sample * tiles + tile, tl.sum(gradient * v))
             if SECOND:
                 second += squares
             if ABSOLUTE:
