@@ -39,7 +39,7 @@ def provenance(config: BenchConfig, work: Workload) -> Row:
     """The machine, the versions, the inputs and the command of a run."""
     parameters = dict(work.model.named_parameters())
     return {
-        "cpu": _cpu(),
+        "cpu": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "backends": " ".join(f"{op}:{found['used']['cpu']}" for op, found in fillm_kernels.backends().items()),
@@ -58,7 +58,8 @@ def provenance(config: BenchConfig, work: Workload) -> Row:
     }
 
 
-def _cpu() -> str:
+def processor() -> str:
+    """What the machine calls its CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -7,7 +7,6 @@ read and written.
 """
 
 import argparse
-import csv
 from pathlib import Path
 from statistics import median
 
@@ -18,6 +17,7 @@ from fillm_kernels.seed_law import BlockMap
 from torch import Tensor
 
 from benchmarks.kernels.layers import interleaved
+from benchmarks.kernels.rows import save
 
 SHAPES = (
     # samples, coordinates, dim, kind, dtype; 5.2e6 is the largest weight of the measured model
@@ -89,11 +89,7 @@ def main() -> None:
         }
         rows.append(row)
         print("  ".join(f"{key} {value}" for key, value in row.items() if key != "op"), flush=True)
-    if options.csv:
-        with options.csv.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+    save(options.csv, rows)
 
 
 if __name__ == "__main__":

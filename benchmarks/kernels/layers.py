@@ -9,7 +9,6 @@ everything once, one after the other, so that a busy moment of the machine hits 
 """
 
 import argparse
-import csv
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ from statistics import median
 
 import torch
 from torch import Tensor
+
+from benchmarks.kernels.rows import save
 
 CEILING_SIZE = 1024  # the ceiling is an IEEE float32 product of two square matrices of this size
 
@@ -106,8 +107,4 @@ def report(title: str, prepare: Callable[[Layer], tuple[Calls, float]], check: C
         row |= {f"{name} / op": f"{middle[name] / middle[own]:.2f}" for name in calls if name != own}
         rows.append(row)
         print("  ".join(f"{key} {value}" for key, value in row.items() if key != "op"), flush=True)
-    if options.csv:
-        with options.csv.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+    save(options.csv, rows)

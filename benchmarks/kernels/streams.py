@@ -6,7 +6,6 @@ GB/s count the bytes an op must move at least (given by each module), not those 
 """
 
 import argparse
-import csv
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.kernels.layers import Calls, interleaved
+from benchmarks.kernels.rows import save
 
 COPY_ENTRIES = 1 << 26  # float32: 256 MiB, well past any cache
 
@@ -56,8 +56,4 @@ def report(title: str, cases: Mapping[str, Callable[[], tuple[Calls, float]]], c
         row["baseline / op"] = ", ".join(f"{call} {middle[call] / middle[own]:.2f}" for call in calls if call != own)
         rows.append(row)
         print("  ".join(f"{key} {value}" for key, value in row.items() if key != "op"), flush=True)
-    if options.csv:
-        with options.csv.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+    save(options.csv, rows)
