@@ -33,18 +33,9 @@ void fillm::bind_sketch(py::module_& module) {
         [](uintptr_t values, int64_t stride, int64_t rows, int64_t columns, int64_t row, int64_t column,
            int64_t inputs, uintptr_t bins, uint64_t seed, uint32_t kind, int64_t chunks, int64_t ranges, int64_t width,
            int dtype, const std::string& instruction_set) {
-            fillm::SketchTile tile{
-                {seed, kind, chunks, ranges, width},
-                reinterpret_cast<const void*>(values),
-                stride,
-                rows,
-                columns,
-                row,
-                column,
-                inputs,
-                reinterpret_cast<void*>(bins),
-            };
-            fillm::sketch_tile(tile, static_cast<fillm::Dtype>(dtype), instruction_set.c_str());
+            fillm::sketch_tile({seed, kind, chunks, ranges, width}, {stride, rows, columns, row, column, inputs},
+                               fillm::pointer<const void>(values), fillm::pointer<void>(bins),
+                               static_cast<fillm::Dtype>(dtype), instruction_set.c_str());
         },
         py::arg("values"), py::arg("stride"), py::arg("rows"), py::arg("columns"), py::arg("row"), py::arg("column"),
         py::arg("inputs"), py::arg("bins"), py::arg("seed"), py::arg("kind"), py::arg("chunks"), py::arg("ranges"),

@@ -28,7 +28,7 @@ void parallel(int64_t count, int64_t piece, int threads, const Body& body) {
 }
 
 // Memory of one thread, 64-byte aligned, kept between calls: a fresh block per call would be paid for in page faults.
-// Slot 0 is the calling thread's for a whole call, slot 1 that of a work item, which may run on the same thread.
+// Slot 0 is the calling thread's for a whole call, slots 1 and 2 those of a work item, which may run on the same thread.
 template <int SLOT>
 void* thread_memory(size_t bytes) {
     struct Block {

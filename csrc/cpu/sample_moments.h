@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "matmul.h"
+#include "sketch.h"
 
 namespace fillm {
 
@@ -44,6 +45,9 @@ struct MomentsArguments {
     double* norms;           // [samples], written
     double* dots;            // [samples], written, or null
     double* row_norms;       // [samples, O], written, or null
+    SketchMap map;           // of the sketch
+    double sketch_scale;
+    void* sketches;          // [samples, map.dim()] of the computing type, written, or null
     Dtype computes;
     int threads;
 };

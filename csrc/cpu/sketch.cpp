@@ -6,6 +6,7 @@
 #include <cstring>
 #include <memory>
 #include <stdexcept>
+#include <vector>
 
 #include "instruction_sets.h"
 #include "parallel.h"
@@ -16,15 +17,6 @@ namespace {
 // A piece is this many times `dim` long, so that writing and adding its bins is a few per cent of reading it.
 constexpr int64_t kPieceDims = 64;
 constexpr int64_t kBinsAtOnce = 4096;
-
-const SketchKernels& kernels_of(Dtype dtype, const char* instruction_set) {
-    const int index = instruction_set_index(instruction_set);
-#ifdef FILLM_X86
-    if (index == 1) return sketch_avx2_kernels()[dtype];
-    if (index == 2) return sketch_avx512_kernels()[dtype];
-#endif
-    return index == 0 ? sketch_generic_kernels()[dtype] : throw std::invalid_argument("no such kernels");
-}
 
 template <class T>
 void add_pieces(const SketchArguments& arguments, int64_t pieces, const T* slots) {
@@ -48,13 +40,22 @@ void add_pieces(const SketchArguments& arguments, int64_t pieces, const T* slots
 
 }  // namespace
 
+const SketchKernels& sketch_kernels(Dtype dtype, const char* instruction_set) {
+    const int index = instruction_set_index(instruction_set);
+#ifdef FILLM_X86
+    if (index == 1) return sketch_avx2_kernels()[dtype];
+    if (index == 2) return sketch_avx512_kernels()[dtype];
+#endif
+    return index == 0 ? sketch_generic_kernels()[dtype] : throw std::invalid_argument("no such kernels");
+}
+
 size_t sketch_scratch_bytes(const SketchMap& map) {
     // A widened block in float, sign words, starts.
     return static_cast<size_t>(map.width + map.dim() + map.chunks * kSigns) * sizeof(uint32_t);
 }
 
 void sketch(const SketchArguments& arguments, const char* instruction_set) {
-    const SketchKernels& kernels = kernels_of(arguments.dtype, instruction_set);
+    const SketchKernels& kernels = sketch_kernels(arguments.dtype, instruction_set);
     const SketchMap& map = arguments.map;
     const int64_t dim = map.dim(), group = kSigns * map.width;
     // Pieces begin where a word of sign bits does, at multiples of `length` counted from coordinate 0.
@@ -81,8 +82,15 @@ void sketch(const SketchArguments& arguments, const char* instruction_set) {
     else add_pieces(arguments, pieces, reinterpret_cast<const float*>(slots));
 }
 
-void sketch_tile(const SketchTile& tile, Dtype dtype, const char* instruction_set) {
-    kernels_of(dtype, instruction_set).tile(tile);
+void sketch_tile(const SketchMap& map, const SketchTile& tile, const void* values, void* bins, Dtype dtype,
+                 const char* instruction_set) {
+    const SketchKernels& kernels = sketch_kernels(dtype, instruction_set);
+    const size_t room = static_cast<size_t>(plan_room(map, tile.rows * tile.columns));
+    std::vector<SketchRun> runs(room);
+    std::vector<uint32_t> flips(room);
+    SketchPlan plan{runs.data(), flips.data(), 0};
+    kernels.plan(map, tile, plan);
+    kernels.add(plan, values, bins);
 }
 
 }  // namespace fillm

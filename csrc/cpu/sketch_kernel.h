@@ -109,45 +109,51 @@ void sketch_piece(const SketchPiece& piece, void* memory) {
 
 // ---- a tile that a fused kernel holds --------------------------------------------------------------------------------
 
-constexpr int64_t kTileWords = 256;
-
-// Adds values[0 .. count), coordinates `begin` onwards, to bins[dim]; the words of the signs live on the stack.
-template <class T>
-inline void add_row(const SketchMap& map, int64_t begin, const T* values, int64_t count, T* bins) {
-    alignas(64) uint32_t words[kTileWords];
-    for (int64_t done = 0; done < count;) {
-        const int64_t block = (begin + done) / map.width, position = begin + done - block * map.width;
-        const int64_t most = count - done < kTileWords ? count - done : kTileWords;
-        const int64_t length = most < map.width - position ? most : map.width - position;
-        const int shift = 31 - static_cast<int>(block % kSigns);
-        for (int64_t c = 0; c < map.chunks; ++c) {
-            const uint32_t chunk = static_cast<uint32_t>(c);
-            const Key start_state = state_of(key_of(map.seed, map.kind, kStart, chunk), static_cast<uint64_t>(block));
-            const Key sign_state =
-                state_of(key_of(map.seed, map.kind, kSign, chunk), static_cast<uint64_t>(block / kSigns));
-            const int64_t start = below(cell(start_state, 0), static_cast<uint32_t>(map.chunk_dim()));
-            T* part = bins + c * map.chunk_dim();
-            rotated_runs(map, start, position, length, [&](int64_t from, int64_t bin, int64_t run) {
-                sign_words(sign_state, bin, run, words);
-                add_run(values + done + (from - position), words, shift, run, part + bin);
-            });
+void plan_tile(const SketchMap& map, const SketchTile& tile, SketchPlan& plan) {
+    SketchRun* next = plan.runs;
+    uint32_t* flips = plan.flips;
+    for (int64_t c = 0; c < map.chunks; ++c) {
+        const Key start_key = key_of(map.seed, map.kind, kStart, static_cast<uint32_t>(c));
+        const Key sign_key = key_of(map.seed, map.kind, kSign, static_cast<uint32_t>(c));
+        for (int64_t r = 0; r < tile.rows; ++r) {
+            const int64_t begin = (tile.row + r) * tile.inputs + tile.column;
+            for (int64_t done = 0; done < tile.columns;) {
+                const int64_t block = (begin + done) / map.width, position = begin + done - block * map.width;
+                const int64_t left = tile.columns - done, room = map.width - position;
+                const int64_t length = left < room ? left : room;
+                const Key state = state_of(sign_key, static_cast<uint64_t>(block / kSigns));
+                const int shift = 31 - static_cast<int>(block % kSigns);
+                const int64_t start = below(cell(state_of(start_key, static_cast<uint64_t>(block)), 0),
+                                            static_cast<uint32_t>(map.chunk_dim()));
+                rotated_runs(map, start, position, length, [&](int64_t from, int64_t bin, int64_t count) {
+                    for (int64_t k = 0; k < count; ++k)
+                        flips[k] = cell(state, static_cast<uint32_t>(bin + k)) << shift & 0x80000000u;
+                    flips += count;
+                    *next++ = {static_cast<int32_t>(r * tile.stride + done + (from - position)),
+                               static_cast<int32_t>(c * map.chunk_dim() + bin), static_cast<int32_t>(count)};
+                });
+                done += length;
+            }
         }
-        done += length;
+    }
+    plan.count = next - plan.runs;
+}
+
+template <class T>
+void add_tile(const SketchPlan& plan, const void* values, void* bins) {
+    const uint32_t* flips = plan.flips;
+    for (int64_t i = 0; i < plan.count; ++i) {
+        const SketchRun run = plan.runs[i];
+        add_run(static_cast<const T*>(values) + run.entry, flips, 0, run.count, static_cast<T*>(bins) + run.bin);
+        flips += run.count;
     }
 }
 
-template <class T>
-void sketch_tile_of(const SketchTile& tile) {
-    for (int64_t r = 0; r < tile.rows; ++r)
-        add_row(tile.map, (tile.row + r) * tile.inputs + tile.column,
-                static_cast<const T*>(tile.values) + r * tile.stride, tile.columns, static_cast<T*>(tile.bins));
-}
-
 // A tile holds sums, so it is float32 or float64 whatever the inputs were.
-constexpr SketchKernels kSketchKernels[kDtypes] = {{sketch_piece<float>, sketch_tile_of<float>},
-                                                   {sketch_piece<double>, sketch_tile_of<double>},
-                                                   {sketch_piece<BFloat16>, sketch_tile_of<float>},
-                                                   {sketch_piece<Float16>, sketch_tile_of<float>}};
+constexpr SketchKernels kSketchKernels[kDtypes] = {{sketch_piece<float>, plan_tile, add_tile<float>},
+                                                   {sketch_piece<double>, plan_tile, add_tile<double>},
+                                                   {sketch_piece<BFloat16>, plan_tile, add_tile<float>},
+                                                   {sketch_piece<Float16>, plan_tile, add_tile<float>}};
 
 }  // namespace
 }  // namespace fillm

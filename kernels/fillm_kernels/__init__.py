@@ -17,6 +17,7 @@ from fillm_kernels.ghost_norm import ghost_norm
 from fillm_kernels.masked_adamw import masked_adamw_
 from fillm_kernels.masked_norm import masked_norm
 from fillm_kernels.masked_sophia import masked_sophia_
+from fillm_kernels.outer_sketch import outer_sketch
 from fillm_kernels.sample_moments import Moments, sample_moments
 from fillm_kernels.selection import Selection, select_bits, select_rows
 from fillm_kernels.sketch import sketch
@@ -43,6 +44,7 @@ __all__ = [
     "masked_adamw_",
     "masked_norm",
     "masked_sophia_",
+    "outer_sketch",
     "sample_moments",
     "select_bits",
     "select_rows",

@@ -70,14 +70,19 @@ def _check(g: Tensor, dim: int, kind: str, seed: int, nonzeros: int, offset: int
         raise ShapeError(f"g must be [B, P]; got {list(g.shape)}")
     if g.dtype not in FLOATS:
         raise DtypeError(f"g must be float32, float64, bfloat16 or float16; got {g.dtype}")
+    check_map(dim, kind, seed, nonzeros)
+    if offset < 0 or offset + g.shape[1] >= 1 << 62:
+        raise ShapeError(f"offset must be at least 0 and the piece end before 2^62; got {offset}")
+
+
+def check_map(dim: int, kind: str, seed: int, nonzeros: int) -> None:
+    """Refuse with a `ShapeError` what is no map."""
     if kind not in SKETCHES:
         raise ShapeError(f"kind must be one of {', '.join(SKETCHES)}; got {kind!r}")
     if not 1 <= dim <= LARGEST_DIM:
         raise ShapeError(f"dim must be in [1, 2^30]; got {dim}")
     if seed < 0:
         raise ShapeError(f"seed must be in [0, 2^63); got {seed}")
-    if offset < 0 or offset + g.shape[1] >= 1 << 62:
-        raise ShapeError(f"offset must be at least 0 and the piece end before 2^62; got {offset}")
     if kind == "sjlt":
         BlockMap.of(kind, seed, dim, nonzeros)
 
@@ -184,7 +189,7 @@ def project(g: Tensor, dim: int, kind: str, seed: int, offset: int) -> Tensor:
 @torch.library.custom_op("fillm_kernels::sketch", mutates_args=())
 def _op(g: Tensor, dim: int, kind: str, seed: int, nonzeros: int, offset: int) -> Tensor:
     _check(g, dim, kind, seed, nonzeros, offset)
-    result = select("sketch", g.device.type)(g.detach(), dim, kind, seed, nonzeros, offset)
+    result = select("sketch", g.device)(g.detach(), dim, kind, seed, nonzeros, offset)
     return result.to(accumulation_dtype(g.dtype))
 
 

@@ -128,11 +128,11 @@ def test_strided_inputs_and_outputs(monkeypatch, backend):
 @given(st.lists(st.integers(0, 90), min_size=1, max_size=7), st.integers(0, 2**31), st.integers(1, 3))
 def test_a_sample_does_not_feel_its_batch_and_threads_change_no_bit(lengths, seed, threads):
     x, dy, offsets, v, second, _ = inputs(lengths, (40, 70), torch.float32, seed)
-    together = sample_moments(x, dy, offsets, v, twin := second.clone(), rows=True)
+    together = sample_moments(x, dy, offsets, v, twin := second.clone(), rows=True, sketch_dim=64)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        again = sample_moments(x, dy, offsets, v, second, rows=True)
+        again = sample_moments(x, dy, offsets, v, second, rows=True, sketch_dim=64)
     finally:
         torch.set_num_threads(before)
     assert torch.equal(second, twin)
@@ -140,7 +140,7 @@ def test_a_sample_does_not_feel_its_batch_and_threads_change_no_bit(lengths, see
         assert torch.equal(one, other)
     for sample, (begin, end) in enumerate(itertools.pairwise(offsets.tolist())):
         alone = sample_moments(x[begin:end], dy[begin:end], torch.tensor([0, end - begin]), v, rows=True)
-        for one, other in zip(together, alone, strict=True):
+        for one, other in zip(together[:3], alone[:3], strict=True):
             # Zero rows of dy are skipped in some batches and multiplied by in others: rounding apart, the same.
             torch.testing.assert_close(one[sample], other[0], rtol=1e-5, atol=1e-6)
 

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fillm_kernels.sample_moments import Sketching, sketch_formed
 from fillm_kernels.triton.configurations import (
     DTYPES,
     POINTERS,
@@ -25,6 +26,7 @@ from fillm_kernels.triton.configurations import (
     name_of,
     widen,
 )
+from fillm_kernels.triton.sketch import launch as launch_sketch
 from fillm_kernels.triton.tiles import multiply, ragged_case, to_device, unit_rows
 
 # untimed; chosen by `python -m fillm_kernels.compile_check`, most registers / KiB of shared memory, no spill:
@@ -153,13 +155,19 @@ def launch(
     absolute: Tensor | None,
     rows: bool,
     alpha: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """[N, I], [N, O], [B + 1] on the host -> norms [B], dots [B] or [0], row norms [B, O] or [0, 0], float64."""
+    sketching: Sketching | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """[N, I], [N, O], [B + 1] on the host -> norms [B], dots [B] or [0], row norms [B, O] or [0, 0], float64; sketches.
+
+    Sketches [B, dim] or [0, 0] are not fused: blocks of rows of the gradients are formed by torch's products and
+    sketched by the kernel of `sketch`.
+    """
     samples, inputs, outputs = offsets.shape[0] - 1, x.shape[1], dy.shape[1]
     empty = x.new_zeros(samples, dtype=torch.float64)
+    sketches = sketch_formed(x, dy, offsets, sketching, launch_sketch) if sketching else empty.new_zeros(0, 0)
     if x.numel() == 0 or dy.numel() == 0:
         shape = (samples, outputs) if rows else (0, 0)
-        return empty, empty.clone() if v is not None else empty[:0], empty.new_zeros(shape)
+        return empty, empty.clone() if v is not None else empty[:0], empty.new_zeros(shape), sketches
     x, dy = unit_rows(x), unit_rows(dy)
     v = None if v is None else unit_rows(v)
     # Written along rows; what lies otherwise is summed apart and added.
@@ -193,6 +201,7 @@ def launch(
         norms.sum(1, dtype=torch.float64),
         dots.sum(1, dtype=torch.float64) if v is not None else empty[:0],
         row_norms.sum(2, dtype=torch.float64) if rows else empty.new_zeros(0, 0),
+        sketches,
     )
 
 
@@ -201,7 +210,7 @@ def small_case(dtype: torch.dtype, device: torch.device) -> tuple[object, ...]:
     x, dy, offsets = ragged_case([5, 0, 70, 1], 136, 40, dtype, device)
     generator = torch.Generator().manual_seed(1)
     v, second, absolute = (torch.rand(40, 136, generator=generator).to(device) for _ in range(3))
-    return x, dy, offsets, v, second, absolute, True, 0.5
+    return x, dy, offsets, v, second, absolute, True, 0.5, Sketching(24, "oporp", 3, 4)
 
 
 def compile_cases() -> Iterator[CompileCase]:
