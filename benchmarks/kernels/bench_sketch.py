@@ -1,4 +1,5 @@
-"""`sketch` beside a copy of its input, and beside a table of bins and signs with `index_add_`.
+"""`sketch` beside a copy of its input, and beside a table of bins and signs with `index_add_`; `outer_sketch` beside
+forming every gradient and sketching it, and beside `sample_moments` without a sketch.
 
 python -m benchmarks.kernels.bench_sketch [--threads N] [--csv FILE]
 
@@ -12,11 +13,11 @@ from statistics import median
 
 import pytest
 import torch
-from fillm_kernels import sketch
+from fillm_kernels import outer_sketch, sample_moments, sketch
 from fillm_kernels.seed_law import BlockMap
 from torch import Tensor
 
-from benchmarks.kernels.layers import interleaved
+from benchmarks.kernels.layers import LAYERS, Layer, interleaved
 from benchmarks.kernels.rows import save
 
 SHAPES = (
@@ -47,6 +48,16 @@ def check() -> None:
     g = torch.randn(2, 100_000)
     want = by_table(g.double().float(), 1024, *table(100_000, 1024, "oporp"))
     torch.testing.assert_close(sketch(g, 1024, "oporp", 1), want, rtol=1e-4, atol=1e-4)
+    x, dy, offsets = Layer(45, 3, 130, 70, zero=0.2).build()
+    torch.testing.assert_close(
+        outer_sketch(x, dy, offsets, 256, "oporp", 1), formed(x, dy, 3, 256, "oporp"), rtol=1e-4, atol=1e-3
+    )
+
+
+def formed(x: Tensor, dy: Tensor, samples: int, dim: int, kind: str) -> Tensor:
+    """The same as `outer_sketch` through [B, O, I] gradients."""
+    gradients = torch.bmm(dy.view(samples, -1, dy.shape[1]).mT, x.view(samples, -1, x.shape[1]))
+    return sketch(gradients.flatten(1), dim, kind, 1)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -54,6 +65,38 @@ def bench_sketch(benchmark, shape):
     check()
     samples, count, dim, kind, dtype = shape
     benchmark(sketch, torch.randn(samples, count).to(dtype), dim, kind, 1)
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def bench_outer_sketch(benchmark, layer):
+    check()
+    benchmark(outer_sketch, *layer.build(), 4096, "oporp", 1)
+
+
+def layer_row(layer: Layer, kind: str, threads: int, dim: int = 4096) -> dict[str, object]:
+    """`outer_sketch` of one layer."""
+    x, dy, offsets = layer.build()
+    calls = {
+        "op": lambda: outer_sketch(x, dy, offsets, dim, kind, 1),
+        "no sketch": lambda: sample_moments(x, dy, offsets),
+    }
+    if layer.samples * layer.inputs * layer.outputs <= 1 << 26:  # 256 MiB of gradients
+        calls["formed"] = lambda: formed(x, dy, layer.samples, dim, kind)
+    seconds = interleaved(calls, rounds=9)
+    middle = {name: median(values) for name, values in seconds.items()}
+    return {
+        "op": "outer_sketch",
+        "shape": f"{layer} k={dim} {kind}",
+        "threads": threads,
+        "milliseconds": f"{1e3 * middle['op']:.3f}",
+        "spread": f"{1e3 * min(seconds['op']):.3f}-{1e3 * max(seconds['op']):.3f}",
+        "no sketch / op": f"{middle['no sketch'] / middle['op']:.2f}",
+        "formed / op": f"{middle['formed'] / middle['op']:.2f}" if "formed" in middle else "",
+    }
+
+
+def show(row: dict[str, object]) -> None:
+    print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
 
 
 def main() -> None:
@@ -88,7 +131,11 @@ def main() -> None:
             "index_add / op": f"{slow / own:.1f}",
         }
         rows.append(row)
-        print("  ".join(f"{key} {value}" for key, value in row.items() if key != "op"), flush=True)
+        show(row)
+    for layer in LAYERS:
+        for kind in ("oporp", "sjlt"):
+            rows.append(layer_row(layer, kind, options.threads))
+            show(rows[-1])
     save(options.csv, rows)
 
 

@@ -5,6 +5,8 @@ of consecutive entries, additions in registers, no atomics, no shared memory. Th
 Splits of the coordinates depend on their number alone and are added in order. Sizes of the tiles: untimed.
 """
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
@@ -12,13 +14,21 @@ from torch import Tensor
 
 from fillm_kernels.arguments import accumulation_dtype
 from fillm_kernels.seed_law import KINDS, SIGNS, BlockMap
+from fillm_kernels.triton.configurations import DTYPES, POINTERS, CompileCase, Configuration, launch_kernel, name_of
 from fillm_kernels.triton.seed_law import ANGLE, RADIUS, SIGN, START, below, cell, halves, key_of, state_of
 
 # Compiled for sm_90 with 4 warps: 56 to 96 registers for 1024 x 2, 256 x 8 and 64 x 32 bins x blocks, 72 and 78 for the
 # dense kinds (235 and more with tiles twice as large either way), no stack, no spill.
 BINS, ENTRIES = 1024, 2048  # bins of a program at most, and entries it loads at a time
 SPLITS = 64  # parts of one vector at most
-DENSE_SAMPLES, DENSE_COORDINATES, DENSE_BINS = 16, 16, 32
+DENSE = Configuration({"SAMPLES": 16, "COORDINATES": 16, "BINS": 32}, num_warps=4, num_stages=3)
+SUM = Configuration({"BINS": BINS}, num_warps=4, num_stages=3)
+
+
+def shipped(width: int) -> Configuration:
+    """The configuration of the sparse kinds for runs of `width` bins."""
+    bins = min(BINS, triton.next_power_of_2(width))
+    return Configuration({"BINS": bins, "BLOCKS": max(1, min(SIGNS, ENTRIES // bins))}, num_warps=4, num_stages=3)
 
 
 def launch(g: Tensor, dim: int, kind: str, seed: int, nonzeros: int, offset: int) -> Tensor:
@@ -31,18 +41,15 @@ def launch(g: Tensor, dim: int, kind: str, seed: int, nonzeros: int, offset: int
     first = offset // group
     groups = (offset + count + group - 1) // group - first
     splits = max(1, min(SPLITS, groups))
-    bins = min(BINS, triton.next_power_of_2(law.width))
-    tiles = law.chunks * law.ranges * triton.cdiv(law.width, bins)
+    configuration = shipped(law.width)
+    tiles = law.chunks * law.ranges * triton.cdiv(law.width, configuration.constants["BINS"])
     dtype = accumulation_dtype(g.dtype)
     partial = torch.empty(samples, splits, dim, dtype=dtype, device=g.device)
-    if samples:
-        with torch.cuda.device_of(g):
-            _block_kernel[(samples * splits * tiles,)](
-                g, partial, g.stride(0), g.stride(1), count, offset, *halves(seed), first, triton.cdiv(groups, splits),
-                splits, tiles, dim, law.width, law.ranges,
-                KIND=KINDS.index(kind), BINS=bins, BLOCKS=max(1, min(SIGNS, ENTRIES // bins)),
-                WIDE=tl.float64 if dtype == torch.float64 else tl.float32,
-            )  # fmt: skip
+    launch_kernel(
+        _block_kernel, samples * splits * tiles, configuration, g, partial, g.stride(0), g.stride(1), count, offset,
+        *halves(seed), first, triton.cdiv(groups, splits), splits, tiles, dim, law.width, law.ranges,
+        KIND=KINDS.index(kind), WIDE=tl.float64 if dtype == torch.float64 else tl.float32,
+    )  # fmt: skip
     return _sum_splits(partial, law.scale)
 
 
@@ -50,9 +57,7 @@ def _sum_splits(partial: Tensor, scale: float) -> Tensor:
     """[samples, splits, dim] -> [samples, dim], in order; a library's sum may take another one for another shape."""
     samples, splits, dim = partial.shape
     out = torch.empty(samples, dim, dtype=partial.dtype, device=partial.device)
-    if samples:
-        with torch.cuda.device_of(partial):
-            _split_kernel[(samples * triton.cdiv(dim, BINS),)](partial, out, splits, dim, scale, BINS=BINS)
+    launch_kernel(_split_kernel, samples * triton.cdiv(dim, BINS), SUM, partial, out, splits, dim, scale)
     return out
 
 
@@ -116,17 +121,15 @@ def _dense(g: Tensor, dim: int, kind: str, seed: int, offset: int) -> Tensor:
 
         return project(g, dim, kind, seed, offset)
     samples, count = g.shape
-    steps = triton.cdiv(count, DENSE_COORDINATES)
+    steps = triton.cdiv(count, DENSE.constants["COORDINATES"])
     splits = max(1, min(SPLITS, steps))
-    tiles = triton.cdiv(dim, DENSE_BINS)
+    tiles = triton.cdiv(dim, DENSE.constants["BINS"])
     partial = torch.empty(samples, splits, dim, dtype=torch.float32, device=g.device)
-    if samples:
-        with torch.cuda.device_of(g):
-            _dense_kernel[(triton.cdiv(samples, DENSE_SAMPLES) * splits * tiles,)](
-                g, partial, g.stride(0), g.stride(1), samples, count, offset, *halves(seed),
-                triton.cdiv(steps, splits), splits, tiles, dim, KIND=KINDS.index(kind), NORMAL=kind == "gaussian",
-                SAMPLES=DENSE_SAMPLES, COORDINATES=DENSE_COORDINATES, BINS=DENSE_BINS,
-            )  # fmt: skip
+    launch_kernel(
+        _dense_kernel, triton.cdiv(samples, DENSE.constants["SAMPLES"]) * splits * tiles, DENSE, g, partial,
+        g.stride(0), g.stride(1), samples, count, offset, *halves(seed), triton.cdiv(steps, splits), splits, tiles, dim,
+        KIND=KINDS.index(kind), NORMAL=kind == "gaussian",
+    )  # fmt: skip
     return _sum_splits(partial, dim**-0.5)
 
 
@@ -181,3 +184,33 @@ def _dense_kernel(
         sums += tl.dot(entry, matrix, input_precision="ieee")
     target = partial + (sample[:, None] * splits + split) * dim + column[None, :]
     tl.store(target, sums, mask=(sample < samples)[:, None] & (column < dim)[None, :])
+
+
+def small_case(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, int, str, int, int, int]:
+    """Several chunks, blocks cut at both ends and more than one group of them, for the check at first use."""
+    g = torch.randn(3, 1500, generator=torch.Generator().manual_seed(0))
+    return g.to(device, dtype), 60, "sjlt", 5, 4, 7
+
+
+def compile_cases() -> Iterator[CompileCase]:
+    """Sparse kinds with runs of many and few bins, dense kinds, and the sum of the parts."""
+    # Numbers that are a multiple of 16 only by chance; the row length, alone, gets the hint.
+    counts = {name: "i32" for name in ("step", "count", "seed_low", "seed_high", "share", "splits", "tiles", "dim")}
+    for dtype in (*DTYPES, torch.float64):
+        for kind, width in (("oporp", 4096), ("oporp", 61), ("countsketch", 1024), ("countsketch", 64), ("sjlt", 1024),
+                            ("sjlt", 1)):  # fmt: skip
+            wide = accumulation_dtype(dtype)
+            types = {"values": POINTERS[dtype], "partial": POINTERS[wide], "stride": "i32", **counts}
+            types |= {"offset": "i64", "first": "i64", "width": "i32", "ranges": "i32"}
+            constants = {"KIND": KINDS.index(kind), "WIDE": tl.float64 if wide == torch.float64 else tl.float32}
+            yield CompileCase(f"sketch {kind} of {width} bins {name_of(dtype)}", _block_kernel, shipped(width), types,
+                              constants, counts=(*counts, "offset", "first", "width", "ranges"))  # fmt: skip
+    for dtype in DTYPES:
+        for kind in ("rademacher", "gaussian"):
+            types = {"values": POINTERS[dtype], "partial": "*fp32", "stride": "i32", "samples": "i32", **counts}
+            constants = {"KIND": KINDS.index(kind), "NORMAL": kind == "gaussian"}
+            yield CompileCase(f"sketch {kind} {name_of(dtype)}", _dense_kernel, DENSE, {**types, "offset": "i64"},
+                              constants, counts=(*counts, "samples", "offset"))  # fmt: skip
+    for dtype in (torch.float32, torch.float64):
+        types = {"partial": POINTERS[dtype], "out": POINTERS[dtype], "splits": "i32", "dim": "i32", "scale": "fp32"}
+        yield CompileCase(f"sketch sum of parts {name_of(dtype)}", _split_kernel, SUM, types, counts=("splits", "dim"))
