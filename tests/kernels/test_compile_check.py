@@ -49,7 +49,8 @@ def test_one_case_of_every_kernel_compiles_for_sm_90(tmp_path):
     assert {row["kernel"].split()[0] for row in rows} >= {"soir_sweep", "top_mask", "masked_norm", "masked_adamw_"}
     for row in rows:
         assert 0 < int(row["registers"]) <= 255 and row["stack"] == row["spills"] == "0" and row["verdict"] == "ok"
-        assert 0 < int(row["shared"]) <= int(row["shared_limit"]) == 227 * 1024
+        assert 0 <= int(row["shared"]) <= int(row["shared_limit"]) == 227 * 1024
+    assert all(int(row["shared"]) > 0 for row in matrix)  # operands of matrix units pass through it
 
 
 @pytest.mark.slow
