@@ -90,7 +90,7 @@ def sample_moments(
         rows: whether the squared norm of every row is wanted.
         alpha: factor of what is added to `second` and `absolute`.
         sketch_dim: numbers in the sketch of `G_b.flatten()`, by the map of `sketch`; None for no sketch. The dense
-            kinds, `rademacher` and `gaussian`, and all of them on Triton, form blocks of rows of G_b for it.
+            kinds, `rademacher` and `gaussian`, form blocks of rows of G_b for it.
         kind: of sketch: `oporp`, `countsketch`, `sjlt`, `rademacher` or `gaussian`.
         seed: the map's seed, in [0, 2^63).
         nonzeros: bins a coordinate of `sjlt` goes into.

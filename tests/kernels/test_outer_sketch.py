@@ -2,6 +2,7 @@ import importlib
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from fillm_kernels import DtypeError, ShapeError, dispatch, native, outer_sketch, sample_moments, sketch
@@ -67,17 +68,72 @@ def test_it_is_the_sketch_of_the_flat_gradient(monkeypatch, backend, dtype, kind
             assert all(torch.equal(now, then) for now, then in zip((x, dy, offsets), kept, strict=True))
 
 
-@pytest.mark.parametrize("kind", SKETCHES)
-@pytest.mark.parametrize("lengths, width", [([0, 1, 33], (35, 20)), ([0, 0], (16, 16))])
-def test_triton_in_the_interpreter(monkeypatch, kind, lengths, width):
+@pytest.fixture
+def triton(monkeypatch) -> None:
     if not dispatch.interpreted():
-        pytest.skip("Triton runs compiled where there is a GPU")
-    x, dy, offsets = ragged(lengths, *width)
+        pytest.skip("Triton runs compiled where there is a GPU (benchmarks.gpu)")
     monkeypatch.setenv("FILLM_BACKEND", "triton")
-    found = sample_moments(x, dy, offsets, rows=True, sketch_dim=32, kind=kind, seed=SEED)
-    assert_within(found.sketch, sketched(x, dy, offsets, 32, kind), bound(x, dy, offsets, 32, kind))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", SKETCHES)
+def test_triton_in_the_interpreter(kind, dtype, triton):
+    # Runs of bins narrower than a tile, as wide and wider, blocks that begin inside rows, several tiles and steps.
+    cases = (([0, 1, 33], (9, 7), 32), ([0, 0], (16, 16), 8), ([3, 40], (65, 66), 116), ([0, 1, 33], (35, 20), 32))
+    for lengths, width, dim in cases[:2] if kind in DENSE else cases:  # every entry of a dense kind costs a tile's time
+        x, dy, offsets = ragged(lengths, *width, dtype)
+        kept = x.clone(), dy.clone()
+        found = outer_sketch(x, dy, offsets, dim, kind, SEED)
+        assert_within(found, sketched(x, dy, offsets, dim, kind), bound(x, dy, offsets, dim, kind))
+        assert bool((found[offsets.diff() == 0] == 0).all())
+        assert torch.equal(x, kept[0]) and torch.equal(dy, kept[1])
+
+
+@pytest.mark.parametrize("kind", SPARSE)
+def test_triton_finds_everything_in_the_visit_that_sketches(kind, triton, monkeypatch):
+    x, dy, offsets = ragged([9, 0, 70], 65, 40)
+    v, second, absolute = torch.randn(40, 65), torch.zeros(40, 65), torch.zeros(40, 65)
+    found = sample_moments(x, dy, offsets, v, second, absolute, rows=True, sketch_dim=64, kind=kind, seed=SEED)
+    formed = gradients(x, dy, offsets)
+    torch.testing.assert_close(found.squared_norms.double(), formed.square().sum((1, 2)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.row_squared_norms.double(), formed.square().sum(2), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.dots.double(), (formed * v.double()).sum((1, 2)), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(second.double(), formed.square().sum(0), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(absolute.double(), formed.abs().sum(0), rtol=1e-5, atol=1e-4)
+    assert torch.equal(found.sketch, outer_sketch(x, dy, offsets, 64, kind, SEED))
+
+
+@pytest.mark.parametrize("kind", SPARSE)
+def test_triton_adds_integers_whose_order_and_company_do_not_matter(kind, triton, monkeypatch):
+    lengths = [3, 0, 20, 1] * 5  # more samples than a program takes where nothing is summed over them
+    x, dy, offsets = ragged(lengths, 40, 70)
+    x, dy = x.mul(4).round(), dy.mul(4).round()
+    together = outer_sketch(x, dy, offsets, 116, kind, SEED)
     monkeypatch.setenv("FILLM_BACKEND", "cpu")
-    torch.testing.assert_close(found.squared_norms, sample_moments(x, dy, offsets).squared_norms, rtol=1e-4, atol=1e-5)
+    assert torch.equal(together, sketch(gradients(x, dy, offsets).flatten(1).float(), 116, kind, SEED))
+    monkeypatch.setenv("FILLM_BACKEND", "triton")
+    x, dy, offsets = ragged(lengths, 40, 70)
+    together = outer_sketch(x, dy, offsets, 116, kind, SEED)
+    for sample, (begin, end) in enumerate(pairwise(offsets.tolist())):
+        alone = outer_sketch(x[begin:end], dy[begin:end], torch.tensor([0, end - begin]), 116, kind, SEED)
+        assert torch.equal(alone[0], together[sample])
+
+
+@pytest.mark.parametrize("size", [1e-18, 1e-9, 1.0, 1e9, 1e15])
+def test_triton_scales_every_sample_to_its_own_size(size, triton):
+    x, dy, offsets = ragged([9, 33, 5], 65, 40)
+    dy[9:42] *= size  # the other samples keep theirs
+    found = outer_sketch(x, dy, offsets, 64, "sjlt", SEED)
+    assert_within(found, sketched(x, dy, offsets, 64, "sjlt"), bound(x, dy, offsets, 64, "sjlt"))
+
+
+def test_triton_gives_a_sample_that_is_not_finite_a_sketch_that_is_not(triton):
+    for bad in (torch.nan, torch.inf):
+        x, dy, offsets = ragged([3, 4, 5], 20, 30)
+        dy[4, 2] = bad
+        with np.errstate(invalid="ignore"):  # numpy, the interpreter, warns where a GPU does not
+            found = outer_sketch(x, dy, offsets, 16)
+        assert found.isnan().any(1).tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("which", native.instruction_sets())

@@ -3,7 +3,8 @@
 A program owns a tile of [O, I] and goes through samples, one after another: a sample's tile is summed over its rows on
 the matrix units, and where the sample ends, everything that is asked is taken from it before the next one starts.
 Sums over samples stay in registers and are written once; a number per sample and tile goes to a table that is added up
-in fixed order. Short samples therefore share a program, and no entry of any G_b is ever written.
+in fixed order; entries go to their bins of a sketch as integers (outer_sketch.py). Short samples therefore share a
+program, and no entry of any G_b is ever written.
 """
 
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fillm_kernels.sample_moments import Sketching, sketch_formed
+from fillm_kernels.seed_law import BlockMap
+from fillm_kernels.sketch import DENSE
 from fillm_kernels.triton.configurations import (
     DTYPES,
     POINTERS,
@@ -26,32 +29,38 @@ from fillm_kernels.triton.configurations import (
     name_of,
     widen,
 )
+from fillm_kernels.triton.outer_sketch import add_tile, sketch_target, tile_places
 from fillm_kernels.triton.sketch import launch as launch_sketch
 from fillm_kernels.triton.tiles import multiply, ragged_case, to_device, unit_rows
 
 # untimed; chosen by `python -m fillm_kernels.compile_check`, most registers / KiB of shared memory, no spill:
 #                 sm_80       sm_90       sm_100      gfx942
-#   HALF          160 / 32    124 / 49    106 / 49    137 / 32
-#   HALF_FULL     240 / 32    226 / 32    216 / 25    173 / 32    64 rows at a time spilled on sm_80 (2)
-#   ODD           202 / 16    182 / 16    180 / 16    126 / 16
+#   HALF          240 / 32    238 / 32    216 / 25    172 / 32    64 rows at a time spilled on sm_80 (2)
+#   HALF_SKETCH   153 / 20    139 / 48    201 / 48    188 / 40    with all matrices beside it spilled on gfx942 (6)
+#   ODD           202 / 16    182 / 16    180 / 16    126 / 16    with a sketch and all matrices SKETCHED_ODD
 #   FLOAT         158 / 16     94 / 16     84 / 16     90 / 16
 #   FLOAT_FULL    182 / 16    182 / 16    184 / 16    126 / 16    two stages spilled on sm_80 (20) and sm_90 (2)
-HALF = Configuration({"BLOCK_O": 128, "BLOCK_I": 64, "BLOCK_K": 64}, num_warps=8, num_stages=3)
+# 32 rows at a time, the length of two matrix instructions: of 64 a sample of 28 tokens would leave over half empty.
+HALF = Configuration({"BLOCK_O": 128, "BLOCK_I": 64, "BLOCK_K": 32}, num_warps=8, num_stages=3)
 ODD = Configuration({"BLOCK_O": 64, "BLOCK_I": 64, "BLOCK_K": 32}, num_warps=8, num_stages=2)
 FLOAT = Configuration({"BLOCK_O": 64, "BLOCK_I": 64, "BLOCK_K": 16}, num_warps=8, num_stages=2)
-# With v, second and absolute three tiles beside G_b's are held in registers.
-HALF_FULL = Configuration({"BLOCK_O": 128, "BLOCK_I": 64, "BLOCK_K": 32}, num_warps=8, num_stages=3)
+# With v, second and absolute three tiles beside G_b's are held in registers; with a sketch the places of entries too.
 FLOAT_FULL = Configuration({"BLOCK_O": 64, "BLOCK_I": 64, "BLOCK_K": 16}, num_warps=8, num_stages=1)
+HALF_SKETCH = Configuration({"BLOCK_O": 64, "BLOCK_I": 64, "BLOCK_K": 32}, num_warps=8, num_stages=3)
 # Programs below which samples are dealt out to several groups, where nothing is summed over samples: some for each of
 # the multiprocessors of the largest GPUs.
 ENOUGH_PROGRAMS = 1024
+FEWEST_SAMPLES = 8  # of a group that are sketched, since every program hashes its tile
+NO_SKETCH = {"SKETCH": False, "KIND": 0}
 
 
-def shipped(dtype: torch.dtype, aligned: bool, full: bool) -> Configuration:
+def shipped(dtype: torch.dtype, aligned: bool, full: bool, sketched: bool) -> Configuration:
     """The configuration for an element type; `full` where v, second and absolute are all given."""
     if dtype == torch.float32:
         return FLOAT_FULL if full else FLOAT
-    return ODD if not aligned else HALF_FULL if full else HALF
+    if not aligned or (full and sketched):
+        return ODD
+    return HALF_SKETCH if sketched else HALF
 
 
 @triton.jit
@@ -75,6 +84,14 @@ def moments_kernel(
     second_stride,
     absolute_stride,
     alpha,
+    bins_ptr,
+    up_ptr,
+    seed_low,
+    seed_high,
+    dim,
+    width,
+    ranges,
+    groups,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -82,12 +99,15 @@ def moments_kernel(
     SECOND: tl.constexpr,
     ABSOLUTE: tl.constexpr,
     ROWS: tl.constexpr,
+    SKETCH: tl.constexpr,
+    KIND: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """One tile of [O, I], all samples of one group."""
+    """One tile of [O, I], all samples of one group; one map of a sketch, those behind the first for nothing else."""
     across = tl.cdiv(inputs, BLOCK_I)
     tile = tl.program_id(0) % tiles
-    group = tl.program_id(0) // tiles
+    group = (tl.program_id(0) // tiles) % groups
+    chunk = tl.program_id(0) // tiles // groups if SKETCH else 0
     output = (tile // across) * BLOCK_O + tl.arange(0, BLOCK_O)
     feature = (tile % across) * BLOCK_I + tl.arange(0, BLOCK_I)
     kept = (output < outputs)[:, None] & (feature < inputs)[None, :]
@@ -95,6 +115,8 @@ def moments_kernel(
     near = feature.to(tl.int64)[None, :]
     if DOT:
         v = tl.load(v_ptr + far * v_stride + near, mask=kept, other=0.0).to(tl.float32)
+    if SKETCH:
+        places = tile_places(output, feature, inputs, seed_low, seed_high, width, ranges, chunk, KIND)
     gradient = tl.zeros((BLOCK_O, BLOCK_I), dtype=tl.float32)
     second = tl.zeros((BLOCK_O, BLOCK_I), dtype=tl.float32)
     absolute = tl.zeros((BLOCK_O, BLOCK_I), dtype=tl.float32)
@@ -107,22 +129,26 @@ def moments_kernel(
         gradient = multiply(tl.trans(dy), x, gradient, WIDEN)
         sample = tl.load(steps_ptr + step * 3 + 2)
         if sample >= 0:  # the sample ends here, and its tile of G_b is whole
-            squares = gradient * gradient
-            tl.store(norms_ptr + sample * tiles + tile, tl.sum(squares))
-            if ROWS:
-                place = row_norms_ptr + (sample * outputs + output) * across + tile % across
-                tl.store(place, tl.sum(squares, 1), mask=output < outputs)
-            if DOT:
-                tl.store(dots_ptr + sample * tiles + tile, tl.sum(gradient * v))
-            if SECOND:
-                second += squares
-            if ABSOLUTE:
-                absolute += tl.abs(gradient)
+            if chunk == 0:
+                squares = gradient * gradient
+                tl.store(norms_ptr + sample * tiles + tile, tl.sum(squares))
+                if ROWS:
+                    place = row_norms_ptr + (sample * outputs + output) * across + tile % across
+                    tl.store(place, tl.sum(squares, 1), mask=output < outputs)
+                if DOT:
+                    tl.store(dots_ptr + sample * tiles + tile, tl.sum(gradient * v))
+                if SECOND:
+                    second += squares
+                if ABSOLUTE:
+                    absolute += tl.abs(gradient)
+            if SKETCH:
+                bins = bins_ptr + sample * dim + chunk * (width * ranges)
+                add_tile(bins, places, gradient, tl.load(up_ptr + sample), kept)
             gradient = tl.zeros((BLOCK_O, BLOCK_I), dtype=tl.float32)
-    if SECOND:
+    if SECOND and chunk == 0:
         entries = second_ptr + far * second_stride + near
         tl.store(entries, tl.load(entries, mask=kept, other=0.0) + alpha * second, mask=kept)
-    if ABSOLUTE:
+    if ABSOLUTE and chunk == 0:
         entries = absolute_ptr + far * absolute_stride + near
         tl.store(entries, tl.load(entries, mask=kept, other=0.0) + alpha * absolute, mask=kept)
 
@@ -159,28 +185,35 @@ def launch(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """[N, I], [N, O], [B + 1] on the host -> norms [B], dots [B] or [0], row norms [B, O] or [0, 0], float64; sketches.
 
-    Sketches [B, dim] or [0, 0] are not fused: blocks of rows of the gradients are formed by torch's products and
-    sketched by the kernel of `sketch`.
+    Sketches [B, dim] or [0, 0]; of the dense kinds, whose entries all reach all bins, blocks of rows of the gradients
+    are formed by torch's products and sketched by the kernel of `sketch`.
     """
     samples, inputs, outputs = offsets.shape[0] - 1, x.shape[1], dy.shape[1]
     empty = x.new_zeros(samples, dtype=torch.float64)
-    sketches = sketch_formed(x, dy, offsets, sketching, launch_sketch) if sketching else empty.new_zeros(0, 0)
+    sketches = empty.new_zeros((samples, sketching.dim) if sketching else (0, 0))
     if x.numel() == 0 or dy.numel() == 0:
         shape = (samples, outputs) if rows else (0, 0)
         return empty, empty.clone() if v is not None else empty[:0], empty.new_zeros(shape), sketches
     x, dy = unit_rows(x), unit_rows(dy)
+    target = None
+    if sketching and sketching.kind in DENSE:
+        sketches = sketch_formed(x, dy, offsets, sketching, launch_sketch)
+    elif sketching:
+        law = BlockMap.of(sketching.kind, sketching.seed, sketching.dim, sketching.nonzeros)
+        target = sketch_target(x, dy, offsets, law)
     v = None if v is None else unit_rows(v)
     # Written along rows; what lies otherwise is summed apart and added.
     targets = [
         out if out is None or out.stride(1) == 1 else torch.zeros_like(out).contiguous() for out in (second, absolute)
     ]
     given = [matrix for matrix in (v, *targets) if matrix is not None]
-    configuration = shipped(x.dtype, is_aligned((x, dy, *given)), len(given) == 3)
+    configuration = shipped(x.dtype, is_aligned((x, dy, *given)), len(given) == 3, target is not None)
     down = triton.cdiv(outputs, configuration.constants["BLOCK_O"])
     across = triton.cdiv(inputs, configuration.constants["BLOCK_I"])
     tiles = down * across
     summed = second is not None or absolute is not None
-    groups = 1 if summed else max(1, min(samples, ENOUGH_PROGRAMS // tiles))
+    most = samples // FEWEST_SAMPLES if target else samples
+    groups = 1 if summed else max(1, min(most, ENOUGH_PROGRAMS // tiles))
     steps, starts = (
         to_device(part, x.device) for part in plan(tuple(offsets.tolist()), configuration.constants["BLOCK_K"], groups)
     )
@@ -189,19 +222,23 @@ def launch(
     row_norms = x.new_empty((samples, outputs, across) if rows else (0, outputs, across), dtype=torch.float32)
     # What is not asked is neither read nor written; any pointer stands in for it.
     matrices = [table if matrix is None else matrix for matrix in (v, *targets)]
+    sketched = target.arguments() if target else (steps, table, 0, 0, 1, 1, 1)
+    maps = target.law.chunks if target else 1
     launch_kernel(
-        moments_kernel, tiles * groups, configuration, x, dy, *matrices, norms, dots, row_norms, steps, starts, tiles,
-        inputs, outputs, x.stride(0), dy.stride(0), *(matrix.stride(0) for matrix in matrices), alpha,
-        DOT=v is not None, SECOND=second is not None, ABSOLUTE=absolute is not None, ROWS=rows, WIDEN=widen(),
+        moments_kernel, tiles * groups * maps, configuration, x, dy, *matrices, norms, dots, row_norms, steps, starts,
+        tiles, inputs, outputs, x.stride(0), dy.stride(0), *(matrix.stride(0) for matrix in matrices), alpha, *sketched,
+        groups,
+        DOT=v is not None, SECOND=second is not None, ABSOLUTE=absolute is not None, ROWS=rows,
+        **(target.constants() if target else NO_SKETCH), WIDEN=widen(),
     )  # fmt: skip
-    for out, target in zip((second, absolute), targets, strict=True):
-        if out is not None and target is not out:
-            out.add_(target)
+    for out, summed_apart in zip((second, absolute), targets, strict=True):
+        if out is not None and summed_apart is not out:
+            out.add_(summed_apart)
     return (
         norms.sum(1, dtype=torch.float64),
         dots.sum(1, dtype=torch.float64) if v is not None else empty[:0],
         row_norms.sum(2, dtype=torch.float64) if rows else empty.new_zeros(0, 0),
-        sketches,
+        target.result() if target else sketches,
     )
 
 
@@ -214,23 +251,27 @@ def small_case(dtype: torch.dtype, device: torch.device) -> tuple[object, ...]:
 
 
 def compile_cases() -> Iterator[CompileCase]:
-    """Every configuration above: the norm alone, with the dot, with the diagonal, with all matrices, and with all."""
+    """Every configuration above: the norm alone, with each other result, and with all."""
     asked = {
-        "norm": (False, False, False, False),
-        "dot": (True, False, False, False),
-        "second": (False, True, False, False),
-        "dot second absolute": (True, True, True, False),
-        "all": (True, True, True, True),
+        "norm": (False, False, False, False, NO_SKETCH),
+        "dot": (True, False, False, False, NO_SKETCH),
+        "second": (False, True, False, False, NO_SKETCH),
+        "dot second absolute": (True, True, True, False, NO_SKETCH),
+        "all but sketch": (True, True, True, True, NO_SKETCH),
+        "sketch": (False, False, False, False, {"SKETCH": True, "KIND": 0}),
+        "all, sjlt": (True, True, True, True, {"SKETCH": True, "KIND": 2}),
     }
     sizes = ("inputs", "outputs", "x_stride", "dy_stride", "v_stride", "second_stride", "absolute_stride")
+    counts = ("tiles", "seed_low", "seed_high", "dim", "width", "ranges", "groups")
     for dtype, aligned, name in product(DTYPES, (True, False), asked):
         types = {"x_ptr": POINTERS[dtype], "dy_ptr": POINTERS[dtype]}
-        types |= {f"{part}_ptr": "*fp32" for part in ("v", "second", "absolute", "norms", "dots", "row_norms")}
-        types |= {"steps_ptr": "*i64", "groups_ptr": "*i64", "tiles": "i32", **dict.fromkeys(sizes, "i32")}
-        types |= {"alpha": "fp32"}
-        flags = dict(zip(("DOT", "SECOND", "ABSOLUTE", "ROWS"), asked[name], strict=True))
+        types |= {f"{part}_ptr": "*fp32" for part in ("v", "second", "absolute", "norms", "dots", "row_norms", "up")}
+        types |= {"steps_ptr": "*i64", "groups_ptr": "*i64", "bins_ptr": "*i64", **dict.fromkeys(sizes, "i32")}
+        types |= {"alpha": "fp32", **dict.fromkeys(counts, "i32")}
+        *flags, sketch = asked[name]
+        constants = {**dict(zip(("DOT", "SECOND", "ABSOLUTE", "ROWS"), flags, strict=True)), **sketch, "WIDEN": False}
+        configuration = shipped(dtype, aligned, constants["ABSOLUTE"], constants["SKETCH"])
         case = f"sample_moments {name} {name_of(dtype, aligned)}"
         yield CompileCase(
-            case, moments_kernel, shipped(dtype, aligned, flags["ABSOLUTE"]), types, {**flags, "WIDEN": False},
-            dtype != torch.float32, aligned, ("tiles",),
+            case, moments_kernel, configuration, types, constants, dtype != torch.float32, aligned, counts
         )  # fmt: skip

@@ -24,10 +24,10 @@ def mix(word):
 
 @triton.jit
 def key_of(seed_low, seed_high, KIND: tl.constexpr, STREAM: tl.constexpr, chunk):
-    """The two key words of a stream: seed halves int32, KIND its number in KINDS, chunk an int32."""
+    """The two key words of a stream: seed halves int32, KIND its number in KINDS, chunk an int32 or a constant."""
     low = seed_low.to(tl.uint32, bitcast=True)
     high = seed_high.to(tl.uint32, bitcast=True)
-    tag = (chunk * 256 + (KIND + STREAM * 16)).to(tl.uint32)
+    tag = (tl.cast(chunk, tl.int32) * 256 + (KIND + STREAM * 16)).to(tl.uint32)
     return mix(mix(mix(low ^ 0x243F6A88) + high) ^ tag), mix(mix(mix(low ^ 0x85A308D3) + high) ^ tag)
 
 
