@@ -1,3 +1,4 @@
+import importlib
 import itertools
 
 import pytest
@@ -80,6 +81,46 @@ def test_triton_in_the_interpreter(monkeypatch, dtype, lengths, width, asked):
     wide = torch.zeros(width[0], width[1]).T  # a transposed accumulator
     sample_moments(x, dy, offsets, second=wide, alpha=0.5)
     torch.testing.assert_close(wide, second - before[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_triton_cuts_long_samples_of_small_layers(monkeypatch, dtype):
+    if not dispatch.interpreted():
+        pytest.skip("Triton runs compiled where there is a GPU")
+    steps = importlib.import_module("fillm_kernels.triton.steps")
+    monkeypatch.setattr(steps, "plan", steps.plan.__wrapped__)  # no cache across the constants below
+    monkeypatch.setattr(importlib.import_module("fillm_kernels.triton.sample_moments"), "plan", steps.plan)
+    monkeypatch.setenv("FILLM_BACKEND", "triton")
+    x, dy, offsets, v, second, absolute = inputs([3, 230, 0, 51, 99, 50], (65, 40), dtype)
+    whole = sample_moments(x, dy, offsets, v, rows=True, sketch_dim=64, seed=3)
+    # Parts of 50 rows, or a quarter of the sample; five of them at a time, but for a sample that takes more.
+    monkeypatch.setattr(steps, "FEW_TILES", ((4, 50),))
+    monkeypatch.setattr(steps, "MOST_PARTS", 4)
+    monkeypatch.setattr(steps, "PART_ENTRIES", 5 * 65 * 40)
+    before = (second.clone(), absolute.clone())
+    found = sample_moments(x, dy, offsets, v, second, absolute, rows=True, alpha=0.5, sketch_dim=64, seed=3)
+    check(x, dy, offsets, v, second, absolute, 0.5, found, before)
+    for cut, uncut in zip(found, whole, strict=True):
+        torch.testing.assert_close(cut, uncut, rtol=1e-4, atol=1e-3)
+    alone = sample_moments(x[3:233], dy[3:233], torch.tensor([0, 230]), v, rows=True, sketch_dim=64, seed=3)
+    for one, together in zip(alone, found, strict=True):
+        assert torch.equal(one[0], together[1])
+
+
+@given(st.lists(st.integers(0, 5000), max_size=30), st.integers(1, 300), st.integers(1, 40))
+def test_steps_and_parts_take_every_row_once_and_every_sample_ends_once(lengths, tiles, groups):
+    steps = pytest.importorskip("fillm_kernels.triton.steps")
+    bounds = tuple(itertools.accumulate([0, *lengths]))
+    direct, starts = steps.plan(bounds, 32, groups, tiles)
+    parts = [table for table in steps.plan_parts(bounds, tiles, 1 << 20)]
+    rows = sorted((begin, end) for table in (direct, *parts) for begin, end, _ in table.tolist() if end > begin)
+    assert [begin for begin, _ in rows] + [bounds[-1]] == [0, *(end for _, end in rows)] or not rows
+    ends = [sample for table in (direct, *parts) for sample in table[:, 2].tolist() if sample >= 0]
+    assert sorted(ends) == list(range(len(lengths)))
+    assert starts[0] == 0 and starts[-1] == len(direct) and bool((starts.diff() >= 0).all())
+    # A group begins where a sample does.
+    assert all(start == 0 or direct[start - 1, 2] >= 0 for start in starts.tolist())
+    assert all(len(table) <= 16 or (table[:, 2] >= 0).sum() == 1 for table in parts)  # 64 MiB, or one sample
 
 
 @pytest.mark.parametrize("which", native.instruction_sets())

@@ -4,12 +4,13 @@ A program owns a tile of [O, I] and goes through samples, one after another: a s
 the matrix units, and where the sample ends, everything that is asked is taken from it before the next one starts.
 Sums over samples stay in registers and are written once; a number per sample and tile goes to a table that is added up
 in fixed order; entries go to their bins of a sketch as integers (outer_sketch.py). Short samples therefore share a
-program, and no entry of any G_b is ever written.
+program, and no entry of any G_b is ever written, but for the parts of long samples of small layers (steps.py).
 """
 
-from collections.abc import Iterator
-from functools import lru_cache
-from itertools import pairwise, product
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+from typing import Any
 
 import torch
 import triton
@@ -29,15 +30,16 @@ from fillm_kernels.triton.configurations import (
     name_of,
     widen,
 )
-from fillm_kernels.triton.outer_sketch import add_tile, sketch_target, tile_places
+from fillm_kernels.triton.outer_sketch import SketchTarget, add_tile, sketch_target, tile_places
 from fillm_kernels.triton.sketch import launch as launch_sketch
-from fillm_kernels.triton.tiles import multiply, ragged_case, to_device, unit_rows
+from fillm_kernels.triton.steps import plan, plan_parts
+from fillm_kernels.triton.tiles import multiply, ragged_case, sum_segments, to_device, unit_rows
 
 # untimed; chosen by `python -m fillm_kernels.compile_check`, most registers / KiB of shared memory, no spill:
 #                 sm_80       sm_90       sm_100      gfx942
 #   HALF          240 / 32    238 / 32    216 / 25    172 / 32    64 rows at a time spilled on sm_80 (2)
 #   HALF_SKETCH   153 / 20    139 / 48    201 / 48    188 / 40    with all matrices beside it spilled on gfx942 (6)
-#   ODD           202 / 16    182 / 16    180 / 16    126 / 16    with a sketch and all matrices SKETCHED_ODD
+#   ODD           202 / 16    182 / 16    180 / 16    126 / 16    250 / 16, 254 / 32, 240 / 32, 247 / 40 with a sketch and all matrices
 #   FLOAT         158 / 16     94 / 16     84 / 16     90 / 16
 #   FLOAT_FULL    182 / 16    182 / 16    184 / 16    126 / 16    two stages spilled on sm_80 (20) and sm_90 (2)
 # 32 rows at a time, the length of two matrix instructions: of 64 a sample of 28 tokens would leave over half empty.
@@ -47,8 +49,7 @@ FLOAT = Configuration({"BLOCK_O": 64, "BLOCK_I": 64, "BLOCK_K": 16}, num_warps=8
 # With v, second and absolute three tiles beside G_b's are held in registers; with a sketch the places of entries too.
 FLOAT_FULL = Configuration({"BLOCK_O": 64, "BLOCK_I": 64, "BLOCK_K": 16}, num_warps=8, num_stages=1)
 HALF_SKETCH = Configuration({"BLOCK_O": 64, "BLOCK_I": 64, "BLOCK_K": 32}, num_warps=8, num_stages=3)
-# Programs below which samples are dealt out to several groups, where nothing is summed over samples: some for each of
-# the multiprocessors of the largest GPUs.
+# Programs below which samples are dealt out to several groups: some for every multiprocessor of the largest GPUs.
 ENOUGH_PROGRAMS = 1024
 FEWEST_SAMPLES = 8  # of a group that are sketched, since every program hashes its tile
 NO_SKETCH = {"SKETCH": False, "KIND": 0}
@@ -64,9 +65,45 @@ def shipped(dtype: torch.dtype, aligned: bool, full: bool, sketched: bool) -> Co
 
 
 @triton.jit
+def add_rows(
+    gradient, x_ptr, dy_ptr, begin, end, feature, output, inputs, outputs, x_stride, dy_stride, BLOCK_K: tl.constexpr,
+    WIDEN: tl.constexpr,
+):  # fmt: skip
+    """A tile of G_b, [O, I] float32, with the products of rows begin .. end (BLOCK_K at most, int64) added."""
+    rows = begin + tl.arange(0, BLOCK_K)
+    inside = (rows < end)[:, None]
+    dy = tl.load(dy_ptr + rows[:, None] * dy_stride + output, mask=inside & (output < outputs)[None, :], other=0.0)
+    x = tl.load(x_ptr + rows[:, None] * x_stride + feature, mask=inside & (feature < inputs)[None, :], other=0.0)
+    return multiply(tl.trans(dy), x, gradient, WIDEN)
+
+
+@triton.jit
+def part_kernel(
+    x_ptr, dy_ptr, parts_ptr, steps_ptr, tiles, inputs, outputs, x_stride, dy_stride,
+    BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_K: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """One tile of [O, I], one part of the rows of a long sample: parts [parts, O, I], float32."""
+    across = tl.cdiv(inputs, BLOCK_I)
+    tile = tl.program_id(0) % tiles
+    part = (tl.program_id(0) // tiles).to(tl.int64)
+    output = (tile // across) * BLOCK_O + tl.arange(0, BLOCK_O)
+    feature = (tile % across) * BLOCK_I + tl.arange(0, BLOCK_I)
+    gradient = tl.zeros((BLOCK_O, BLOCK_I), dtype=tl.float32)
+    end = tl.load(steps_ptr + part * 3 + 1)
+    for begin in range(tl.load(steps_ptr + part * 3), end, BLOCK_K):
+        gradient = add_rows(
+            gradient, x_ptr, dy_ptr, tl.cast(begin, tl.int64), end, feature, output, inputs, outputs, x_stride,
+            dy_stride, BLOCK_K, WIDEN,
+        )  # fmt: skip
+    place = parts_ptr + (part * outputs + output[:, None]) * inputs + feature[None, :]
+    tl.store(place, gradient, mask=(output < outputs)[:, None] & (feature < inputs)[None, :])
+
+
+@triton.jit
 def moments_kernel(
     x_ptr,
     dy_ptr,
+    parts_ptr,
     v_ptr,
     second_ptr,
     absolute_ptr,
@@ -76,6 +113,7 @@ def moments_kernel(
     steps_ptr,
     groups_ptr,
     tiles,
+    groups,
     inputs,
     outputs,
     x_stride,
@@ -83,6 +121,7 @@ def moments_kernel(
     v_stride,
     second_stride,
     absolute_stride,
+    group_stride,
     alpha,
     bins_ptr,
     up_ptr,
@@ -91,10 +130,10 @@ def moments_kernel(
     dim,
     width,
     ranges,
-    groups,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,
     DOT: tl.constexpr,
     SECOND: tl.constexpr,
     ABSOLUTE: tl.constexpr,
@@ -103,7 +142,10 @@ def moments_kernel(
     KIND: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """One tile of [O, I], all samples of one group; one map of a sketch, those behind the first for nothing else."""
+    """One tile of [O, I], all samples of one group; one map of a sketch, those behind the first for nothing else.
+
+    PARTS says that a step is a part of a sample, already multiplied, instead of some of its rows.
+    """
     across = tl.cdiv(inputs, BLOCK_I)
     tile = tl.program_id(0) % tiles
     group = (tl.program_id(0) // tiles) % groups
@@ -121,12 +163,13 @@ def moments_kernel(
     second = tl.zeros((BLOCK_O, BLOCK_I), dtype=tl.float32)
     absolute = tl.zeros((BLOCK_O, BLOCK_I), dtype=tl.float32)
     for step in range(tl.load(groups_ptr + group), tl.load(groups_ptr + group + 1)):
-        begin, end = tl.load(steps_ptr + step * 3), tl.load(steps_ptr + step * 3 + 1)
-        rows = begin + tl.arange(0, BLOCK_K)
-        inside = (rows < end)[:, None]
-        dy = tl.load(dy_ptr + rows[:, None] * dy_stride + output, mask=inside & (output < outputs)[None, :], other=0.0)
-        x = tl.load(x_ptr + rows[:, None] * x_stride + feature, mask=inside & (feature < inputs)[None, :], other=0.0)
-        gradient = multiply(tl.trans(dy), x, gradient, WIDEN)
+        if PARTS:
+            gradient += tl.load(parts_ptr + (step * outputs + far) * inputs + near, mask=kept, other=0.0)
+        else:
+            gradient = add_rows(
+                gradient, x_ptr, dy_ptr, tl.load(steps_ptr + step * 3), tl.load(steps_ptr + step * 3 + 1), feature,
+                output, inputs, outputs, x_stride, dy_stride, BLOCK_K, WIDEN,
+            )  # fmt: skip
         sample = tl.load(steps_ptr + step * 3 + 2)
         if sample >= 0:  # the sample ends here, and its tile of G_b is whole
             if chunk == 0:
@@ -146,30 +189,11 @@ def moments_kernel(
                 add_tile(bins, places, gradient, tl.load(up_ptr + sample), kept)
             gradient = tl.zeros((BLOCK_O, BLOCK_I), dtype=tl.float32)
     if SECOND and chunk == 0:
-        entries = second_ptr + far * second_stride + near
+        entries = second_ptr + group.to(tl.int64) * group_stride + far * second_stride + near
         tl.store(entries, tl.load(entries, mask=kept, other=0.0) + alpha * second, mask=kept)
     if ABSOLUTE and chunk == 0:
-        entries = absolute_ptr + far * absolute_stride + near
+        entries = absolute_ptr + group.to(tl.int64) * group_stride + far * absolute_stride + near
         tl.store(entries, tl.load(entries, mask=kept, other=0.0) + alpha * absolute, mask=kept)
-
-
-@lru_cache(maxsize=16)  # the layers of one batch ask with the same offsets
-def plan(bounds: tuple[int, ...], block: int, groups: int) -> tuple[Tensor, Tensor]:
-    """Steps of at most `block` rows of one sample, and how they are dealt out.
-
-    Returns:
-        [steps, 3], first row, end, the sample if it ends here, else -1 (an empty sample has one step of no rows);
-        [groups + 1], the first step of every group, each of which begins with a sample.
-    """
-    steps, firsts = [], []
-    for sample, (begin, end) in enumerate(pairwise(bounds)):
-        firsts.append(len(steps))
-        for first in range(begin, max(end, begin + 1), block):
-            steps.append((first, min(first + block, end), sample if first + block >= end else -1))
-    firsts.append(len(steps))
-    shares = [len(steps) * group // groups for group in range(groups + 1)]
-    starts = [min(firsts, key=lambda step, share=share: (abs(step - share), step)) for share in shares]
-    return torch.tensor(steps, dtype=torch.int64).reshape(-1, 3), torch.tensor(starts, dtype=torch.int64)
 
 
 def launch(
@@ -202,44 +226,96 @@ def launch(
         law = BlockMap.of(sketching.kind, sketching.seed, sketching.dim, sketching.nonzeros)
         target = sketch_target(x, dy, offsets, law)
     v = None if v is None else unit_rows(v)
-    # Written along rows; what lies otherwise is summed apart and added.
-    targets = [
-        out if out is None or out.stride(1) == 1 else torch.zeros_like(out).contiguous() for out in (second, absolute)
-    ]
-    given = [matrix for matrix in (v, *targets) if matrix is not None]
-    configuration = shipped(x.dtype, is_aligned((x, dy, *given)), len(given) == 3, target is not None)
-    down = triton.cdiv(outputs, configuration.constants["BLOCK_O"])
+    given = [matrix for matrix in (v, second, absolute) if matrix is not None]
+    full, sketched = len(given) == 3, target is not None
+    configuration = shipped(x.dtype, is_aligned((x, dy, *given)), full, sketched)
     across = triton.cdiv(inputs, configuration.constants["BLOCK_I"])
-    tiles = down * across
-    summed = second is not None or absolute is not None
-    most = samples // FEWEST_SAMPLES if target else samples
-    groups = 1 if summed else max(1, min(most, ENOUGH_PROGRAMS // tiles))
-    steps, starts = (
-        to_device(part, x.device) for part in plan(tuple(offsets.tolist()), configuration.constants["BLOCK_K"], groups)
-    )
+    tiles = across * triton.cdiv(outputs, configuration.constants["BLOCK_O"])
     table = torch.empty(samples, tiles, dtype=torch.float32, device=x.device)
-    norms, dots = table, torch.empty_like(table) if v is not None else table
+    dots = torch.empty_like(table) if v is not None else table
     row_norms = x.new_empty((samples, outputs, across) if rows else (0, outputs, across), dtype=torch.float32)
-    # What is not asked is neither read nor written; any pointer stands in for it.
-    matrices = [table if matrix is None else matrix for matrix in (v, *targets)]
-    sketched = target.arguments() if target else (steps, table, 0, 0, 1, 1, 1)
-    maps = target.law.chunks if target else 1
-    launch_kernel(
-        moments_kernel, tiles * groups * maps, configuration, x, dy, *matrices, norms, dots, row_norms, steps, starts,
-        tiles, inputs, outputs, x.stride(0), dy.stride(0), *(matrix.stride(0) for matrix in matrices), alpha, *sketched,
-        groups,
-        DOT=v is not None, SECOND=second is not None, ABSOLUTE=absolute is not None, ROWS=rows,
-        **(target.constants() if target else NO_SKETCH), WIDEN=widen(),
-    )  # fmt: skip
-    for out, summed_apart in zip((second, absolute), targets, strict=True):
-        if out is not None and summed_apart is not out:
-            out.add_(summed_apart)
+    visit = partial(
+        _visit, x, dy, v, second, absolute, (table, dots, row_norms), target, alpha, configuration, tiles, rows
+    )
+    bounds = tuple(offsets.tolist())
+    _visit_rows(visit, bounds, configuration, tiles, target is not None)
+    for steps in plan_parts(bounds, tiles, inputs * outputs):
+        _visit_parts(visit, x, dy, steps, configuration, tiles)
     return (
-        norms.sum(1, dtype=torch.float64),
+        table.sum(1, dtype=torch.float64),
         dots.sum(1, dtype=torch.float64) if v is not None else empty[:0],
         row_norms.sum(2, dtype=torch.float64) if rows else empty.new_zeros(0, 0),
         target.result() if target else sketches,
     )
+
+
+def _visit_rows(
+    visit: Callable[..., None], bounds: tuple[int, ...], configuration: Configuration, tiles: int, sketched: bool
+) -> None:
+    """The samples that are not cut: every program takes all rows of some of them."""
+    samples = len(bounds) - 1
+    most = samples // FEWEST_SAMPLES if sketched else samples
+    groups = max(1, min(most, ENOUGH_PROGRAMS // tiles))
+    visit(*plan(bounds, configuration.constants["BLOCK_K"], groups, tiles))
+
+
+def _visit_parts(
+    visit: Callable[..., None], x: Tensor, dy: Tensor, steps: Tensor, configuration: Configuration, tiles: int
+) -> None:
+    """Samples cut into parts, [parts, 3]: products of every part first, [parts, O, I], then the visit adds them up."""
+    parts = torch.empty(len(steps), dy.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
+    launch_kernel(
+        part_kernel, tiles * len(steps), configuration, x, dy, parts, to_device(steps, x.device), tiles, x.shape[1],
+        dy.shape[1], x.stride(0), dy.stride(0), WIDEN=widen(),
+    )  # fmt: skip
+    visit(steps, torch.tensor([0, len(steps)]), parts)
+
+
+def _visit(
+    x: Tensor,
+    dy: Tensor,
+    v: Tensor | None,
+    second: Tensor | None,
+    absolute: Tensor | None,
+    found: tuple[Tensor, Tensor, Tensor],
+    target: SketchTarget | None,
+    alpha: float,
+    configuration: Configuration,
+    tiles: int,
+    rows: bool,
+    steps: Tensor,
+    starts: Tensor,
+    parts: Tensor | None = None,
+) -> None:
+    """One launch of `moments_kernel`: steps [steps, 3] in groups [groups + 1], of rows or of parts [steps, O, I]."""
+    groups = len(starts) - 1
+    # Written along rows by one group; what lies otherwise, or comes from several groups, is summed apart and added.
+    direct = groups == 1 and all(out is None or out.stride(1) == 1 for out in (second, absolute))
+    targets = [
+        out if out is None or direct else torch.zeros(groups, *out.shape, dtype=out.dtype, device=out.device)
+        for out in (second, absolute)
+    ]
+    # What is not asked is neither read nor written; any pointer stands in for it.
+    matrices = [found[0] if matrix is None else matrix for matrix in (v, *targets)]
+    group_stride = 0 if direct else dy.shape[1] * x.shape[1]
+    steps = to_device(steps, x.device)
+    launch_kernel(
+        moments_kernel, tiles * groups * (target.law.chunks if target else 1), configuration,
+        x, dy, found[0] if parts is None else parts, *matrices, *found, steps, to_device(starts, x.device),
+        tiles, groups, x.shape[1], dy.shape[1], x.stride(0), dy.stride(0), *(matrix.stride(-2) for matrix in matrices),
+        group_stride, alpha, *(target.arguments() if target else (steps, found[0], 0, 0, 1, 1, 1)),
+        PARTS=parts is not None, DOT=v is not None, SECOND=second is not None, ABSOLUTE=absolute is not None, ROWS=rows,
+        **(target.constants() if target else NO_SKETCH), WIDEN=widen(),
+    )  # fmt: skip
+    for out, apart in zip((second, absolute), targets, strict=True):
+        if out is not None and apart is not out:
+            out += _in_order(apart).view_as(out).to(out.dtype)
+
+
+def _in_order(matrices: Tensor) -> Tensor:
+    """Sum of matrices, [G, O, I] -> [O I], float64, first to last."""
+    flat = matrices.flatten(1)
+    return sum_segments(flat, torch.tensor([0, len(flat)], device=flat.device))[0]
 
 
 def small_case(dtype: torch.dtype, device: torch.device) -> tuple[object, ...]:
@@ -253,25 +329,41 @@ def small_case(dtype: torch.dtype, device: torch.device) -> tuple[object, ...]:
 def compile_cases() -> Iterator[CompileCase]:
     """Every configuration above: the norm alone, with each other result, and with all."""
     asked = {
-        "norm": (False, False, False, False, NO_SKETCH),
-        "dot": (True, False, False, False, NO_SKETCH),
-        "second": (False, True, False, False, NO_SKETCH),
-        "dot second absolute": (True, True, True, False, NO_SKETCH),
-        "all but sketch": (True, True, True, True, NO_SKETCH),
-        "sketch": (False, False, False, False, {"SKETCH": True, "KIND": 0}),
-        "all, sjlt": (True, True, True, True, {"SKETCH": True, "KIND": 2}),
+        "norm": (False, False, False, False, False, NO_SKETCH),
+        "dot": (False, True, False, False, False, NO_SKETCH),
+        "second": (False, False, True, False, False, NO_SKETCH),
+        "dot second absolute": (False, True, True, True, False, NO_SKETCH),
+        "all but sketch": (False, True, True, True, True, NO_SKETCH),
+        "sketch": (False, False, False, False, False, {"SKETCH": True, "KIND": 0}),
+        "all, sjlt": (False, True, True, True, True, {"SKETCH": True, "KIND": 2}),
+        "all, sjlt, from parts": (True, True, True, True, True, {"SKETCH": True, "KIND": 2}),
     }
-    sizes = ("inputs", "outputs", "x_stride", "dy_stride", "v_stride", "second_stride", "absolute_stride")
-    counts = ("tiles", "seed_low", "seed_high", "dim", "width", "ranges", "groups")
+    sizes = ("inputs", "outputs", "x_stride", "dy_stride")
+    strides = ("v_stride", "second_stride", "absolute_stride", "group_stride")
+    counts = ("tiles", "groups", "seed_low", "seed_high", "dim", "width", "ranges")
     for dtype, aligned, name in product(DTYPES, (True, False), asked):
-        types = {"x_ptr": POINTERS[dtype], "dy_ptr": POINTERS[dtype]}
-        types |= {f"{part}_ptr": "*fp32" for part in ("v", "second", "absolute", "norms", "dots", "row_norms", "up")}
-        types |= {"steps_ptr": "*i64", "groups_ptr": "*i64", "bins_ptr": "*i64", **dict.fromkeys(sizes, "i32")}
-        types |= {"alpha": "fp32", **dict.fromkeys(counts, "i32")}
+        rows = {"x_ptr": POINTERS[dtype], "dy_ptr": POINTERS[dtype]}
+        tables = {"steps_ptr": "*i64", "groups_ptr": "*i64", "bins_ptr": "*i64"}
+        reals = ("parts", "v", "second", "absolute", "norms", "dots", "row_norms", "up")
+        types: dict[str, Any] = {**rows, **{f"{part}_ptr": "*fp32" for part in reals}, **tables, "alpha": "fp32"}
+        types |= dict.fromkeys((*sizes, *strides, *counts), "i32")
         *flags, sketch = asked[name]
-        constants = {**dict(zip(("DOT", "SECOND", "ABSOLUTE", "ROWS"), flags, strict=True)), **sketch, "WIDEN": False}
+        names = ("PARTS", "DOT", "SECOND", "ABSOLUTE", "ROWS")
+        constants = {**dict(zip(names, flags, strict=True)), **sketch, "WIDEN": False}
         configuration = shipped(dtype, aligned, constants["ABSOLUTE"], constants["SKETCH"])
-        case = f"sample_moments {name} {name_of(dtype, aligned)}"
         yield CompileCase(
-            case, moments_kernel, configuration, types, constants, dtype != torch.float32, aligned, counts
+            f"sample_moments {name} {name_of(dtype, aligned)}", moments_kernel, configuration, types, constants,
+            dtype != torch.float32 and not constants["PARTS"], aligned, counts,
         )  # fmt: skip
+        if name == "norm":
+            types = {
+                **rows,
+                "parts_ptr": "*fp32",
+                "steps_ptr": "*i64",
+                **dict.fromkeys(sizes[:4], "i32"),
+                "tiles": "i32",
+            }
+            yield CompileCase(
+                f"sample_moments part {name_of(dtype, aligned)}", part_kernel, configuration, types, {"WIDEN": False},
+                dtype != torch.float32, aligned, ("tiles",),
+            )  # fmt: skip
