@@ -1,6 +1,8 @@
 """Public implementations that run on the CPU, where they are installed: none is a dependency.
 
-    pip install --no-deps traker scipy scikit-learn joblib threadpoolctl opacus
+    pip install --no-deps traker opacus scipy scikit-learn joblib cloudpickle loky threadpoolctl narwhals
+
+(opacus brings a package called `examples`, which hides this repository's from its tests: use an environment apart.)
 
 Each maker returns what can be called, or None where its package is missing; `missing` says in words what is.
 """
