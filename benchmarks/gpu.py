@@ -14,19 +14,21 @@ import argparse
 import csv
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from fillm_kernels import BackendError
 
 from benchmarks.gpu_ranking import ranking_rows
 from benchmarks.kernels.gpu_calls import Call, Case, backend_of, excess_of, name_of
 from benchmarks.kernels.gpu_cases import cases
 from benchmarks.kernels.gpu_checks import checks
 from benchmarks.kernels.gpu_peers import peer_rows
-from benchmarks.kernels.gpu_timing import Clock, ceilings, machine, seconds
+from benchmarks.kernels.gpu_timing import Clock, ceilings, machine, seconds, under_load
 
 # The share of the time that is gone when a stage begins no further case.
 CHECKS_END, TIMINGS_END, PEERS_END = 0.45, 0.72, 0.78
@@ -38,19 +40,23 @@ class Table:
 
     def __init__(self, path: Path, made: Row) -> None:
         self.rows: list[Row] = []
-        self._path, self._made = path, made
+        self._path, self._made = path, dict(made)
+
+    def also(self, made: Row) -> None:
+        """Columns for every row, those of now and those to come."""
+        self._made |= made
 
     def add(self, row: Row) -> None:
-        """Prints a row, and writes the file anew with every column that any row has."""
-        self.rows.append({**row, **self._made})
+        """Prints a row, and writes the file anew with every column that any row has, the machine's last."""
+        row = {**row, "verdict": row.pop("verdict")}
+        self.rows.append(row)
         shown = {key: f"{value:.3g}" if isinstance(value, float) else value for key, value in row.items()}
         print("  ".join(f"{key} {value}" for key, value in shown.items() if value != ""), flush=True)
-        columns = list(dict.fromkeys(chain(*({**row, **self._made} for row in self.rows))))
-        columns = [name for name in columns if name not in self._made] + list(self._made)
+        columns = [*dict.fromkeys(chain(*self.rows)), *self._made]
         with self._path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns, restval="")
             writer.writeheader()
-            writer.writerows(self.rows)
+            writer.writerows({**row, **self._made} for row in self.rows)
 
     def failed(self) -> bool:
         """Whether a row says that something is wrong, or broke."""
@@ -65,6 +71,9 @@ def guarded(row: Row, work: Callable[[], Row]) -> Row:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return {**row, "verdict": f"left out: out of memory: {_one_line(error)}"}
+    except BackendError as error:  # FILLM_BACKEND asks for what the op does not have, or for what was found wrong
+        found = "FAILED" if "self-check" in str(error) else "left out"
+        return {**row, "verdict": f"{found}: {_one_line(error)}"}
     except Exception as error:  # whatever a compiler or a driver raises
         return {**row, "verdict": f"FAILED: {type(error).__name__}: {_one_line(error)}"}
 
@@ -125,7 +134,7 @@ def check_all(table: Table, calls: Iterable[Call], clock: Clock, device: torch.d
         if clock.left(CHECKS_END) <= 0:
             table.add({**heading(call), "verdict": "left out: time"})
             continue
-        table.add(guarded(heading(call), lambda call=call: correctness(call, device)))
+        table.add(guarded(heading(call), partial(correctness, call, device)))
     return {row["op"] for row in table.rows if row["verdict"].startswith(("WRONG", "FAILED"))}
 
 
@@ -134,16 +143,17 @@ def time_all(
 ) -> None:
     """The stage of timings, on its own ceilings."""
     ceiling = ceilings(device, shrink)
-    print("  ".join(f"{name}: {value / 1e9:,.0f} G/s" for name, value in ceiling.items()), flush=True)
-    columns = {f"ceiling {name}": value for name, value in ceiling.items()}
+    found = {**{f"ceiling {name}": value for name, value in ceiling.items()}, **under_load(device)}
+    print("  ".join(f"{name} {value}" for name, value in found.items()), flush=True)
+    table.also(found)
     for case, reduced in pairs:
         if case.op in red:
-            table.add({**heading(case), **columns, "verdict": "not timed: wrong in gpu_correct.csv"})
+            table.add({**heading(case), "verdict": "not timed: wrong in gpu_correct.csv"})
         elif clock.left(TIMINGS_END) <= 0:
-            table.add({**heading(case), **columns, "verdict": "left out: time"})
+            table.add({**heading(case), "verdict": "left out: time"})
         else:
-            work = lambda case=case, reduced=reduced: measure(case, reduced, ceiling, device)  # noqa: E731
-            table.add({**guarded(heading(case), work), **columns})
+            work = partial(measure, case, reduced, ceiling, device)
+            table.add(guarded(heading(case), work))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -76,7 +76,7 @@ def machine(device: torch.device) -> dict[str, Any]:
             "capability": f"{properties.major}.{properties.minor}",
             "multiprocessors": properties.multi_processor_count,
             "memory_bytes": properties.total_memory,
-            **_driver(device),
+            **_asked(device, "driver_version", "power.limit", "clocks.max.sm"),
         }
     try:
         triton = version("triton")
@@ -93,16 +93,19 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _driver(device: torch.device) -> dict[str, str]:
+def under_load(device: torch.device) -> dict[str, str]:
+    """Clocks, power and temperature, to be asked right after the ceilings; nothing without a GPU."""
+    return _asked(device, "clocks.sm", "clocks.mem", "power.draw", "temperature.gpu") if device.type == "cuda" else {}
+
+
+def _asked(device: torch.device, *fields: str) -> dict[str, str]:
     """What nvidia-smi says of a device; empty strings where there is none."""
-    fields = ("driver_version", "power.limit", "clocks.sm", "clocks.max.sm", "clocks.mem", "temperature.gpu")
     command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    values = [""] * len(fields)
     try:
-        identity = torch.cuda.get_device_properties(device).uuid
-        said = subprocess.run(
-            [*command, f"--id=GPU-{identity}"], capture_output=True, text=True, check=True, timeout=20
-        )
+        command.append(f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}")
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
         values = [value.strip() for value in said.stdout.strip().split(",")]
     except (OSError, AttributeError, subprocess.SubprocessError):
-        values = [""] * len(fields)
+        pass  # the columns stay empty
     return dict(zip(fields, values, strict=False))

@@ -100,6 +100,24 @@ def test_a_case_that_breaks_or_lacks_memory_is_a_row_and_hides_no_other(tmp_path
     assert {row["op"] for row in rows_of(tmp_path, "ops") if row["milliseconds"]} == {"soir_sweep"}
 
 
+def test_a_backend_that_is_forced_and_not_there_is_a_row(tmp_path, monkeypatch):
+    monkeypatch.setenv(dispatch.VARIABLE, "torch")
+    right = gpu.excess_of
+
+    def refused(call):
+        if call.op == "masked_norm":
+            raise fk.BackendError("FILLM_BACKEND=torch: masked_norm has no such backend")
+        return right(call)
+
+    monkeypatch.setattr(gpu, "excess_of", refused)
+    assert gpu.main([*SMALL, "--only", "masked_norm,top_mask", "--out", str(tmp_path)]) == 0
+    for row in rows_of(tmp_path, "correct") + rows_of(tmp_path, "ops"):
+        if row["op"] == "masked_norm":
+            assert row["verdict"] == "left out: FILLM_BACKEND=torch: masked_norm has no such backend"
+        else:
+            assert row["backend"] == "torch" and row["relative_error"]
+
+
 def test_what_does_not_fit_in_the_time_is_listed(tmp_path):
     arguments = ["--device", "cpu", "--shrink", "128", "--minutes", "0", "--only", "top_mask,rank,peers"]
     assert gpu.main([*arguments, "--out", str(tmp_path)]) == 0
