@@ -24,7 +24,8 @@ COVERS = {
 
 @pytest.fixture
 def small(monkeypatch):
-    """Sizes at which everything takes a moment."""
+    """Sizes at which everything takes a moment; the number of threads comes back."""
+    threads = torch.get_num_threads()
     for module in map(importlib.import_module, [f"benchmarks.kernels.{name}" for name in MODULES]):
         for name, value in (
             ("LAYERS", (Layer(5, 3, 20, 12),)),
@@ -39,6 +40,8 @@ def small(monkeypatch):
     monkeypatch.setattr(layers, "CEILING_SIZE", 32)
     for module in (layers, streams, bench_top_mask):
         monkeypatch.setattr(module, "COPY_ENTRIES", 1 << 10)
+    yield
+    torch.set_num_threads(threads)
 
 
 def test_every_op_has_a_benchmark():
