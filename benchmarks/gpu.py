@@ -172,6 +172,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--shrink must be at least 1")
     clock = Clock(options.minutes)
     device, wanted = torch.device(options.device), {name for name in options.only.split(",") if name}
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)
     options.out.mkdir(parents=True, exist_ok=True)
     seed = torch.seed() % 2**31 if options.seed is None else options.seed
     torch.manual_seed(seed)

@@ -13,6 +13,7 @@ from benchmarks.kernels.gpu_calls import Beside, Case, Given, name_of, random_la
 from benchmarks.kernels.gpu_checks import gram, pair_of
 from benchmarks.kernels.gpu_streams import stream_cases
 
+SPOTS = 4  # samples of a spot check: of one alone an inner product may be near 0, and its relative error large
 HALF, WHOLE = torch.bfloat16, torch.float32
 
 
@@ -74,20 +75,20 @@ class _Layer:
     def matrix(self) -> Tensor:
         return torch.randn(self.width, self.width, device=self.device)
 
-    def blocks(self, given: Given) -> tuple[Tensor, Tensor]:
-        """The rows of either side by sample, [B, T, I] and [B, T, O]."""
-        x, dy = (given[name].view(self.samples, self.tokens, self.width) for name in ("x", "dy"))
+    def blocks(self, given: Given, side: str = "") -> tuple[Tensor, Tensor]:
+        """The rows of `x` and `dy`, of one side of a pair if there are two, by sample: [B, T, I] and [B, T, O]."""
+        x, dy = (given[name + side].view(self.samples, self.tokens, self.width) for name in ("x", "dy"))
         return x, dy
 
 
-def last_sample(run: Callable[..., Any], given: Given) -> float:
-    """Error of what an op returns for its last sample, whose rows lie furthest, beside the reference on it alone."""
+def last_samples(run: Callable[..., Any], given: Given) -> float:
+    """Error of what an op returns for its last samples, whose rows lie furthest, beside the reference on them alone."""
     got = tensors(run(**given))
-    begin = int(given["offsets"][-2])
-    rows = {name: given[name][begin:] for name in ("x", "dy")}
-    alone = {**given, **rows, "offsets": torch.tensor([0, len(rows["x"])]), "second": None, "absolute": None}
+    bounds = given["offsets"][-SPOTS - 1 :]
+    rows = {name: given[name][int(bounds[0]) :] for name in ("x", "dy")}
+    alone = {**given, **rows, "offsets": bounds - bounds[0], "second": None, "absolute": None}
     want = tensors(reference(lambda: run(**{name: alone[name] for name in given})))
-    return max(relative(a[-1:], b) for a, b in zip(got, want, strict=True))
+    return max(relative(a[-SPOTS:], b) for a, b in zip(got, want, strict=True))
 
 
 def _grams(x: Tensor, dy: Tensor) -> Tensor:
@@ -101,27 +102,27 @@ def _norm(layer: _Layer) -> Case:
         flop=2.0 * layer.samples * layer.tokens**2 * layer.width, bytes=layer.read,
         target=0.6 if layer.tokens >= 512 else None,
         beside=(Beside("two bmm", lambda given: _grams(*layer.blocks(given)), 3.0 if layer.tokens == 64 else None),),
-        spot=partial(last_sample, fk.ghost_norm),
+        spot=partial(last_samples, fk.ghost_norm),
     )  # fmt: skip
 
 
 def _ragged_norm(device: torch.device, dtype: torch.dtype, shrink: int, reduced: bool) -> Case:
-    """A few long samples among many short ones: no program may wait for the long ones alone."""
+    """A few long samples behind many short ones: the rest of the machine must not wait for the long ones."""
     width = max(32, 4096 // shrink)
     long, short = (2, 8) if reduced else (4, max(4, 512 // shrink))
-    lengths = [2048] * long + [32] * short
+    lengths = [32] * short + [2048] * long
 
     def by_length(given: Given) -> tuple[Tensor, ...]:
-        parts = [(0, 2048 * long, 2048), (2048 * long, 2048 * long + 32 * short, 32)]
+        parts = [(0, 32 * short, 32), (32 * short, 32 * short + 2048 * long, 2048)]
         cut = [[given[name][a:b].view(-1, t, width) for name in ("x", "dy")] for a, b, t in parts]
         return tuple(_grams(x, dy) for x, dy in cut)
 
     pairs = sum(min(t**2 * 2 * width, 2 * t * width**2) for t in lengths)
     return Case(
-        op="ghost_norm", label=f"{long} of T=2048 among {short} of T=32, I=O={width} {name_of(dtype)}", dtype=dtype,
+        op="ghost_norm", label=f"{long} of T=2048 behind {short} of T=32, I=O={width} {name_of(dtype)}", dtype=dtype,
         inputs=lambda: random_layer(device, dtype, lengths, width, width), run=fk.ghost_norm, flop=float(pairs),
         bytes=2.0 * sum(lengths) * width * dtype.itemsize, beside=(Beside("two bmm a length", by_length),),
-        spot=partial(last_sample, fk.ghost_norm),
+        spot=partial(last_samples, fk.ghost_norm),
     )  # fmt: skip
 
 
@@ -147,16 +148,16 @@ def _products(layer: _Layer) -> Iterator[Case]:
         want = given["out"][columns, columns].double() + added
         return relative(fk.weighted_outer_(**given)[columns, columns], want)
 
-    def last_pair(given: Given) -> float:
-        rows = slice(-layer.tokens, None)
-        g, h = (given[f"dy{i}"][rows].double().T @ given[f"x{i}"][rows].double() for i in (1, 2))
-        return relative(gram(**given)[-1, -1], (g * h).sum())
+    def last_pairs(given: Given) -> float:
+        sides = [[part[-SPOTS:].double() for part in layer.blocks(given, str(i))] for i in (1, 2)]
+        g, h = ((dy.mT @ x).flatten(1) for x, dy in sides)
+        return relative(gram(**given)[-SPOTS:, -SPOTS:], g @ h.T)
 
     one = partial(Case, label=str(layer), dtype=layer.dtype)
     matrix = 4.0 * layer.width**2
     yield one(
         op="ghost_dot", inputs=lambda: {**layer.inputs(), "v": layer.matrix()}, run=fk.ghost_dot, flop=layer.product,
-        bytes=layer.read + matrix, beside=(Beside("gemm", _gemm, 0.8),), spot=partial(last_sample, fk.ghost_dot),
+        bytes=layer.read + matrix, beside=(Beside("gemm", _gemm, 0.8),), spot=partial(last_samples, fk.ghost_dot),
     )  # fmt: skip
     yield one(
         op="weighted_outer_", inputs=weighted, run=fk.weighted_outer_, written=("out",), flop=layer.product,
@@ -164,7 +165,7 @@ def _products(layer: _Layer) -> Iterator[Case]:
     )  # fmt: skip
     yield one(
         op="ghost_gram", inputs=lambda: pair_of(layer.inputs), run=gram, flop=4.0 * layer.rows**2 * layer.width,
-        bytes=2 * layer.read, spot=last_pair,
+        bytes=2 * layer.read, spot=last_pairs,
     )  # fmt: skip
 
 
@@ -192,7 +193,7 @@ def _moments(layer: _Layer) -> Iterator[Case]:
     matrix, gemm = 4.0 * layer.width**2, Beside("gemm", _gemm, 0.6)
     yield one(
         label=f"norm and dot, {layer}", inputs=lambda: {**layer.inputs(), "v": layer.matrix()}, run=fk.sample_moments,
-        bytes=layer.read + matrix, beside=(gemm,), spot=partial(last_sample, fk.sample_moments),
+        bytes=layer.read + matrix, beside=(gemm,), spot=partial(last_samples, fk.sample_moments),
     )  # fmt: skip
     yield one(
         label=f"second moment, {layer}", inputs=lambda: {**layer.inputs(), "second": layer.matrix().square()},
@@ -203,7 +204,7 @@ def _moments(layer: _Layer) -> Iterator[Case]:
     yield one(
         label=f"everything, {layer}", inputs=everything, run=all_of_it, written=("second", "absolute"),
         bytes=layer.read + 5 * matrix, beside=(Beside("gemm", _gemm), Beside("formed one by one", formed)),
-        spot=partial(last_sample, all_of_it),
+        spot=partial(last_samples, all_of_it),
     )  # fmt: skip
 
 
@@ -221,7 +222,7 @@ def _sketches(layer: _Layer) -> Iterator[Case]:
         beside = (Beside("gemm", _gemm), *([Beside("formed, then sketched", formed)] if kind == "oporp" else []))
         yield one(
             op="outer_sketch", label=f"{kind} to 4096, {layer}", run=run, flop=layer.product,
-            bytes=layer.read + 4.0 * layer.samples * 4096, beside=beside, spot=partial(last_sample, run),
+            bytes=layer.read + 4.0 * layer.samples * 4096, beside=beside, spot=partial(last_samples, run),
         )  # fmt: skip
     k = 64
     for kind, dims, flop in (
@@ -233,5 +234,5 @@ def _sketches(layer: _Layer) -> Iterator[Case]:
         yield one(
             op="factored_sketch", label=f"{kind} to 4096, {layer}", run=run, flop=flop,
             bytes=layer.read + 4.0 * layer.samples * 4096, beside=(Beside("gemm", _gemm),),
-            spot=partial(last_sample, run),
+            spot=partial(last_samples, run),
         )  # fmt: skip

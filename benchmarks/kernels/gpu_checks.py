@@ -13,11 +13,11 @@ from torch import Tensor
 from benchmarks.kernels.gpu_calls import Call, Given, name_of, random_layer, random_selection
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Lengths, I and O: empty samples and both sides of tiles; one long among short; several short in a tile; and one row of
+# Lengths, I and O: empty samples and both sides of tiles; long among short; several short in a tile; and one row of
 # one number, where nothing averages out and a float32 product rounded to a narrower type shows.
 LAYERS: tuple[tuple[list[int], int, int], ...] = (
     ([0, 1, 2, 5, 0, 63, 64, 65], 65, 131),
-    ([517, 1, 1, 3, 0], 128, 192),
+    ([517, 1, 1, 403, 3, 0], 128, 192),
     ([17] * 12, 256, 64),
     ([1, 1, 1], 1, 1),
 )

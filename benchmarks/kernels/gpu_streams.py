@@ -102,11 +102,11 @@ def _sweep_cases(device: torch.device, shrink: int, reduced: bool) -> Iterator[C
 def _sweep_spot(numel: int, given: Given) -> float:
     """The last dots, and the last columns of the weighted sums from all dots."""
     found, (s, v, norms) = fk.soir_sweep(**given, damping=0.1, numel=numel), given.values()
-    dots = (s[:, -1].double() * v.double()).sum(1)
+    dots = (s[:, -8:].double() * v.double()[:, None]).sum(2)
     lam = 0.1 * norms.double().mean(1, keepdim=True) / numel
     c = found.dots.double() / (lam + norms.double())
     weighted = (c[:, :, None] * s[:, :, -16:].double()).sum(1)
-    return max(relative(found.dots[:, -1], dots), relative(found.weighted[:, -16:], weighted))
+    return max(relative(found.dots[:, -8:], dots), relative(found.weighted[:, -16:], weighted))
 
 
 def _mask_cases(device: torch.device, shrink: int, reduced: bool) -> Iterator[Case]:
