@@ -1,8 +1,9 @@
-"""The ranking of a randomly initialised model beside plain forward + backward, for `python -m benchmarks.gpu`."""
+"""The ranking of randomly initialised models beside plain forward + backward, for `python -m benchmarks.gpu`."""
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.end_to_end.published import trainable
+from benchmarks.kernels.gpu_timing import Clock
 from fillm.capture import Capture, verify
 from fillm.data import Sample, SampleSet, collate, plan_batches
 from fillm.rank.console import Console
@@ -18,19 +20,61 @@ from fillm.rank.passes import Passes
 from fillm.rank.soir import rank_soir
 
 TOKENS_PER_BATCH = 8192
-ROUNDS = 3
 # TOFU's rows: 28, 62 and 112 tokens at the least, in the middle and at the most.
 LENGTHS = (28, 44, 56, 62, 70, 84, 112)
+Row = dict[str, Any]
 
 
-def llama_1b(shrink: int) -> LlamaConfig:
-    """The published shape of Llama-3.2-1B, its widths and depth divided by `shrink`."""
-    hidden = max(64, 2048 // shrink)
-    return LlamaConfig(
-        hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=max(2, 16 // shrink),
-        num_attention_heads=hidden // 64, num_key_value_heads=max(1, hidden // 256), head_dim=64,
-        vocab_size=max(256, 128256 // shrink), tie_word_embeddings=True, max_position_embeddings=2048,
-    )  # fmt: skip
+@dataclass(frozen=True)
+class Shape:
+    """A published model's shape.
+
+    Attributes:
+        name: of the model.
+        hidden, intermediate, layers, heads, key_value_heads, vocabulary, tied: of its config; heads of 64 or 128.
+        dtypes: element types to rank it in.
+        rounds: timed ones, after one of warm-up.
+    """
+
+    name: str
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    key_value_heads: int
+    tied: bool
+    dtypes: tuple[torch.dtype, ...]
+    rounds: int
+    vocabulary: int = 128256
+
+    def config(self, shrink: int) -> LlamaConfig:
+        """Its widths and depth divided by `shrink`."""
+        hidden = max(64, self.hidden // shrink)
+        head = min(hidden, self.hidden // self.heads)
+        heads = hidden // head
+        return LlamaConfig(
+            hidden_size=hidden, intermediate_size=self.intermediate * hidden // self.hidden,
+            num_hidden_layers=max(2, self.layers // shrink), num_attention_heads=heads,
+            num_key_value_heads=max(1, heads * self.key_value_heads // self.heads), head_dim=head,
+            vocab_size=max(256, self.vocabulary // shrink), tie_word_embeddings=self.tied,
+            max_position_embeddings=2048,
+        )  # fmt: skip
+
+    def parameters(self, shrink: int) -> int:
+        """How many there are, without the memory for them."""
+        with torch.device("meta"):
+            model = LlamaForCausalLM(self.config(shrink))
+        return sum(p.numel() for p in model.parameters())
+
+
+SHAPES = (
+    Shape("Llama-3.2-1B", 2048, 8192, 16, 32, 8, True, (torch.bfloat16,), 3),
+    Shape("Llama-3.1-8B", 4096, 14336, 32, 32, 8, False, (torch.bfloat16,), 1),
+    Shape("Llama-3.2-1B", 2048, 8192, 16, 32, 8, True, (torch.float32,), 2),  # the slowest comes last
+)
+# Two float32 accumulators a parameter (README.md, limits); logits of one batch of plain backward in three copies.
+ACCUMULATED, BATCH_BYTES = 8, 16 << 30
+LEAST_SECONDS = 40.0  # a ranking that would have less is not begun
 
 
 def random_samples(count: int, vocabulary: int, seed: int) -> SampleSet:
@@ -64,44 +108,83 @@ def soir(model: nn.Module, sets: tuple[SampleSet, ...], need_update: bool) -> No
     rank_soir(passes, capture, *sets, damping=0.1, tolerance=1e-3, need_update=need_update)
 
 
-def ranking_rows(device: torch.device, shrink: int) -> list[dict[str, Any]]:
-    """Seconds a sample, ratio to plain and peak memory of the ranking in float32 and bfloat16."""
-    rows = []
-    for dtype in (torch.bfloat16, torch.float32):
-        torch.manual_seed(0)
+def ranking_rows(device: torch.device, shrink: int, clock: Clock) -> Iterator[Row]:
+    """Samples a second, ratio to plain and peak memory of the ranking, for every shape and element type.
+
+    A shape for which memory or time does not suffice, and a ranking that breaks, are a row that says so.
+    """
+    for shape in SHAPES:
+        for dtype in shape.dtypes:
+            row: Row = {"model": shape.name, "dtype": str(dtype).removeprefix("torch.")}
+            row["parameters"] = shape.parameters(shrink)
+            needed = row["parameters"] * (ACCUMULATED + dtype.itemsize) + BATCH_BYTES // shrink
+            free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else needed
+            if needed > free:
+                why = f"left out: takes about {needed / 1e9:.0f} GB; {free / 1e9:.0f} GB are free"
+                yield {**row, "what": "all", "verdict": why}
+            elif clock.left() < LEAST_SECONDS:
+                yield {**row, "what": "all", "verdict": "left out: time"}
+            else:
+                yield from _guarded(row, device, shape, dtype, shrink, clock)
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+def _guarded(row: Row, device: torch.device, shape: Shape, dtype: torch.dtype, shrink: int, clock: Clock) -> list[Row]:
+    try:
+        return [{**row, **found} for found in _measured(device, shape, dtype, shrink, clock)]
+    except torch.OutOfMemoryError as error:
+        return [{**row, "what": "all", "verdict": f"left out: out of memory: {' '.join(str(error).split())[:200]}"}]
+    except Exception as error:  # whatever a driver raises
+        why = f"FAILED: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return [{**row, "what": "all", "verdict": why}]
+
+
+def _random_model(device: torch.device, shape: Shape, dtype: torch.dtype, shrink: int) -> nn.Module:
+    """Random weights made in their own type, so that none are held twice."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
         with torch.device(device):
-            model = LlamaForCausalLM(llama_1b(shrink)).to(dtype).eval().requires_grad_(False)
-        sets = tuple(
-            random_samples(max(7, count // shrink), model.config.vocab_size, seed)
-            for seed, count in ((1, 40), (2, 360))
-        )
-        calls: dict[str, Callable[[], None]] = {
-            "plain": lambda model=model, sets=sets: plain(model, sets),
-            "certified": lambda model=model, sets=sets: soir(model, sets, False),
-            "with u": lambda model=model, sets=sets: soir(model, sets, True),
-        }
-        taken: dict[str, list[float]] = {name: [] for name in calls}
-        peaks: dict[str, int] = {}
-        for turn in range(ROUNDS + 1):
-            for name, call in calls.items():
-                gc.collect()
-                if device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats(device)
-                begun = time.perf_counter()
-                call()
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-                    peaks[name] = torch.cuda.max_memory_allocated(device)
-                if turn:
-                    taken[name].append(time.perf_counter() - begun)
-        count = sum(len(samples) for samples in sets)
-        size = sum(p.numel() for p in model.parameters())
-        for name, own in taken.items():
-            ratios = [a / b for a, b in zip(own, taken["plain"], strict=True)]
-            rows.append({
-                "what": name, "parameters": size, "dtype": str(dtype).removeprefix("torch."), "samples": count,
-                "samples_per_second": count / median(own), "over_plain": median(ratios), "over_plain_min": min(ratios),
-                "over_plain_max": max(ratios), "peak_bytes": peaks.get(name, ""),
-            })  # fmt: skip
-        del model, calls
+            return LlamaForCausalLM(shape.config(shrink)).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _measured(device: torch.device, shape: Shape, dtype: torch.dtype, shrink: int, clock: Clock) -> list[Row]:
+    model = _random_model(device, shape, dtype, shrink)
+    sets = tuple(
+        random_samples(max(7, count // shrink), model.config.vocab_size, seed) for seed, count in ((1, 40), (2, 360))
+    )
+    calls: dict[str, Callable[[], None]] = {
+        "plain": lambda: plain(model, sets),
+        "certified": lambda: soir(model, sets, False),
+        "with u": lambda: soir(model, sets, True),
+    }
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    peaks: dict[str, int] = {}
+    for turn in range(shape.rounds + 1):
+        if turn > 1 and clock.left() <= 0:
+            break
+        for name, call in calls.items():
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            begun = time.perf_counter()
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+                peaks[name] = torch.cuda.max_memory_allocated(device)
+            if turn:
+                taken[name].append(time.perf_counter() - begun)
+    count = sum(len(samples) for samples in sets)
+    rows = []
+    for name, own in taken.items():
+        ratios = [a / b for a, b in zip(own, taken["plain"], strict=True)]
+        rows.append({
+            "what": name, "samples": count, "rounds": len(own), "samples_per_second": count / median(own),
+            "over_plain": median(ratios), "over_plain_min": min(ratios), "over_plain_max": max(ratios),
+            "peak_bytes": peaks.get(name, ""), "verdict": "no target",
+        })  # fmt: skip
     return rows

@@ -3,8 +3,23 @@
 python examples/arrays.py
 """
 
+from typing import Any
+
 import fillm_kernels as fk
 import numpy as np
+
+
+class Exported:
+    """All that an array of another library (JAX, CuPy) needs to have: `__dlpack__` and where it lies."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._array = array
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self._array.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self._array.__dlpack_device__()
 
 
 def main() -> None:
@@ -19,6 +34,8 @@ def main() -> None:
 
     total = np.zeros((3, 4), dtype=np.float32)
     fk.weighted_outer_(total, x, dy, np.array([1.0, -1.0]), offsets)  # written in place
+    same = fk.ghost_norm(Exported(x), Exported(dy), Exported(offsets))
+    print("the same through __dlpack__:", bool(np.array_equal(np.asarray(same), norms)))
     print("largest difference of the weighted sum", np.abs(total - (dy[:2].T @ x[:2] - dy[2:].T @ x[2:])).max())
 
 

@@ -1,5 +1,7 @@
 """`ghost_dot` beside the library product of the same shape, and beside an einsum that forms every gradient."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from fillm_kernels import ghost_dot
@@ -45,5 +47,9 @@ def bench_gemm(benchmark, layer):
     benchmark(torch.mm, dy, torch.randn(layer.outputs, layer.inputs))
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    report("ghost_dot", prepare, check, argv)
+
+
 if __name__ == "__main__":
-    report("ghost_dot", prepare, check)
+    main()

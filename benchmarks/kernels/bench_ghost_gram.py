@@ -1,5 +1,7 @@
 """`ghost_gram` beside two whole products of all pairs of rows, and beside gradients that are formed."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from fillm_kernels import ghost_gram
@@ -54,5 +56,9 @@ def bench_whole(benchmark, layer):
     benchmark(whole, x, dy, layer.samples)
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    report("ghost_gram", prepare, check, argv)
+
+
 if __name__ == "__main__":
-    report("ghost_gram", prepare, check)
+    main()

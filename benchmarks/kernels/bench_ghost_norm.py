@@ -1,4 +1,6 @@
-"""`ghost_norm` beside two padded batched products, and beside the layer's own weight-sized product."""
+"""`ghost_norm` beside two padded batched products, the layer's own weight-sized product, and opacus if it is there."""
+
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -6,6 +8,7 @@ from fillm_kernels import ghost_norm
 from torch import Tensor
 
 from benchmarks.kernels.layers import LAYERS, Calls, Layer, report
+from benchmarks.kernels.peers import missing, opacus_norms
 
 
 def batched_products(x: Tensor, dy: Tensor, samples: int) -> Tensor:
@@ -26,12 +29,13 @@ def prepare(layer: Layer) -> tuple[Calls, float]:
     v = torch.randn(layer.outputs, layer.inputs)
     used = layer.tokens - int(layer.zero * layer.tokens)
     flop = layer.samples * used * (used + 1) * (layer.inputs + layer.outputs)
-    calls = {
+    calls: Calls = {
         "ghost_norm": lambda: ghost_norm(x, dy, offsets),
         "bmm": lambda: batched_products(x, dy, layer.samples),
         "gemm": lambda: dy @ v,
     }
-    return calls, flop
+    peer = opacus_norms(x, dy, layer.samples)
+    return {**calls, "opacus": peer} if peer else calls, flop
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
@@ -46,5 +50,10 @@ def bench_batched_products(benchmark, layer):
     benchmark(batched_products, x, dy, layer.samples)
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    report("ghost_norm", prepare, check, argv)
+    print(missing("opacus"))
+
+
 if __name__ == "__main__":
-    report("ghost_norm", prepare, check)
+    main()

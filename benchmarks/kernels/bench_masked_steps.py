@@ -4,6 +4,8 @@ Bytes: bits; for selected weights parameter twice, gradient once, two states twi
 parameter and gradient move for one weight, which the count leaves out.
 """
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from fillm_kernels import Selection, masked_adamw_, masked_norm, masked_sophia_, select_bits
@@ -11,7 +13,7 @@ from fillm_kernels.top_mask import pack_bits
 from torch import Tensor
 
 from benchmarks.kernels.layers import Calls
-from benchmarks.kernels.streams import report
+from benchmarks.kernels.streams import parser_of, report
 
 ENTRIES = 1 << 24
 CASES = {f"{op} {density:.0%}": (op, density) for op in ("adamw", "sophia", "norm") for density in (0.01, 0.1, 1.0)}
@@ -56,5 +58,22 @@ def bench_masked_adamw(benchmark, density):
     benchmark(lambda: masked_adamw_(param, grad, state, selection, step=5))
 
 
+@pytest.mark.parametrize("density", [0.01, 0.1, 1.0])
+def bench_masked_sophia(benchmark, density):
+    param, grad, state, selection = build(density)
+    benchmark(lambda: masked_sophia_(param, grad, state, selection))
+
+
+@pytest.mark.parametrize("density", [0.01, 0.1, 1.0])
+def bench_masked_norm(benchmark, density):
+    _, grad, _, selection = build(density)
+    benchmark(masked_norm, grad, selection)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    cases = {name: lambda case=case: prepare(*case) for name, case in CASES.items()}
+    report("masked steps", cases, check, parser_of("masked steps").parse_args(argv))
+
+
 if __name__ == "__main__":
-    report("masked steps", {name: lambda case=case: prepare(*case) for name, case in CASES.items()}, check)
+    main()

@@ -1,5 +1,7 @@
 """The C++ product of `fillm_kernels` beside torch's, and beside oneDNN, which torch carries too."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from fillm_kernels.products import linear
@@ -33,5 +35,9 @@ def bench_linear(benchmark, layer):
     benchmark(linear, x, torch.randn(layer.outputs, layer.inputs))
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    report("linear", prepare, check, argv)
+
+
 if __name__ == "__main__":
-    report("linear", prepare, check)
+    main()

@@ -1,5 +1,7 @@
 """`sample_moments` beside forming every gradient and squaring it, and beside `ghost_norm` and `ghost_dot` apart."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from fillm_kernels import ghost_dot, ghost_norm, sample_moments
@@ -49,5 +51,9 @@ def bench_sample_moments(benchmark, layer):
     benchmark(sample_moments, x, dy, offsets, v, second)
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    report("sample_moments", prepare, check, argv)
+
+
 if __name__ == "__main__":
-    report("sample_moments", prepare, check)
+    main()

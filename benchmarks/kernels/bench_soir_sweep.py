@@ -1,12 +1,14 @@
 """`soir_sweep` beside the two matrix products that it replaces; bytes: one read of the store."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from fillm_kernels import soir_sweep
 from torch import Tensor
 
 from benchmarks.kernels.layers import Calls
-from benchmarks.kernels.streams import report
+from benchmarks.kernels.streams import parser_of, report
 
 CASES = {
     "L=32 n=512 k=4096 float32": (32, 512, 4096, torch.float32),
@@ -44,5 +46,10 @@ def bench_soir_sweep(benchmark, case):
     benchmark(soir_sweep, *build(*CASES[case]), 0.1)
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    cases = {name: lambda case=case: prepare(*case) for name, case in CASES.items()}
+    report("soir_sweep", cases, check, parser_of("soir_sweep").parse_args(argv))
+
+
 if __name__ == "__main__":
-    report("soir_sweep", {name: lambda case=case: prepare(*case) for name, case in CASES.items()}, check)
+    main()

@@ -1,5 +1,7 @@
 """`weighted_outer_` beside the library's weight-gradient product of the same shape."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from fillm_kernels import weighted_outer_
@@ -43,5 +45,9 @@ def bench_gemm(benchmark, layer):
     benchmark(lambda: out.addmm_(dy.T, x))
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    report("weighted_outer_", prepare, check, argv)
+
+
 if __name__ == "__main__":
-    report("weighted_outer_", prepare, check)
+    main()

@@ -6,11 +6,12 @@ Run from the root of the checkout; every module prints its table with median and
 
 The same layers run under pytest-benchmark with `make bench`. Ratios compare medians of the same run: every round calls
 everything once, one after the other, so that a busy moment of the machine hits all alike. One round is warm-up.
+Extra MiB are what one further call of each had resident at most beyond what was there before, its result included.
 """
 
 import argparse
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -18,9 +19,11 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from benchmarks.kernels.memory import extra_bytes, mebibytes
 from benchmarks.kernels.rows import save
 
 CEILING_SIZE = 1024  # the ceiling is an IEEE float32 product of two square matrices of this size
+COPY_ENTRIES = 1 << 26  # float32: 256 MiB, well past any cache
 
 
 @dataclass(frozen=True)
@@ -73,38 +76,57 @@ def interleaved(calls: Calls, rounds: int = 15) -> dict[str, list[float]]:
     return seconds
 
 
-def report(title: str, prepare: Callable[[Layer], tuple[Calls, float]], check: Callable[[], None]) -> None:
-    """Check the op, then print (and with `--csv` save) a row per layer.
+def report(
+    title: str,
+    prepare: Callable[..., tuple[Calls, float]],
+    check: Callable[[], None],
+    argv: Sequence[str] | None = None,
+    kinds: Sequence[str] = (),
+    moved: Callable[..., float] | None = None,
+) -> None:
+    """Check the op, then print (and with `--csv` save) a row per layer, or per layer and kind.
 
     Args:
         title: the op.
-        prepare: layer -> calls by name, the op's own first, and the FLOP the op's algorithm needs.
+        prepare: layer (and kind) -> calls by name, the op's own first, and the FLOP the op's algorithm needs.
         check: raises if the op is wrong; nothing is timed then.
+        argv: of the command line; None for the process's own.
+        kinds: what `prepare` also takes, if anything.
+        moved: layer (and kind) -> bytes that must move; with it GB/s beside those of a copy.
     """
     parser = argparse.ArgumentParser(description=title)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--csv", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     check()
     a = torch.randn(CEILING_SIZE, CEILING_SIZE)
+    source = torch.ones(COPY_ENTRIES)
+    target = torch.zeros_like(source)
+    ceilings: Calls = {"ceiling": lambda: a @ a}
+    if moved is not None:
+        ceilings = {**ceilings, "copy": lambda: target.copy_(source)}
     rows = []
-    for layer in LAYERS:
-        calls, flop = prepare(layer)
-        seconds = interleaved({**calls, "ceiling": lambda: a @ a})
+    for which in [(layer, *kind) for layer in LAYERS for kind in ([(kind,) for kind in kinds] or [()])]:
+        calls, flop = prepare(*which)
+        seconds = interleaved({**calls, **ceilings})
         middle = {name: median(values) for name, values in seconds.items()}
         own = next(iter(calls))
         ceiling = 2 * CEILING_SIZE**3 / middle["ceiling"] / 1e9
         row = {
             "op": title,
-            "layer": str(layer),
+            "layer": " ".join(map(str, which)),
             "threads": options.threads,
             "milliseconds": f"{1e3 * middle[own]:.3f}",
             "spread": f"{1e3 * min(seconds[own]):.3f}-{1e3 * max(seconds[own]):.3f}",
             "gflops": f"{flop / middle[own] / 1e9:.1f}",
             "ceiling_gflops": f"{ceiling:.1f}",
         }
+        if moved is not None:
+            row["gb_per_s"] = f"{moved(*which) / middle[own] / 1e9:.2f}"
+            row["copy_gb_per_s"] = f"{2 * source.nbytes / middle['copy'] / 1e9:.1f}"
         row |= {f"{name} / op": f"{middle[name] / middle[own]:.2f}" for name in calls if name != own}
+        row |= {f"{name} extra MiB": mebibytes(extra_bytes(call)) for name, call in calls.items()}
         rows.append(row)
         print("  ".join(f"{key} {value}" for key, value in row.items() if key != "op"), flush=True)
     save(options.csv, rows)

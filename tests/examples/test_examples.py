@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from fillm_kernels import sketch
+from fillm_kernels.seed_law import tensor_seed
 from torch import nn
 
 from examples.diagonal_fisher import fisher_diagonal
 from examples.ghost_clipping import clipped_gradients
+from examples.projected_gradients import gradients_one_by_one, projected, scores, write_store
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -54,6 +57,42 @@ def test_fisher_diagonal_squares_before_it_sums():
     fisher = fisher_diagonal(layer, x, dy, torch.tensor([0, 3, 4, 9]))
     parts = [dy[a:b].T @ x[a:b] for a, b in ((0, 3), (3, 4), (4, 9))]
     torch.testing.assert_close(fisher, sum(part.square() for part in parts) / 3)
+
+
+def squares(output, target):
+    return (output - target).square().sum(1)
+
+
+def test_projected_gradients_are_sketches_of_exact_ones_whatever_the_blocks():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 9, bias=False), nn.Tanh(), nn.Linear(9, 2, bias=False)).double()
+    x, target, offsets = torch.randn(11, 7).double(), torch.randn(11, 2).double(), torch.tensor([0, 1, 5, 5, 11])
+    exact = gradients_one_by_one(model, x, target, squares, offsets)
+    for sample, (begin, end) in enumerate(itertools.pairwise(offsets.tolist())):
+        loss = squares(model(x[begin:end]), target[begin:end]).sum()
+        weights = [model[0].weight, model[2].weight]
+        want = torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)])
+        torch.testing.assert_close(exact[sample], want)
+    # The sketch of both layers is the sum of those of each: E over seeds is not needed to see it.
+    found = projected(model, x, target, squares, offsets, 64)
+    first, second = exact.split([63, 18], 1)
+    want = sketch(first, 64, seed=tensor_seed(0, "0")) + sketch(second, 64, seed=tensor_seed(0, "2"))
+    torch.testing.assert_close(found, want)
+    parts = [projected(model, x[:5], target[:5], squares, offsets[:3], 64),
+             projected(model, x[5:], target[5:], squares, offsets[2:] - 5, 64)]  # fmt: skip
+    torch.testing.assert_close(torch.cat(parts), found)
+    assert model[0].weight.grad is None and not x.requires_grad
+
+
+def test_scores_of_a_store_are_those_of_the_whole_matrix(tmp_path):
+    torch.manual_seed(0)
+    phi, test = torch.randn(37, 12), torch.randn(5, 12)
+    write_store(tmp_path / "phi.npy", phi.split([20, 17]), 37, 12)
+    kernel = phi.double().T @ phi.double()
+    kernel += 1e-3 * kernel.diagonal().mean() * torch.eye(12)
+    want = test.double() @ kernel.inverse() @ phi.double().T
+    found = scores(tmp_path / "phi.npy", test, block=8)
+    torch.testing.assert_close(found.double(), want, rtol=1e-5, atol=1e-7)  # rounded to float32 once
 
 
 @pytest.mark.slow
