@@ -37,11 +37,13 @@ from fillm_kernels.triton.tiles import multiply, ragged_case, sum_segments, to_d
 
 # untimed; chosen by `python -m fillm_kernels.compile_check`, most registers / KiB of shared memory, no spill:
 #                 sm_80       sm_90       sm_100      gfx942
-#   HALF          240 / 32    238 / 32    216 / 25    172 / 32    64 rows at a time spilled on sm_80 (2)
+#   HALF          242 / 32    240 / 32    210 / 24    172 / 32    64 rows at a time spilled on sm_80 (2)
 #   HALF_SKETCH   153 / 20    139 / 48    201 / 48    188 / 40    with all matrices beside it spilled on gfx942 (6)
-#   ODD           202 / 16    182 / 16    180 / 16    126 / 16    250 / 16, 254 / 32, 240 / 32, 247 / 40 with a sketch and all matrices
-#   FLOAT         158 / 16     94 / 16     84 / 16     90 / 16
-#   FLOAT_FULL    182 / 16    182 / 16    184 / 16    126 / 16    two stages spilled on sm_80 (20) and sm_90 (2)
+#   ODD           202 / 16    188 / 16    180 / 16    126 / 16
+#     sketching   252 / 20    254 / 48    244 / 48    247 / 40
+#   FLOAT         158 / 16     94 / 16     94 / 16     90 / 16
+#     sketching   224 / 40    186 / 40    188 / 40    186 / 40
+#   FLOAT_FULL    247 / 32    251 / 32    244 / 32    231 / 32    two stages spilled on sm_80 (20) and sm_90 (2)
 # 32 rows at a time, the length of two matrix instructions: of 64 a sample of 28 tokens would leave over half empty.
 HALF = Configuration({"BLOCK_O": 128, "BLOCK_I": 64, "BLOCK_K": 32}, num_warps=8, num_stages=3)
 ODD = Configuration({"BLOCK_O": 64, "BLOCK_I": 64, "BLOCK_K": 32}, num_warps=8, num_stages=2)
