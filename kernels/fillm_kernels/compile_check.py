@@ -99,6 +99,13 @@ def compile_case(case: Any, target: Target) -> Any:
     """Compile a case as a launch on the target would; Triton's compiled kernel."""
     import triton
     from triton.backends.compiler import GPUTarget
+
+    destination = GPUTarget(target.backend, target.architecture, target.threads)
+    return triton.compile(source_of(case), target=destination, options=case.configuration.options())
+
+
+def source_of(case: Any, ones: Sequence[str] = ()) -> Any:
+    """What Triton compiles for a case; the parameters named in `ones` are 1, which a launch turns into a constant."""
     from triton.compiler import ASTSource
 
     constants = {**case.configuration.constants, **case.constants}
@@ -107,13 +114,36 @@ def compile_case(case: Any, target: Target) -> Any:
         raise ValueError(
             f"{case.name}: the case and the kernel differ in {set(parameters) ^ {*case.types, *constants}}"
         )
-    signature = {name: case.types.get(name, "constexpr") for name in parameters}
-    sized = [name for name, type in case.types.items() if type.startswith(("*", "i")) and name not in case.counts]
+    types = {name: type for name, type in case.types.items() if name not in ones}
+    signature = {name: types.get(name, "constexpr") for name in parameters}
+    sized = [name for name, type in types.items() if type.startswith(("*", "i")) and name not in case.counts]
     hinted = sized if case.aligned else []
     hints = {(parameters.index(name),): [["tt.divisibility", 16]] for name in hinted}
-    source = ASTSource(case.kernel, signature, constexprs=constants, attrs=hints)
+    return ASTSource(case.kernel, signature, constexprs={**constants, **dict.fromkeys(ones, 1)}, attrs=hints)
+
+
+def parse_ones(case: Any, target: Target) -> list[str]:
+    """Parse a case with each of its integer parameters being 1 in turn: no GPU is needed to meet what a launch does.
+
+    Returns:
+        The parameters so tried: all integers that the kernel does not exempt with `do_not_specialize`.
+    """
+    from triton._C.libtriton import ir
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+
     destination = GPUTarget(target.backend, target.architecture, target.threads)
-    return triton.compile(source, target=destination, options=case.configuration.options())
+    backend = make_backend(destination)
+    options = backend.parse_options(case.configuration.options())
+    exempt = {parameter.name for parameter in case.kernel.params if parameter.do_not_specialize}
+    tried = [name for name, type in case.types.items() if type in ("i32", "i64") and name not in exempt]
+    for name in tried:
+        context = ir.context()
+        ir.load_dialects(context)
+        backend.load_dialects(context)
+        functions, modules = backend.get_codegen_implementation(options), backend.get_module_map()
+        source_of(case, [name]).make_ir(destination, options, functions, modules, context)
+    return tried
 
 
 def read(case: Any, name: str) -> Row:

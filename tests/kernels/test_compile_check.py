@@ -53,6 +53,29 @@ def test_one_case_of_every_kernel_compiles_for_sm_90(tmp_path):
     assert all(int(row["shared"]) > 0 for row in matrix)  # operands of matrix units pass through it
 
 
+def test_every_kernel_parses_where_a_launch_takes_an_argument_of_one_for_a_constant(tmp_path):
+    # Seeds, strides and counts of 1 become Python integers in a kernel, whose methods are not a tensor's.
+    code = (
+        "from fillm_kernels import compile_check as c\n"
+        "different = {(case.kernel.__name__, str(case.constants)): case for case in c.cases()}.values()\n"
+        "print(sum(len(c.parse_ones(case, c.TARGETS['sm_90'])) for case in different))\n"
+    )
+    done = run(["-c", code], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 100
+    bad = (
+        "import triton, triton.language as tl\nfrom fillm_kernels import compile_check as c\n"
+        "from fillm_kernels.triton.configurations import CompileCase, Configuration\n"
+        "@triton.jit\ndef kernel(p, n):\n    tl.store(p, n.to(tl.int64))\n"
+        "case = CompileCase('bad', kernel, Configuration({}, 1, 1), {'p': '*i64', 'n': 'i32'})\n"
+        "c.parse_ones(case, c.TARGETS['sm_90'])\n"
+    )
+    script = tmp_path / "bad.py"
+    script.write_text(bad, encoding="utf-8")
+    done = run([str(script)], tmp_path)
+    assert done.returncode != 0 and "has no attribute 'to'" in done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_every_configuration_compiles_for_every_target(tmp_path):

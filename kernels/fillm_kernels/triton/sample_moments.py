@@ -101,7 +101,7 @@ def part_kernel(
     tl.store(place, gradient, mask=(output < outputs)[:, None] & (feature < inputs)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups", "seed_low", "seed_high", "dim", "width", "ranges"])
 def moments_kernel(
     x_ptr,
     dy_ptr,
