@@ -368,7 +368,7 @@ CONTRACTS = (
     factored_contract("factored", 5, 7),
     factored_contract("factored-sjlt", 8, 4),
     factored_contract("tensorsketch", 64),
-    Contract("soir_sweep", "soir_sweep", fk.soir_sweep, sweep_build, sweep_answer, roundoff=64.0),
+    Contract("soir_sweep", "soir_sweep", fk.soir_sweep, sweep_build, sweep_answer, roundoff=64.0, many_programs=True),
     Contract(
         "top_mask", "top_mask", fk.top_mask, top_build, top_answer,
         anything_goes=frozenset((f"scores[{t}]", shape) for t in range(3) for shape in ("dims", "scalar", "longer")),
