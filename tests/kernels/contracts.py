@@ -5,92 +5,14 @@ it is taken: where a contract's `roundoff` is 0 every backend, element type and 
 the bit. What takes a division, a logarithm or a transform states what it may lose.
 """
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
-
 import fillm_kernels as fk
 import torch
 from torch import Tensor
 
+from tests.kernels.contract import Arguments, Contract, Shape, whole, wide_of
 from tests.kernels.law import projection, two_sided
+from tests.kernels.mask_contracts import MASK_CONTRACTS
 from tests.kernels.ragged import gradients
-
-Arguments = dict[str, Any]  # of the public function; lists of tensors among them
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Lengths of the samples of a layer, its inputs and its outputs; ops on other things make theirs from these."""
-
-    lengths: Sequence[int]
-    inputs: int
-    outputs: int
-
-
-SMALL = Shape((3, 0, 5), 6, 8)
-# Empty samples and batches, one row, both sides of vector widths and tiles, primes, one long sample among short ones.
-SHAPES = (
-    SMALL,
-    Shape((), 3, 2),
-    Shape((0, 0), 5, 1),
-    Shape((1,), 1, 1),
-    Shape((63, 1, 2), 65, 7),
-    Shape((131, 1, 1, 0), 63, 64),
-    Shape((2, 64, 65), 64, 67),
-)
-
-
-@dataclass(frozen=True)
-class Contract:
-    """One way to call an op.
-
-    Attributes:
-        name: for the test's name.
-        op: its name in the dispatch table.
-        call: the public function.
-        build: (shape, dtype) -> arguments by keyword.
-        answer: arguments as they were before the call -> what `results` gives, float64.
-        written: names of arguments that the op writes to.
-        contiguous: names of arguments that must be contiguous.
-        roundoff: what a number may be off, in roundings of the largest of its tensor.
-        anything_goes: (argument, mistake) that is none for this op.
-        thread_proof: whether the C++ backend promises the same bits for any number of threads.
-        many_programs: whether Triton starts so many programs that its interpreter is given fewer shapes.
-    """
-
-    name: str
-    op: str
-    call: Callable[..., Any]
-    build: Callable[[Shape, torch.dtype], Arguments]
-    answer: Callable[[Arguments], list[Tensor]]
-    written: Sequence[str] = ()
-    contiguous: Sequence[str] = ()
-    roundoff: float = 0.0
-    anything_goes: frozenset[tuple[str, str]] = field(default_factory=frozenset)
-    thread_proof: bool = True
-    many_programs: bool = False
-
-    def results(self, arguments: Arguments) -> list[Tensor]:
-        """What a call returns, and what it has written."""
-        returned = self.call(**arguments)
-        return flat(returned) + [tensor for name in self.written for tensor in flat(arguments[name])]
-
-
-def flat(value: Any) -> list[Tensor]:
-    """The tensors of nested tuples and lists, in order."""
-    if isinstance(value, Tensor):
-        return [value]
-    return [tensor for part in value for tensor in flat(part)] if isinstance(value, (list, tuple)) else []
-
-
-def whole(*size: int, dtype: torch.dtype, low: int = -1, high: int = 1) -> Tensor:
-    return torch.randint(low, high + 1, size).to(dtype)
-
-
-def wide_of(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def ragged(shape: Shape, dtype: torch.dtype) -> Arguments:
@@ -234,117 +156,6 @@ def sweep_answer(a: Arguments) -> list[Tensor]:
     return [dots, weighted, damping, cross, u.square().sum(1).sqrt(), (v * u).sum(1)]
 
 
-# ---- masks -----------------------------------------------------------------------------------------------------------
-
-
-def top_build(shape: Shape, dtype: torch.dtype) -> Arguments:
-    sizes = (sum(shape.lengths) * shape.inputs, 0, shape.outputs)
-    scores = [whole(size, dtype=dtype, low=-40, high=40) / 4 for size in sizes]  # many ties
-    return {"scores": scores, "budget": sum(sizes) // 3}
-
-
-def top_answer(a: Arguments) -> list[Tensor]:
-    joined = [float(value) for tensor in a["scores"] for value in tensor.flatten()]
-    order = sorted(range(len(joined)), key=lambda i: (-joined[i], i))[: a["budget"]]
-    bits, first = [], 0
-    for tensor in a["scores"]:
-        own = [0] * math.ceil(tensor.numel() / 8)
-        for at in order:
-            if first <= at < first + tensor.numel():
-                own[(at - first) // 8] += 1 << (at - first) % 8
-        bits.append(torch.tensor(own, dtype=torch.float64))
-        first += tensor.numel()
-    threshold = joined[order[-1]] if order else math.inf
-    return [*bits, torch.tensor(threshold, dtype=torch.float64)]
-
-
-def chosen_of(mask: Tensor, shape: torch.Size) -> Tensor:
-    """Flat indices of a mask given as bits or as rows."""
-    if mask.dtype == torch.uint8:
-        return torch.tensor([i for i in range(math.prod(shape)) if int(mask[i // 8]) >> i % 8 & 1], dtype=torch.int64)
-    columns = math.prod(shape[1:])
-    return (mask[:, None] * columns + torch.arange(columns)).flatten()
-
-
-def mask_of(rows: bool, shape: tuple[int, int]) -> Tensor:
-    if rows:
-        return (torch.rand(shape[0]) < 0.5).nonzero()[:, 0]
-    bits = torch.randint(0, 256, ((math.prod(shape) + 7) // 8,), dtype=torch.uint8)
-    if math.prod(shape) % 8:
-        bits[-1] &= (1 << math.prod(shape) % 8) - 1
-    return bits
-
-
-def pick(choices: Sequence[float], size: Sequence[int], dtype: torch.dtype) -> Tensor:
-    return torch.tensor(choices, dtype=torch.float64)[torch.randint(len(choices), tuple(size))].to(dtype)
-
-
-def norm_build(shape: Shape, dtype: torch.dtype) -> Arguments:
-    sizes = ((shape.outputs, shape.inputs), (shape.inputs, 3))
-    grads = [whole(*size, dtype=dtype, low=-8, high=8) for size in sizes]
-    return {"grads": grads, "masks": [mask_of(False, sizes[0]), mask_of(True, sizes[1])]}
-
-
-def norm_answer(a: Arguments) -> list[Tensor]:
-    parts = [g.flatten()[chosen_of(m, g.shape)].double() for g, m in zip(a["grads"], a["masks"], strict=True)]
-    return [torch.cat(parts).square().sum().sqrt()]
-
-
-def step_build(rows: bool, rule: str) -> Callable[[Shape, torch.dtype], Arguments]:
-    """Roots of 1 and 49, divisors that are powers of two, factors that are halves and quarters."""
-
-    def build(shape: Shape, dtype: torch.dtype) -> Arguments:
-        size = (shape.outputs, shape.inputs)
-        mask = mask_of(rows, size)
-        count, wide = len(chosen_of(mask, torch.Size(size))), wide_of(dtype)
-        param, grad = pick([-1, -0.5, 0, 0.5, 1], size, dtype), pick([-4, 4], size, dtype)
-        first = pick([-2, 0, 2], [count], wide)
-        arguments: Arguments = {"param": param, "grad": grad, "mask": mask, "clip": 0.5, "betas": (0.5, 0.75)}
-        if rule == "adamw":
-            state = (first, pick([0, 64], [count], wide))
-            return {**arguments, "state": state, "step": 1, "lr": 0.25, "eps": 2.0, "weight_decay": 2.0}
-        arguments |= {"lr": 0.5, "gamma": 0.5, "eps": 2.0, "weight_decay": 1.0}
-        hessian = pick([0, 4, 8, 16], size, wide)
-        if rule == "sophia":  # 3/4 h + 1/4 estimate is 2, 4 or 8 where h is 0, and 8 or 16 where it is 8
-            hessian = pick([0, 8], size, wide)
-            estimate = torch.where(hessian == 0, pick([8, 16, 32], size, wide), pick([8, 40], size, wide))
-            arguments["estimate"] = estimate.to(dtype)
-        return {**arguments, "state": (first, hessian.flatten()[chosen_of(mask, torch.Size(size))])}
-
-    return build
-
-
-def step_answer(rule: str) -> Callable[[Arguments], list[Tensor]]:
-    def answer(a: Arguments) -> list[Tensor]:
-        at = chosen_of(a["mask"], a["param"].shape)
-        param, grad = a["param"].double().clone(), 0.5 * a["grad"].double().flatten()[at]
-        m, v = (tensor.double() for tensor in a["state"])
-        m = m / 2 + grad / 2
-        if rule == "adamw":  # lr / (1 - 1/2), and (1 - 3/4)^-1/2
-            v = 3 * v / 4 + grad.square() / 4
-            change = 0.5 * m / (2 * v.sqrt() + 2)
-        else:
-            if "estimate" in a:
-                v = 3 * v / 4 + a["estimate"].double().flatten()[at] / 4
-            change = 0.5 * (m / (v / 2).clamp(min=2)).clamp(-1, 1)
-        flat_param = param.flatten()
-        flat_param[at] = flat_param[at] / 2 - change
-        param = flat_param.view(a["param"].shape)
-        return [param, param, m, v]
-
-    return answer
-
-
-def step_contract(op: str, rule: str, rows: bool) -> Contract:
-    name = f"{op} {'rows' if rows else 'bits'}{' without estimate' if rule == 'plain sophia' else ''}"
-    # A shape of the state says nothing: it holds one number a selected weight.
-    free = frozenset({("state[0]", "dims"), ("state[1]", "dims")})
-    return Contract(
-        name, op, getattr(fk, op), step_build(rows, rule), step_answer(rule), written=("param", "state"),
-        contiguous=("param", "state"), anything_goes=free,
-    )  # fmt: skip
-
-
 CONTRACTS = (
     *(norm_contract(form) for form in ("auto", "gram", "explicit")),
     dot_contract(False),
@@ -369,39 +180,5 @@ CONTRACTS = (
     factored_contract("factored-sjlt", 8, 4),
     factored_contract("tensorsketch", 64),
     Contract("soir_sweep", "soir_sweep", fk.soir_sweep, sweep_build, sweep_answer, roundoff=64.0, many_programs=True),
-    Contract(
-        "top_mask", "top_mask", fk.top_mask, top_build, top_answer,
-        anything_goes=frozenset((f"scores[{t}]", shape) for t in range(3) for shape in ("dims", "scalar", "longer")),
-    ),
-    Contract(
-        "masked_norm", "masked_norm", fk.masked_norm, norm_build, norm_answer,
-        anything_goes=frozenset({("grads[0]", "dims"), ("grads[1]", "longer")}),  # one shape more, one row more
-    ),
-    *(step_contract("masked_adamw_", "adamw", rows) for rows in (False, True)),
-    *(step_contract("masked_sophia_", rule, rows) for rule, rows in (("sophia", False), ("plain sophia", True))),
+    *MASK_CONTRACTS,
 )  # fmt: skip
-
-
-def tensors_of(arguments: Arguments) -> Mapping[str, Tensor]:
-    """Every tensor among the arguments, by a name such as `state[1]`."""
-    found = {}
-    for name, value in arguments.items():
-        if isinstance(value, Tensor):
-            found[name] = value
-        elif isinstance(value, (list, tuple)):
-            found |= {f"{name}[{i}]": part for i, part in enumerate(value) if isinstance(part, Tensor)}
-    return found
-
-
-def changed(arguments: Arguments, change: Callable[[str, Tensor], Any]) -> Arguments:
-    """The arguments with every tensor replaced by change(name, tensor)."""
-    made = {}
-    for name, value in arguments.items():
-        if isinstance(value, Tensor):
-            made[name] = change(name, value)
-        elif isinstance(value, (list, tuple)):
-            parts = [change(f"{name}[{i}]", p) if isinstance(p, Tensor) else p for i, p in enumerate(value)]
-            made[name] = type(value)(parts)
-        else:
-            made[name] = value
-    return made

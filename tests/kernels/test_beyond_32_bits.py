@@ -23,9 +23,9 @@ from fillm_kernels import (
 )
 from torch import Tensor
 
-from tests.kernels.contracts import CONTRACTS, SMALL, changed
+from tests.kernels.contract import SMALL, assert_is, changed
+from tests.kernels.contracts import CONTRACTS
 from tests.kernels.law import projection
-from tests.kernels.test_contracts import assert_is
 
 NO_RESERVE = 0x4000  # MAP_NORESERVE of Linux: the promise is not counted against the machine's memory
 PAIRS = [(c, b) for c in CONTRACTS for b in dispatch._registry[c.op] if b in ("cpu", "torch", "triton")]

@@ -13,15 +13,32 @@ from pathlib import Path
 from typing import Any
 
 import fillm_kernels
-import numpy as np
 import pytest
 import torch
-from fillm_kernels import BackendError, DeviceError, DtypeError, KernelError, ShapeError, dispatch, native
+from fillm_kernels import BackendError, ShapeError, dispatch, native
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.kernels.contracts import CONTRACTS, SHAPES, SMALL, Arguments, Contract, changed, flat, tensors_of, wide_of
+from tests.kernels.contract import (
+    SHAPES,
+    SMALL,
+    Arguments,
+    Recorder,
+    assert_is,
+    assert_same_bits,
+    bits_of,
+    changed,
+    copy,
+    flat,
+    force,
+    noise,
+    on,
+    strided,
+    takes,
+    tensors_of,
+    wide_of,
+)
+from tests.kernels.contracts import CONTRACTS
 from tests.kernels.ragged import DTYPES
 
 ROOT = Path(__file__).parents[2]
@@ -31,62 +48,6 @@ every_contract = pytest.mark.parametrize("contract", CONTRACTS, ids=lambda contr
 every_backend = pytest.mark.parametrize(
     ("contract", "backend"), PAIRS, ids=[f"{contract.name}-{backend}" for contract, backend in PAIRS]
 )
-
-
-def force(contract: Contract, backend: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Force a backend and return the device it runs on; skip, with its reason, what cannot run here."""
-    entry = dispatch._registry[contract.op][backend]
-    device = "cpu" if entry.refusal("cpu") is None else "cuda"
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip(f"{backend}: {entry.refusal('cpu')}, and there is no GPU")
-    monkeypatch.setenv("FILLM_BACKEND", backend)
-    return device
-
-
-def takes(contract: Contract, backend: str, dtype: torch.dtype) -> bool:
-    dtypes = dispatch._registry[contract.op][backend].dtypes
-    return not dtypes or dtype in dtypes
-
-
-def on(device: str, arguments: Arguments) -> Arguments:
-    return changed(arguments, lambda _, tensor: tensor.to(device))
-
-
-def copy(arguments: Arguments) -> Arguments:
-    return changed(arguments, lambda _, tensor: tensor.clone())
-
-
-def bits_of(tensor: Tensor) -> Tensor:
-    """What equality to the bit compares: NaNs and the sign of zero included."""
-    return tensor.contiguous().flatten().view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
-
-
-def assert_same_bits(one: list[Tensor], other: list[Tensor]) -> None:
-    assert len(one) == len(other)
-    for a, b in zip(one, other, strict=True):
-        assert a.shape == b.shape and a.dtype == b.dtype
-        assert torch.equal(bits_of(a), bits_of(b))
-
-
-def assert_is(results: list[Tensor], answer: list[Tensor], contract: Contract) -> None:
-    assert len(results) == len(answer)
-    for got, want in zip(results, answer, strict=True):
-        assert got.shape == want.shape
-        if got.dtype.is_floating_point and contract.roundoff and want.numel():
-            unit = 2.0**-53 if got.dtype == torch.float64 else 2.0**-24
-            finite = want.isfinite()
-            assert torch.equal(got.cpu().double()[~finite], want[~finite])
-            off = (got.cpu().double() - want)[finite].abs()
-            assert bool((off <= contract.roundoff * unit * want[finite].abs().max()).all()) if off.numel() else True
-        else:
-            assert torch.equal(got.cpu().double(), want)
-
-
-def noise(arguments: Arguments) -> Arguments:
-    """Numbers whose sums depend on their order, in the place of whole ones."""
-    return changed(
-        arguments, lambda _, t: t + torch.rand_like(t, dtype=torch.float32).to(t.dtype) if t.is_floating_point() else t
-    )
 
 
 @pytest.fixture
@@ -145,17 +106,6 @@ def test_results_are_float32_and_for_float64_float64(contract):
             assert results[0].dtype == (dtype if "masked" in contract.op else wide_of(dtype))
 
 
-def strided(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """The same numbers with gaps between columns and rows, in a room full of NaN: (room, view)."""
-    if tensor.ndim == 0 or tensor.numel() == 0:
-        return tensor, tensor
-    fill = torch.nan if tensor.is_floating_point() else 77
-    room = torch.full((*(2 * size + 3 for size in tensor.shape),), fill, dtype=tensor.dtype)
-    view = room[tuple(slice(1, 2 * size + 1, 2) for size in tensor.shape)]
-    view.copy_(tensor)
-    return room, view
-
-
 @every_backend
 def test_any_strides_give_the_answer_or_a_named_error_and_nothing_beside_is_touched(
     contract, backend, poisoned, monkeypatch
@@ -191,50 +141,6 @@ def test_any_strides_give_the_answer_or_a_named_error_and_nothing_beside_is_touc
             contract.results(bad)
 
 
-class Foreign:
-    """An array of another library: nothing but the protocol."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor
-
-    def __dlpack__(self, **options: Any) -> Any:
-        return self._tensor.__dlpack__(**options)
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return self._tensor.__dlpack_device__()
-
-
-@every_contract
-def test_numpy_arrays_and_dlpack_objects_are_read_and_written_where_they_are(contract):
-    given = contract.build(SMALL, torch.float32)
-    answer = contract.answer(given)
-    for wrap in (lambda t: t.numpy(), Foreign):
-        tensors = copy(given)
-        returned = contract.call(**changed(tensors, lambda _, t, wrap=wrap: wrap(t)))
-        written = [part for name in contract.written for part in flat(tensors[name])]
-        assert_is(flat(returned) + written, answer, contract)
-    for name in contract.written:
-        locked = changed(copy(given), lambda _, t: t.numpy().copy())
-        for array in locked[name] if isinstance(locked[name], tuple) else [locked[name]]:
-            array.flags.writeable = False
-        with pytest.raises(DtypeError, match="read-only"):
-            contract.call(**locked)
-
-
-class Recorder(TorchDispatchMode):
-    """Calls of registered ops, as (op, arguments)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        if op.namespace == "fillm_kernels":
-            assert not kwargs
-            self.calls.append((op, changed({"all": list(args)}, lambda _, t: t.clone())["all"]))
-        return op(*args, **(kwargs or {}))
-
-
 @every_contract
 def test_ops_are_registered_as_torch_expects(contract):
     # Every op has contracts enough for all types; a check takes a second.
@@ -258,6 +164,20 @@ def test_compiles_as_one_graph_and_gives_the_same_bits(contract):
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(one)
     assert_same_bits(compiled, step(other))
     assert_same_bits(list(tensors_of(one).values()), list(tensors_of(other).values()))
+
+
+def test_whole_numbers_that_vary_are_symbols_of_one_graph():
+    torch._dynamo.reset()
+    g, x, dy, offsets = torch.randn(2, 30), torch.ones(2, 3), torch.ones(2, 3), torch.tensor([0, 2])
+    for call in (
+        lambda k: fillm_kernels.sketch(g, k, seed=k, offset=k),
+        lambda k: fillm_kernels.outer_sketch(x, dy, offsets, k, seed=k),
+        lambda k: fillm_kernels.factored_sketch(x, dy, offsets, (k, 4), "factored-sjlt", k),
+        lambda k: fillm_kernels.top_mask([g], k).bits[0],
+    ):
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=True)
+        for k in (8, 12):
+            assert torch.equal(compiled(k), call(k))
 
 
 def with_selections(arguments: Arguments) -> Arguments:
@@ -301,76 +221,6 @@ def test_fake_results_have_the_shapes_types_and_strides_of_real_ones(contract):
         for a, b in zip(flat(fake), flat(real), strict=True):
             assert (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
             assert a.numel() < 2 or a.stride() == b.stride()
-
-
-MISTAKES = {
-    "dtype": (lambda t: t.to(torch.complex64), DtypeError),
-    "whole": (lambda t: t.to(torch.int16), DtypeError),
-    "dims": (lambda t: t[None], ShapeError),
-    "scalar": (lambda t: t.flatten()[0], ShapeError),
-    "longer": (lambda t: torch.cat([t, t[:1]]), ShapeError),
-    "sparse": (lambda t: t.to_sparse(), DtypeError),
-    "device": (lambda t: t.to("meta"), DeviceError),
-    "list": (lambda t: t.tolist(), DtypeError),
-}
-
-
-@pytest.mark.parametrize("backend", ["cpu", "torch"])
-@every_contract
-def test_a_mistake_in_any_tensor_is_a_named_error_and_writes_nothing(contract, backend, monkeypatch):
-    monkeypatch.setenv("FILLM_BACKEND", backend)
-    given = contract.build(SMALL, torch.float32)
-    names = list(tensors_of(given))
-    for name, (mistake, (change, error)) in itertools.product(names, MISTAKES.items()):
-        if (name, mistake) in contract.anything_goes or (mistake == "device" and len(names) == 1):
-            continue
-        bad = changed(copy(given), lambda n, t, name=name, change=change: change(t) if n == name else t)
-        # Another dimension may make the dtype or the number of entries wrong first: any named error will do there.
-        wanted = error if mistake in ("sparse", "device") else KernelError
-        with pytest.raises(wanted):
-            contract.call(**bad)
-        for other, tensor in tensors_of(bad).items():
-            if other != name:
-                assert torch.equal(tensor, tensors_of(given)[other])
-
-
-@every_contract
-def test_a_mixture_of_float_types_is_refused_or_means_the_same(contract):
-    given = contract.build(SMALL, torch.bfloat16)
-    for name, tensor in tensors_of(given).items():
-        if not tensor.is_floating_point():
-            continue
-        mixed = changed(copy(given), lambda n, t, name=name: t.double() if n == name else t)
-        try:
-            results = contract.results(mixed)
-        except DtypeError:
-            continue
-        # What is taken is taken at its value: wider weights, norms, sums and gradients.
-        assert_is(results, contract.answer(given), contract)
-
-
-@every_contract
-def test_gradients_asked_for_or_not_change_no_bit_and_never_come_out_wrong(contract):
-    given = noise(contract.build(SMALL, torch.float32))
-    want = contract.results(copy(given))
-    leaves = [n for n, t in tensors_of(given).items() if t.is_floating_point()]
-
-    def ask(name: str, tensor: Tensor) -> Tensor:
-        return tensor.clone().requires_grad_(name in leaves and name.split("[")[0] not in contract.written)
-
-    results = contract.results(changed(given, ask))
-    assert_same_bits([t.detach() for t in results], want)
-    for tensor in results:
-        if tensor.grad_fn is not None:  # refused, where a zero would be a wrong answer
-            with pytest.raises(RuntimeError, match="no autograd formula"):
-                tensor.sum().backward()
-            break
-    for mode in (torch.no_grad(), torch.inference_mode()):
-        with mode:
-            assert_same_bits([t.clone() for t in contract.results(changed(given, ask))], want)
-    with torch.inference_mode():
-        inside = copy(given)
-    assert_same_bits(contract.results(changed(inside, lambda _, t: t.clone())), want)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "torch", "reference"])
@@ -435,7 +285,8 @@ def test_the_number_of_threads_changes_no_bit_in_cpp(contract, instruction_set, 
 
 FORK = """
 import os, sys, torch
-from tests.kernels.contracts import CONTRACTS, SMALL, changed
+from tests.kernels.contract import SMALL, changed
+from tests.kernels.contracts import CONTRACTS
 torch.manual_seed(0)
 CONTRACTS = [contract for contract in CONTRACTS if contract.roundoff == 0]
 given = [contract.build(SMALL, torch.float32) for contract in CONTRACTS]
@@ -458,61 +309,3 @@ def test_a_forked_process_gets_the_same_numbers():
     code = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORK]
     run = subprocess.run(code, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
-
-
-def test_numpy_numbers_are_whole_numbers_and_others_are_refused():
-    x, dy, offsets = torch.ones(2, 3), torch.ones(2, 3), torch.tensor([0, 2])
-    four = np.int64(4)
-    assert fillm_kernels.sketch(x, four, seed=four).shape == (2, 4)
-    assert fillm_kernels.factored_sketch(x, dy, offsets, four).shape == (1, 16)
-    assert fillm_kernels.soir_sweep(x, x[0], x[:, 0], 0.1, numel=four).score.ndim == 0
-    assert int(fillm_kernels.top_mask([x], np.int64(2)).bits[0]) == 3
-    for call, error in (
-        (lambda: fillm_kernels.sketch(x, 4.0), DtypeError),
-        (lambda: fillm_kernels.sketch(x, 4, seed=2**63), ShapeError),
-        (lambda: fillm_kernels.sketch(x, 1 << 25, "sjlt", nonzeros=1 << 25), ShapeError),
-        (lambda: fillm_kernels.outer_sketch(x, dy, offsets, 4.5), DtypeError),
-        (lambda: fillm_kernels.factored_sketch(x, dy, offsets, (4.0, 4)), DtypeError),
-        (lambda: fillm_kernels.factored_sketch(x, dy, offsets, 4, seed=2**63), ShapeError),
-        (lambda: fillm_kernels.top_mask([x], 3.0), DtypeError),
-        (lambda: fillm_kernels.soir_sweep(x, x[0], x[:, 0], 0.1, numel=2.5), DtypeError),
-        (lambda: fillm_kernels.soir_sweep(x, x[0], x[:, 0], 0.1, v_norm=torch.ones(3)), ShapeError),
-        (lambda: fillm_kernels.soir_sweep(x, x[0], x[:, 0], 0.1, v_norm=torch.ones(1, dtype=torch.int64)), DtypeError),
-        (lambda: fillm_kernels.soir_sweep(x, x[0], x[:, 0], 0.1, v_norm="a"), DtypeError),
-    ):
-        with pytest.raises(error):
-            call()
-
-
-def test_what_is_written_may_share_memory_with_nothing():
-    x, dy, offsets = torch.ones(5, 4), torch.ones(5, 3), torch.tensor([0, 2, 5])
-    room = torch.zeros(3, 8)
-    bits, state = torch.tensor([1], dtype=torch.uint8), torch.zeros(2, 1)
-    w = torch.ones(6)
-    for call, words in (
-        (lambda: fillm_kernels.weighted_outer_(x[:3], x, dy, None, offsets), "out and x share memory"),
-        (
-            lambda: fillm_kernels.weighted_outer_(torch.zeros(9).as_strided((3, 4), (1, 1)), x, dy, None, offsets),
-            "entries of out share memory",
-        ),
-        (
-            lambda: fillm_kernels.sample_moments(x, dy, offsets, second=room[:, :4], absolute=room[:, 2:6]),
-            "second and absolute share memory",
-        ),
-        (lambda: fillm_kernels.masked_adamw_(w, w, tuple(state), bits, step=1), r"param and grad share memory"),
-        (
-            lambda: fillm_kernels.masked_adamw_(w, w.clone(), (state[0], state[0]), bits, step=1),
-            r"state\[0\] and state\[1\] share memory",
-        ),
-        (lambda: fillm_kernels.masked_sophia_(w, w.clone(), tuple(state) * 2, bits), "two tensors; got 4"),
-        (
-            lambda: fillm_kernels.masked_sophia_(w, w.clone(), tuple(state), bits, clip=torch.ones(2)),
-            "clip must be one",
-        ),
-    ):
-        with pytest.raises(ShapeError, match=words):
-            call()
-    assert not room.any() and not state.any() and bool((x == 1).all())
-    # Views that lie between each other's entries are apart.
-    fillm_kernels.sample_moments(x, dy, offsets, second=room[:, ::2], absolute=room[:, 1::2])
-    assert bool((room[:, ::2] == 4 + 9).all()) and bool((room[:, 1::2] == 5).all())
