@@ -11,6 +11,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("MPLBACKEND", "Agg")
 # Waiting threads sleep instead of spinning: on a busy machine spinning slows small parallel pieces a hundredfold.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# What torch asks for before cuBLAS runs in its deterministic mode, which also poisons unwritten memory.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.pop("FILLM_BACKEND", None)
 
 import random

@@ -107,7 +107,7 @@ int64_t top_mask(const TopMaskArguments& arguments, const char* instruction_set)
     }
     if (arguments.budget == 0) {
         for (size_t t = 0; t < arguments.bits.size(); ++t)
-            std::memset(arguments.bits[t], 0, static_cast<size_t>((arguments.scores[t].count + 7) / 8));
+            std::fill_n(arguments.bits[t], (arguments.scores[t].count + 7) / 8, uint8_t{0});
         return -1;
     }
     kernels.value(key, arguments.threshold);

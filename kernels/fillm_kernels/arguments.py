@@ -1,6 +1,9 @@
 """What every op accepts, and the checks made once at the boundary."""
 
+import math
+import operator
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -24,9 +27,12 @@ def as_tensor(value: Any, name: str, *, written: bool = False) -> Tensor:
         A tensor that shares memory with `value` (a copy only for numpy arrays with negative strides).
 
     Raises:
-        DtypeError: if `value` is none of these, holds elements torch has no type for, or cannot be written to.
+        DtypeError: if `value` is none of these, holds elements torch has no type for, is sparse or nested, or cannot be
+            written to.
     """
     if isinstance(value, Tensor):
+        if value.layout != torch.strided or value.is_nested:
+            raise DtypeError(f"{name} is sparse or nested; pass an ordinary tensor")
         return value
     try:
         if isinstance(value, np.ndarray):
@@ -43,6 +49,23 @@ def as_tensor(value: Any, name: str, *, written: bool = False) -> Tensor:
     except TypeError as error:
         raise DtypeError(f"{name}: {error}") from error
     raise DtypeError(f"{name} is a {type(value).__name__}; pass a tensor, a numpy array or an object with __dlpack__")
+
+
+def as_integer(value: Any, name: str) -> int:
+    """A whole number, numpy's too, as the registered ops take it.
+
+    Raises:
+        DtypeError: if it is none.
+        ShapeError: if it does not fit 64 bits.
+    """
+    if not isinstance(value, (int, torch.SymInt)):  # a symbol, under torch.compile, stays one
+        try:
+            value = operator.index(value)
+        except TypeError as error:
+            raise DtypeError(f"{name} must be a whole number; got {value!r}") from error
+    if not -(1 << 63) <= value < 1 << 63:
+        raise ShapeError(f"{name} must fit 64 bits; got {value}")
+    return value
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -98,6 +121,51 @@ def check_offsets(offsets: Tensor, rows: int) -> Tensor:
         before, after = int(host[where - 1]), int(host[where])
         raise ShapeError(f"offsets must not decrease; offsets[{where}] = {after} comes after {before}")
     return host
+
+
+class _Span:
+    """Where the entries of a tensor lie, as numpy asks for it; nothing is read."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        strides = tuple(step * tensor.element_size() for step in tensor.stride())
+        kind = f"|V{tensor.element_size()}"
+        where = {"data": (tensor.data_ptr(), False), "shape": tuple(tensor.shape), "strides": strides}
+        self.__array_interface__ = {**where, "typestr": kind, "version": 3}
+
+
+def _shared(one: Tensor, other: Tensor) -> bool:
+    if one.device != other.device or one.untyped_storage().data_ptr() != other.untyped_storage().data_ptr():
+        return False
+    return bool(np.shares_memory(np.asarray(_Span(one)), np.asarray(_Span(other))))
+
+
+def _overlaps_itself(matrix: Tensor) -> bool:
+    """Whether two entries of a matrix lie at one address: i entries down are j entries across somewhere inside."""
+    (down, across), (far, near) = matrix.shape, matrix.stride()
+    if down <= 1 or across <= 1 or far == 0 or near == 0:
+        return (down > 1 and far == 0 and across > 0) or (across > 1 and near == 0 and down > 0)
+    meeting = math.lcm(far, near)
+    return meeting // far < down and meeting // near < across
+
+
+def check_memory(written: Mapping[str, Tensor | None], read: Mapping[str, Tensor | None]) -> None:
+    """Check that what is written shares no memory, neither within itself nor with anything else; reads no values.
+
+    Args:
+        written: arguments an op writes to, by name; None for one that is not given.
+        read: arguments it only reads, likewise.
+
+    Raises:
+        ShapeError: naming the arguments.
+    """
+    targets = {name: tensor for name, tensor in written.items() if tensor is not None and tensor.numel()}
+    others = {name: tensor for name, tensor in read.items() if tensor is not None and tensor.numel()}
+    for at, (name, tensor) in enumerate(targets.items()):
+        if tensor.ndim == 2 and _overlaps_itself(tensor):
+            raise ShapeError(f"entries of {name} share memory; pass a tensor with memory of its own")
+        for other_name, other in [*list(targets.items())[at + 1 :], *others.items()]:
+            if _shared(tensor, other):
+                raise ShapeError(f"{name} and {other_name} share memory; pass two tensors")
 
 
 def sample_of_row(offsets: Tensor, device: torch.device) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fillm_kernels.arguments import accumulation_dtype, as_tensor, check_offsets, check_ragged
+from fillm_kernels.arguments import accumulation_dtype, as_integer, as_tensor, check_offsets, check_ragged
 from fillm_kernels.dispatch import Backend, register, select
 from fillm_kernels.errors import ShapeError
 from fillm_kernels.products import ieee_products, product
@@ -59,9 +59,10 @@ def factored_sketch(
         DeviceError: if the tensors lie on different devices.
         BackendError: if `FILLM_BACKEND` asks for a backend that cannot run here.
     """
-    sides = [dims] if isinstance(dims, int) else list(dims)
+    sides = [as_integer(dim, "dims") for dim in (dims if isinstance(dims, (list, tuple)) else [dims])]
     if kind in SIDES and len(sides) == 1:
         sides *= 2
+    seed = as_integer(seed, "seed")
     return _op(as_tensor(x, "x"), as_tensor(dy, "dy"), as_tensor(offsets, "offsets"), sides, kind, seed)
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fillm_kernels.arguments import as_tensor
+from fillm_kernels.arguments import as_tensor, check_memory
 from fillm_kernels.dispatch import Backend, register, select, triton_backend
 from fillm_kernels.errors import ShapeError
-from fillm_kernels.masked_step import as_factor, check_step, native_step
+from fillm_kernels.masked_step import as_factor, as_state, check_step, native_step
 from fillm_kernels.selection import Places, Selection, as_selection, chosen_indices
 
 
@@ -63,7 +63,7 @@ def masked_adamw_(
     if step < 1:
         raise ShapeError(f"step counts from 1; got {step}")
     param, grad = as_tensor(param, "param", written=True), as_tensor(grad, "grad")
-    first, second = (as_tensor(tensor, "state", written=True) for tensor in state)
+    first, second = as_state(state)
     selection = as_selection(mask, param).places()
     scalars = [
         1 - lr * weight_decay,
@@ -148,6 +148,7 @@ def _op(
 ) -> None:
     places = Places(bits, starts, rows, sizes)
     check_step(param, (grad,), (first, second), places)
+    check_memory({"param": param, "state[0]": first, "state[1]": second}, {"grad": grad, "the mask": places.mask})
     run = select("masked_adamw_", param.device, param.dtype)
     run(param, grad, first, second, places, clip, scalars)
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fillm_kernels.arguments import as_tensor
+from fillm_kernels.arguments import as_tensor, check_memory
 from fillm_kernels.dispatch import Backend, register, select, triton_backend
-from fillm_kernels.masked_step import as_factor, check_step, native_step
+from fillm_kernels.masked_step import as_factor, as_state, check_step, native_step
 from fillm_kernels.selection import Places, Selection, as_selection, chosen_indices
 
 
@@ -66,7 +66,7 @@ def masked_sophia_(
         BackendError: if `FILLM_BACKEND` asks for a backend that cannot run here.
     """
     param, grad = as_tensor(param, "param", written=True), as_tensor(grad, "grad")
-    first, second = (as_tensor(tensor, "state", written=True) for tensor in state)
+    first, second = as_state(state)
     selection = as_selection(mask, param).places()
     estimate = None if estimate is None else as_tensor(estimate, "estimate").detach()
     scalars = [1 - lr * weight_decay, betas[0], betas[1], lr, gamma, eps]
@@ -157,6 +157,8 @@ def _op(
 ) -> None:
     places = Places(bits, starts, rows, sizes)
     check_step(param, _values(grad, estimate), (first, second), places)
+    read = {"grad": grad, "estimate": estimate, "the mask": places.mask}
+    check_memory({"param": param, "state[0]": first, "state[1]": second}, read)
     run = select("masked_sophia_", param.device, param.dtype)
     run(param, grad, first, second, estimate, places, clip, scalars)
 

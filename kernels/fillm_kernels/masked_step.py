@@ -1,12 +1,13 @@
 """What the masked optimiser steps share: their checks, the clip factor, and the call into the extension."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fillm_kernels import native
-from fillm_kernels.arguments import FLOATS, accumulation_dtype
+from fillm_kernels.arguments import FLOATS, accumulation_dtype, as_tensor
 from fillm_kernels.errors import DeviceError, DtypeError, ShapeError
 from fillm_kernels.selection import Places, check_selection, extension_numbers
 
@@ -16,8 +17,18 @@ RULES = ("adamw", "sophia")  # as Rule in csrc/cpu/masked_step.h
 def as_factor(clip: Tensor | float, param: Tensor) -> Tensor:
     """A clip factor as the ops take it: scalar, float64, where the parameter lies."""
     if isinstance(clip, Tensor):
+        if clip.numel() != 1 or not clip.is_floating_point():
+            raise ShapeError(f"clip must be one floating number; got {clip.dtype}, {list(clip.shape)}")
         return clip.detach().to(device=param.device, dtype=torch.float64).reshape(())
     return torch.full((), clip, dtype=torch.float64, device=param.device)
+
+
+def as_state(state: Sequence[Tensor | Any]) -> tuple[Tensor, Tensor]:
+    """The two state tensors of a step, over the caller's memory."""
+    if len(state) != 2:
+        raise ShapeError(f"state must be two tensors; got {len(state)}")
+    first, second = (as_tensor(tensor, "state", written=True).detach() for tensor in state)
+    return first, second
 
 
 def check_step(param: Tensor, values: Sequence[Tensor], state: Sequence[Tensor], places: Places) -> None:

@@ -4,8 +4,10 @@ On x86 CPUs torch hands float32 and float64 products to MKL, which on AMD proces
 so half of the machine (docs/kernels.md has the figures). csrc/cpu/matmul.cpp uses all of it.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,24 +18,34 @@ from fillm_kernels.arguments import accumulation_dtype
 LEAST_WORK = 1 << 20  # multiply-adds; below, the call itself takes as long as the product
 
 
+_entering = threading.Lock()
+_inside = 0
+_changed: list[tuple[Any, str]] = []
+
+
 @contextmanager
 def ieee_products() -> Iterator[None]:
     """Keep float32 products at IEEE float32 inside the block: no TF32 on CUDA, no bfloat16 passes on the CPU.
 
     The switches are process-wide (`torch.set_float32_matmul_precision`), so they are put back afterwards, and touched
-    only where they differ.
+    only where they differ: by the first thread that comes in and the last one that leaves.
     """
-    changed = []
-    for switch in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
-        before = switch.fp32_precision
-        if before not in ("ieee", "none"):
-            switch.fp32_precision = "ieee"
-            changed.append((switch, before))
+    global _inside
+    with _entering:
+        _inside += 1
+        for switch in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul) if _inside == 1 else ():
+            before = switch.fp32_precision
+            if before not in ("ieee", "none"):
+                switch.fp32_precision = "ieee"
+                _changed.append((switch, before))
     try:
         yield
     finally:
-        for switch, before in changed:
-            switch.fp32_precision = before
+        with _entering:
+            _inside -= 1
+            while _inside == 0 and _changed:
+                switch, before = _changed.pop()
+                switch.fp32_precision = before
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

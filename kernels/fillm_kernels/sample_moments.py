@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from fillm_kernels import native
-from fillm_kernels.arguments import accumulation_dtype, as_tensor, check_offsets, check_ragged
+from fillm_kernels.arguments import (
+    accumulation_dtype,
+    as_integer,
+    as_tensor,
+    check_memory,
+    check_offsets,
+    check_ragged,
+)
 from fillm_kernels.dispatch import Backend, register, select, triton_backend
 from fillm_kernels.errors import DeviceError, DtypeError, ShapeError
 from fillm_kernels.products import ieee_products, product
@@ -109,9 +116,12 @@ def sample_moments(
     given = {
         name: None if value is None else as_tensor(value, name, written=name != "v") for name, value in optional.items()
     }
+    if sketch_dim is not None:
+        sketch_dim = as_integer(sketch_dim, "sketch_dim")
     norms, dots, row_norms, sketches = _op(
         as_tensor(x, "x"), as_tensor(dy, "dy"), as_tensor(offsets, "offsets"), **given,
-        rows=rows, alpha=alpha, sketch_dim=sketch_dim, kind=kind, seed=seed, nonzeros=nonzeros,
+        rows=rows, alpha=alpha, kind=kind, sketch_dim=sketch_dim,
+        seed=as_integer(seed, "seed"), nonzeros=as_integer(nonzeros, "nonzeros"),
     )  # fmt: skip
     return Moments(
         norms,
@@ -328,8 +338,7 @@ def _op(
     sketching = None if sketch_dim is None else Sketching(sketch_dim, kind, seed, nonzeros)
     if sketching:
         check_map(*sketching)
-    if second is not None and absolute is not None and second.data_ptr() == absolute.data_ptr() and second.numel():
-        raise ShapeError("second and absolute share memory; pass two tensors")
+    check_memory({"second": second, "absolute": absolute}, {"x": x, "dy": dy, "v": v, "offsets": offsets})
     host = check_offsets(offsets, x.shape[0])
     plain = [None if matrix is None else matrix.detach() for matrix in (v, second, absolute)]
     found = select("sample_moments", x.device, x.dtype)(x.detach(), dy.detach(), host, *plain, rows, alpha, sketching)

@@ -25,6 +25,7 @@ KINDS = ("oporp", "countsketch", "sjlt", "rademacher", "gaussian", "tensorsketch
 START, SIGN, RADIUS, ANGLE = range(4)  # streams: independent words for one and the same index
 SIGNS = 32  # sign bits of a word; for the block-wise maps, of 32 consecutive blocks
 LARGEST_DIM = 1 << 30
+MOST_CHUNKS = 1 << 24  # the number of a chunk is the upper 24 bits of a tag of one word
 RANGES, NARROWEST = 4, 64  # runs of bins of a countsketch, and bins a run has at least
 
 
@@ -140,7 +141,7 @@ class BlockMap:
         """The map of a kind at a dimension.
 
         Raises:
-            ShapeError: if `nonzeros` does not divide `dim`.
+            ShapeError: if `nonzeros` does not divide `dim` or is larger than 2^24.
         """
         if kind != "sjlt":
             fits = [1, *(r for r in (2, RANGES) if dim % r == 0 and dim // r >= NARROWEST)]
@@ -148,6 +149,8 @@ class BlockMap:
             return cls(kind, seed, 1, ranges, dim // ranges)
         if nonzeros < 1 or dim % nonzeros:
             raise ShapeError(f"sjlt: dim = {dim} must be a multiple of nonzeros = {nonzeros}")
+        if nonzeros > MOST_CHUNKS:
+            raise ShapeError(f"sjlt: nonzeros must be at most 2^24; got {nonzeros}")
         return cls(kind, seed, nonzeros, 1, dim // nonzeros)
 
     @property

@@ -33,6 +33,11 @@ class Places(NamedTuple):
     rows: Tensor | None
     sizes: Sequence[int]
 
+    @property
+    def mask(self) -> Tensor | None:
+        """The bits, or the rows."""
+        return self.bits if self.rows is None else self.rows
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -123,17 +128,19 @@ def as_selection(mask: Selection | Tensor | Any, param: Tensor) -> Selection:
     if isinstance(mask, Selection):
         return mask
     mask = as_tensor(mask, "mask")
+    if mask.device != param.device:
+        raise DeviceError(f"the mask must lie where its tensor does, {param.device}; got {mask.device}")
     return select_bits(mask, param.numel()) if mask.dtype == torch.uint8 else select_rows(mask, param.shape)
 
 
 def check_selection(values: Tensor, places: Places) -> None:
     """Check that a selection belongs to a tensor of these sizes; reads no values."""
-    bits, starts, rows, sizes = places
-    mask = bits if rows is None else rows
+    _, starts, rows, sizes = places
+    mask = places.mask
     if mask is None or mask.device != values.device or starts.device != values.device:
         raise DeviceError(f"the mask must lie where its tensor does, {values.device}")
     entries, columns, _ = sizes
-    if values.numel() != entries or (rows is not None and values.shape[0] * columns != entries):
+    if values.numel() != entries or (rows is not None and (values.ndim == 0 or values.shape[0] * columns != entries)):
         raise ShapeError(f"the mask is one of {entries} weights, {columns or 'any number'} a row; got {values.shape}")
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fillm_kernels import native
-from fillm_kernels.arguments import FLOATS, accumulation_dtype, as_tensor
+from fillm_kernels.arguments import FLOATS, accumulation_dtype, as_integer, as_tensor
 from fillm_kernels.dispatch import Backend, register, select, triton_backend
 from fillm_kernels.errors import DtypeError, ShapeError
 from fillm_kernels.products import ieee_products, product
@@ -60,9 +60,10 @@ def sketch(
         BackendError: if `FILLM_BACKEND` asks for a backend that cannot run here.
     """
     g = as_tensor(g, "g")
+    dim, seed, offset = as_integer(dim, "dim"), as_integer(seed, "seed"), as_integer(offset, "offset")
     if total is not None and g.ndim == 2 and offset + g.shape[1] > total:
         raise ShapeError(f"a piece of {g.shape[1]} from offset {offset} ends beyond total = {total}")
-    return _op(g, dim, kind, seed, nonzeros, offset)
+    return _op(g, dim, kind, seed, as_integer(nonzeros, "nonzeros"), offset)
 
 
 def _check(g: Tensor, dim: int, kind: str, seed: int, nonzeros: int, offset: int) -> None:
@@ -189,7 +190,7 @@ def project(g: Tensor, dim: int, kind: str, seed: int, offset: int) -> Tensor:
 @torch.library.custom_op("fillm_kernels::sketch", mutates_args=())
 def _op(g: Tensor, dim: int, kind: str, seed: int, nonzeros: int, offset: int) -> Tensor:
     _check(g, dim, kind, seed, nonzeros, offset)
-    result = select("sketch", g.device)(g.detach(), dim, kind, seed, nonzeros, offset)
+    result = select("sketch", g.device, g.dtype)(g.detach(), dim, kind, seed, nonzeros, offset)
     return result.to(accumulation_dtype(g.dtype))
 
 
@@ -202,7 +203,7 @@ def _(g: Tensor, dim: int, kind: str, seed: int, nonzeros: int, offset: int) -> 
 register(
     "sketch",
     cpu=Backend(_cpu, devices=("cpu",), needs_extension=True),
-    triton=triton_backend("sketch"),
+    triton=triton_backend("sketch", dtypes=()),
     torch=Backend(_torch),
     reference=Backend(_reference),
 )

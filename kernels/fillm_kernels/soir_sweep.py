@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fillm_kernels import native
-from fillm_kernels.arguments import FLOATS, accumulation_dtype, as_tensor
+from fillm_kernels.arguments import FLOATS, accumulation_dtype, as_integer, as_tensor
 from fillm_kernels.dispatch import Backend, register, select, triton_backend
 from fillm_kernels.errors import DeviceError, DtypeError, ShapeError
 from fillm_kernels.products import ieee_products, product
@@ -76,8 +76,9 @@ def soir_sweep(
     """
     if isinstance(s, (list, tuple)):
         columns = [v, norms, *([None] * len(s) if one is None else one for one in (numel, v_norm))]
-        if any(len(column) != len(s) for column in columns):
-            raise ShapeError(f"lists must have the length of s, {len(s)}; got {[len(column) for column in columns]}")
+        lengths = [len(column) if isinstance(column, (list, tuple)) else None for column in columns]
+        if any(length != len(s) for length in lengths):
+            raise ShapeError(f"s is a list: all but damping must be lists of its length, {len(s)}; got {lengths}")
         rows = zip(s, *columns, strict=True)
         return [soir_sweep(a, b, q, damping, numel=size, v_norm=norm) for a, b, q, size, norm in rows]
     s, v, norms = as_tensor(s, "s"), as_tensor(v, "v"), as_tensor(norms, "norms")
@@ -86,18 +87,29 @@ def soir_sweep(
     single = s.ndim == 2
     if single:
         s, v, norms = s[None], v[None], norms[None]
-    sizes = [s.shape[2] if numel is None else numel] if numel is None or isinstance(numel, int) else list(numel)
+    sizes = numel if isinstance(numel, (list, tuple)) else [s.shape[2] if numel is None else numel]
+    sizes = [as_integer(size, "numel") for size in sizes]
     sizes = sizes * s.shape[0] if len(sizes) == 1 else sizes
     dots, weighted, pieces = _op(s, v, norms, damping, sizes)
     lam, cross, rest, square = pieces.unbind(1)
     if v_norm is not None:
-        exact = torch.as_tensor(v_norm, dtype=torch.float64, device=s.device).reshape(-1).square()
+        exact = _exact_norms(v_norm, s).square()
         rest, square = (rest + exact - square).clamp(min=0), exact.expand_as(square)
     flat = torch.where(square == 0, 0.0, torch.inf)
     score = torch.where(lam == 0, flat, rest.sqrt() / lam)
     gain = torch.where(lam == 0, flat, (square - cross) / lam)
     result = (dots, weighted, lam, cross, score, gain)
     return SoirSweep(*(part[0] for part in result)) if single else SoirSweep(*result)
+
+
+def _exact_norms(v_norm: Tensor | Any, s: Tensor) -> Tensor:
+    """`v_norm` as [L] or [1], float64, where the store [L, n, k] lies."""
+    norms = torch.full((), v_norm) if isinstance(v_norm, (int, float)) else as_tensor(v_norm, "v_norm")
+    if norms.numel() not in (1, s.shape[0]) or norms.ndim > 1:
+        raise ShapeError(f"v_norm must be a scalar or [L] = [{s.shape[0]}]; got {list(norms.shape)}")
+    if not norms.is_floating_point():
+        raise DtypeError(f"v_norm must be floating; got {norms.dtype}")
+    return norms.detach().to(device=s.device, dtype=torch.float64).reshape(-1)
 
 
 def _check(s: Tensor, v: Tensor, norms: Tensor, damping: float, numel: Sequence[int]) -> None:

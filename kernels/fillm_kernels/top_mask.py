@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fillm_kernels import native
-from fillm_kernels.arguments import FLOATS, as_tensor
+from fillm_kernels.arguments import FLOATS, as_integer, as_tensor
 from fillm_kernels.dispatch import Backend, register, select, triton_backend
 from fillm_kernels.errors import DeviceError, DtypeError, NotANumberError, ShapeError
 
@@ -54,7 +54,8 @@ def top_mask(scores: Sequence[Tensor | Any], budget: int) -> TopMask:
         DeviceError: if the tensors lie on different devices.
         BackendError: if `FILLM_BACKEND` asks for a backend that cannot run here.
     """
-    *bits, threshold = _op([as_tensor(tensor, f"scores[{t}]") for t, tensor in enumerate(scores)], budget)
+    tensors = [as_tensor(tensor, f"scores[{t}]") for t, tensor in enumerate(scores)]
+    *bits, threshold = _op(tensors, as_integer(budget, "budget"))
     return TopMask(bits, threshold)
 
 

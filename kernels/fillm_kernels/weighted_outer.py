@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fillm_kernels import native
-from fillm_kernels.arguments import as_tensor, check_offsets, check_ragged, sample_of_row
+from fillm_kernels.arguments import as_tensor, check_memory, check_offsets, check_ragged, sample_of_row
 from fillm_kernels.dispatch import Backend, register, select, triton_backend
 from fillm_kernels.errors import DeviceError, DtypeError, ShapeError
 from fillm_kernels.products import ieee_products
@@ -49,7 +49,8 @@ def weighted_outer_(
         may be left out, so a NaN of theirs need not arrive.
 
     Raises:
-        ShapeError: if sizes do not fit, offsets do not run from 0 to N, or entries of `out` share memory.
+        ShapeError: if sizes do not fit, offsets do not run from 0 to N, or `out` shares memory within itself or with
+            another argument.
         DtypeError: if an argument is no array, or dtypes do not go together.
         DeviceError: if the tensors lie on different devices.
         BackendError: if `FILLM_BACKEND` asks for a backend that cannot run here.
@@ -147,6 +148,7 @@ def _row_weights(weights: Tensor | None, offsets: Tensor, out: Tensor) -> Tensor
 @torch.library.custom_op("fillm_kernels::weighted_outer_", mutates_args=("out",))
 def _op(out: Tensor, x: Tensor, dy: Tensor, weights: Tensor | None, offsets: Tensor, alpha: float) -> None:
     _check(out, x, dy, weights, offsets)
+    check_memory({"out": out}, {"x": x, "dy": dy, "weights": weights, "offsets": offsets})
     host = check_offsets(offsets, x.shape[0])
     weights = None if weights is None else weights.detach()
     # A float64 sum is one in float64, however narrow the rows.

@@ -255,20 +255,3 @@ def test_a_backend_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setenv("FILLM_BACKEND", "vulkan")
     with pytest.raises(BackendError, match="sketch has no such backend"):
         sketch(torch.ones(1, 1), 4)
-
-
-def test_numpy_arrays_come_in():
-    g = torch.randn(2, 90)
-    assert torch.equal(sketch(g.numpy(), 8), sketch(g, 8))
-
-
-def test_custom_op_is_registered_as_torch_expects():
-    for kind, dtype in (("oporp", torch.float32), ("sjlt", torch.bfloat16), ("gaussian", torch.float64)):
-        arguments = (torch.randn(3, 50).to(dtype), 8, kind, 5, 4, 100)
-        torch.library.opcheck(torch.ops.fillm_kernels.sketch.default, arguments)
-
-
-def test_compiles_as_one_graph():
-    g = torch.randn(3, 50)
-    compiled = torch.compile(lambda g: sketch(g, 8, seed=3) * 2, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(g), sketch(g, 8, seed=3) * 2)

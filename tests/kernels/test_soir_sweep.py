@@ -164,7 +164,7 @@ def test_arguments_that_do_not_fit_are_refused():
         (lambda: soir_sweep(s, v, q, 0.1, numel=[1, 2]), ShapeError, "and 2"),
         (lambda: soir_sweep(s, v, q, -0.1), ShapeError, "not be negative"),
         (lambda: soir_sweep(s, v, q, 0.1, numel=0), ShapeError, "numel below 1"),
-        (lambda: soir_sweep([s], [v, v], [q], 0.1), ShapeError, "length of s, 1"),
+        (lambda: soir_sweep([s], [v, v], [q], 0.1), ShapeError, "of its length, 1"),
         (lambda: soir_sweep(s.int(), v, q, 0.1), DtypeError, "int32"),
         (lambda: soir_sweep(s, v.half(), q, 0.1), DtypeError, "no narrower than s"),
         (lambda: soir_sweep(s, v, q.half(), 0.1), DtypeError, "norms must be"),

@@ -185,24 +185,6 @@ def test_bits_do_not_depend_on_the_run():
     assert torch.equal(*sums)
 
 
-def test_rows_beyond_32_bits_are_addressed_right():
-    # Row 5 starts more than 2^31 entries in, though row numbers and strides fit 32 bits; memory between is not touched.
-    stride = 2**29 - 16
-    room = torch.empty(5 * stride + 16, dtype=torch.float16, device=DEVICE)
-    x = room.as_strided((6, 16), (stride, 1))
-    x.copy_(torch.arange(96.0).view(6, 16))
-    dy, offsets = torch.ones(6, 1, dtype=torch.float16, device=DEVICE), torch.arange(7)
-    assert 5 * stride > 2**31
-    rows = torch.arange(96.0).view(6, 16).double()
-    norms, sums = rows.square().sum(1).tolist(), rows.sum(1).tolist()
-    for form in ("gram", "explicit"):
-        assert ghost_norm(x, dy, offsets, form=form).tolist() == norms
-        assert ghost_norm(dy, x, offsets, form=form).tolist() == norms
-    assert ghost_dot(x, dy, torch.ones(1, 16, device=DEVICE).half(), offsets).tolist() == sums
-    out = weighted_outer_(torch.zeros(1, 16, device=DEVICE), x, dy, torch.ones(6, device=DEVICE), offsets)
-    assert out[0].tolist() == rows.sum(0).tolist()
-
-
 def test_float64_runs_on_the_next_backend_and_the_report_says_so(monkeypatch):
     x, dy, offsets = ragged([3, 4], 5, 6, torch.float64)
     with pytest.raises(BackendError, match="computes in float32, bfloat16, float16 only; .* asked for float64"):

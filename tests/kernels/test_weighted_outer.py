@@ -132,27 +132,6 @@ def test_what_does_not_fit_is_refused_before_anything_is_written():
     assert not locked.any()
 
 
-def test_custom_op_is_registered_as_torch_expects():
-    for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        x, dy, offsets = ragged([3, 0, 5], 6, 7, dtype)
-        out = torch.randn(7, 6, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-        for weights in (None, torch.randn(3)):
-            arguments = (out, x, dy, weights, offsets, 0.5)
-            torch.library.opcheck(torch.ops.fillm_kernels.weighted_outer_.default, arguments)
-
-
-def test_compiles_as_one_graph():
-    x, dy, offsets = ragged([3, 0, 5], 6, 7)
-    weights = torch.randn(3)
-
-    def step(out: Tensor) -> Tensor:
-        return weighted_outer_(out, x, dy, weights, offsets, alpha=2.0) + 1
-
-    eager, traced = torch.zeros(7, 6), torch.zeros(7, 6)
-    assert torch.equal(torch.compile(step, fullgraph=True, backend="aot_eager")(traced), step(eager))
-    assert torch.equal(traced, eager)
-
-
 lengths_strategy = st.lists(st.integers(0, 40), min_size=1, max_size=6)
 
 

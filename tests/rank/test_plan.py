@@ -73,8 +73,10 @@ def test_flop_are_those_that_torch_counts(family):
     for one, which in zip(planned.passes, ("forget", "retain"), strict=True):
         passes = ("forward", "backward of activations", "attention, forward and backward")
         expected = counted_flop(model, SETS[which], CONFIG)
-        # A mixture's router also multiplies and reduces where torch counts nothing; all else is exact.
-        assert sum(one.flop[name] for name in passes) == pytest.approx(expected, rel=1e-9)
+        # A mixture's router also multiplies and reduces where torch counts nothing. transformers 5.17 forms the angles
+        # of rotary positions by a product (3e-5 of these passes), later ones do not. All else is exact: a layer's
+        # product that is left out shows, at 1e-3 and more.
+        assert sum(one.flop[name] for name in passes) == pytest.approx(expected, rel=5e-5)
 
 
 def test_products_and_ghost_norms_by_hand():
