@@ -24,6 +24,15 @@ def multiply(a, b, total, WIDEN: tl.constexpr):
 
 
 @triton.jit
+def cut(values, dtype: tl.constexpr):
+    """Three numbers of 8 bits, bfloat16, for every float32 number of 24: they add up to it; any shape."""
+    high = values.to(dtype)
+    rest = values - high.to(tl.float32)
+    middle = rest.to(dtype)
+    return high, middle, (rest - middle.to(tl.float32)).to(dtype)
+
+
+@triton.jit
 def row_products(
     pointer, left, right, stride, width, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, WIDEN: tl.constexpr
 ):
