@@ -3,6 +3,7 @@
 import math
 from itertools import pairwise
 
+import numpy
 import pytest
 import torch
 from fillm_kernels import BackendError, backends, dispatch, factored_sketch
@@ -38,7 +39,7 @@ def run(x: Tensor, dy: Tensor, offsets: Tensor, dims: tuple[int, ...], kind: str
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("kind", "dims"), MAPS)
 def test_kernels_agree_with_gradients_sketched_in_float64(kind, dims, dtype):
-    several = ([0, 1, 2, 5, 0, 63, 64, 65], 63, 65), ([140, 1, 0, 3], 64, 48), ([2, 0, 3], 1100, 7), ([5], 1, 1)
+    several = ([0, 1, 2, 5, 0, 63, 64, 65], 63, 65), ([140, 1, 0, 3], 64, 48), ([2, 0, 3], 1034, 7), ([5], 1, 1)
     for lengths, inputs, outputs in several:
         x, dy, offsets = ragged(lengths, inputs, outputs, dtype)
         got = run(x, dy, offsets, dims, kind)
@@ -73,13 +74,13 @@ def test_projections_follow_the_seed_law():
 
 
 def test_a_projection_made_in_pieces_gives_the_same_bits(monkeypatch):
-    x, dy, offsets = ragged([3, 0, 4], 1100, 20, torch.bfloat16)
+    x, dy, offsets = ragged([3, 0, 4], 1034, 5, torch.bfloat16)
     for kind in ("factored", "factored-sjlt"):
-        whole = run(x, dy, offsets, (70, 72), kind)
+        whole = run(x, dy, offsets, (6, 72), kind)
         with monkeypatch.context() as patched:
             patched.setattr(projection, "COLUMNS", 64)
             patched.setattr(projection, "MATRIX_ENTRIES", 1)
-            assert torch.equal(run(x, dy, offsets, (70, 72), kind), whole)
+            assert torch.equal(run(x, dy, offsets, (6, 72), kind), whole)
 
 
 def test_bins_and_signs_of_a_tensorsketch_follow_the_seed_law():
@@ -94,8 +95,9 @@ def test_bins_and_signs_of_a_tensorsketch_follow_the_seed_law():
 
 @pytest.mark.parametrize(("kind", "dims"), MAPS)
 def test_bits_of_a_sample_depend_on_nothing_but_its_rows(kind, dims, monkeypatch):
-    lengths = [9, 0, 40, 3, 120]
-    x, dy, offsets = ragged(lengths, 33, 20)
+    # The interpreter multiplies by a library whose bits depend on where in a tile a row lies; matrix units do not.
+    monkeypatch.setattr(numpy, "matmul", lambda a, b, dtype: (a[:, :, None] * b[None]).sum(1, dtype=dtype))
+    x, dy, offsets = ragged([9, 0, 40, 3, 120], 33, 20)
     whole = run(x, dy, offsets, dims, kind)
     assert torch.equal(run(x, dy, offsets, dims, kind), whole)
     # Blocks of 50 rows: the last sample is cut, and in every call at the same rows of its own.

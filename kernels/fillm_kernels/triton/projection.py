@@ -39,7 +39,15 @@ MOST_STEPS = 64  # coordinates of a step of any configuration
 WIDEST_SPARSE = 512  # bins of a sparse side up to which it is a product; beyond, `sketch` reads the rows once per chunk
 GAUSSIAN = tl.constexpr(KINDS.index("gaussian"))
 
-# untimed; chosen by `python -m fillm_kernels.compile_check`.
+# untimed; chosen by `python -m fillm_kernels.compile_check`, most registers of any element type, no spill:
+#                 sm_80   sm_90   sm_100   gfx942
+#   HALF           152      72      56       90
+#   HALF_WIDE      150      72      64       86     at 4 warps 255 on sm_90
+#   CUT            152      96      90      108
+#   CUT_WIDE       168     179     118       93     90 KiB of shared memory on sm_90 at most; at 4 warps 255 registers
+#   ODD            184     164     134      133
+#   FLOAT          116      96      95       66     32 coordinates a step spilled on sm_90 (3)
+#   FLOAT_WIDE     110      76      76       46     at 4 warps sm_90 and sm_100 spilled (2 to 8), at odd widths sm_80 (2)
 HALF = Configuration({"BLOCK_T": 64, "BLOCK_C": 64, "BLOCK_K": 64}, num_warps=4, num_stages=3)
 HALF_WIDE = Configuration({"BLOCK_T": 64, "BLOCK_C": 128, "BLOCK_K": 64}, num_warps=8, num_stages=3)
 CUT = Configuration({"BLOCK_T": 64, "BLOCK_C": 64, "BLOCK_K": 32}, num_warps=4, num_stages=3)

@@ -33,11 +33,15 @@ def cut(values, dtype: tl.constexpr):
 
 
 @triton.jit
-def row_products(
-    pointer, left, right, stride, width, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, WIDEN: tl.constexpr
-):
-    """Inner products of rows of one matrix: rows left and right [BLOCK_T], int64 -> [BLOCK_T, BLOCK_T]."""
-    return cross_products(pointer, pointer, left, right, stride, stride, width, BLOCK_T, BLOCK_K, WIDEN)
+def row_products(pointer, rows, stride, width, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, WIDEN: tl.constexpr):
+    """Inner products of rows of one matrix with each other, every row loaded once: rows [BLOCK_T], int64 -> square."""
+    entries = pointer + rows[:, None] * stride
+    total = tl.zeros((BLOCK_T, BLOCK_T), dtype=tl.float32)
+    for begin in range(0, width, BLOCK_K):
+        features = begin + tl.arange(0, BLOCK_K)[None, :]
+        a = tl.load(entries + features, mask=features < width, other=0.0)
+        total = multiply(a, tl.trans(a), total, WIDEN)
+    return total
 
 
 @triton.jit
