@@ -12,6 +12,7 @@ from torch import Tensor
 from tests.kernels.ragged import assert_within, gradients, magnitudes, ragged, triton_device
 
 triton_norm = pytest.importorskip("fillm_kernels.triton.ghost_norm")
+tables_to_device = pytest.importorskip("fillm_kernels.triton.tiles").tables_to_device
 triton_outer = pytest.importorskip("fillm_kernels.triton.weighted_outer")
 
 DEVICE = triton_device()
@@ -229,6 +230,15 @@ def test_custom_ops_and_one_graph():
     torch.library.opcheck(torch.ops.fillm_kernels.weighted_outer_.default, arguments)
     compiled = torch.compile(lambda *a: ghost_norm(*a).sqrt() + 1, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x, dy, offsets), ghost_norm(x, dy, offsets).sqrt() + 1)
+
+
+def test_tables_travel_together_and_arrive_as_they_were():
+    tables = [torch.arange(3), torch.empty(0, 7, dtype=torch.int64), torch.arange(10).view(5, 2), torch.tensor([9])]
+    moved = tables_to_device(tables, torch.device(DEVICE))
+    for table, arrived in zip(tables, moved, strict=True):
+        assert arrived.shape == table.shape and torch.equal(arrived.cpu(), table)
+        assert arrived.data_ptr() % 16 == 0 and arrived.is_contiguous()
+    assert len({arrived.untyped_storage().data_ptr() for arrived in moved}) == 1
 
 
 def launched(monkeypatch, module, *names) -> list[tuple]:

@@ -21,7 +21,7 @@ from fillm_kernels.factored_sketch import BLOCK_ENTRIES, sample_groups, sides_of
 from fillm_kernels.triton.configurations import CompileCase, Configuration, launch_kernel
 from fillm_kernels.triton.projection import parts_of, project
 from fillm_kernels.triton.tensorsketch import count_sketch, multiply_spectra, table
-from fillm_kernels.triton.tiles import multiply, ragged_case, sum_segments, to_device, unit_rows
+from fillm_kernels.triton.tiles import multiply, ragged_case, sum_segments, tables_to_device, unit_rows
 
 # untimed; chosen by `python -m fillm_kernels.compile_check`: 56 to 72 registers; 32 rows a step spilled on sm_80 (6).
 PRODUCT = Configuration({"BLOCK_O": 32, "BLOCK_I": 32, "BLOCK_K": 16}, num_warps=4, num_stages=2)
@@ -123,7 +123,7 @@ def launch(x: Tensor, dy: Tensor, offsets: Tensor, dims: list[int], kind: str, s
     out = torch.zeros(samples, math.prod(dims), dtype=torch.float32, device=x.device)
     numbers = sum(parts_of(m.shape[1], *side[:2]) * side[0] for m, side in zip((dy, x), sides, strict=True))
     blocks, pieces, segments = plan(bounds, max(1, BLOCK_ENTRIES // numbers), max(RUN, math.prod(dims) // sum(dims)))
-    pieces, segments = to_device(pieces, x.device), to_device(segments, x.device)
+    pieces, segments = tables_to_device((pieces, segments), x.device)
     tiles = triton.cdiv(dims[0], PRODUCT.constants["BLOCK_O"]) * triton.cdiv(dims[1], PRODUCT.constants["BLOCK_I"])
     for block in blocks:
         own = pieces[block.pieces]
@@ -145,7 +145,7 @@ def _folded(x: Tensor, dy: Tensor, bounds: tuple[int, ...], dim: int, seed: int)
     tables = [table(matrix.shape[1], dim, seed, side, x.device) for side, matrix in enumerate((dy, x))]
     sums = torch.zeros(len(bounds) - 1, dim // 2 + 1, 2, dtype=torch.float32, device=x.device)
     blocks, pieces, segments = plan(bounds, max(1, BLOCK_ENTRIES // dim), SPECTRA_RUN)
-    pieces, segments = to_device(pieces, x.device), to_device(segments, x.device)
+    pieces, segments = tables_to_device((pieces, segments), x.device)
     for block in blocks:
         if block.rows.stop > block.rows.start:
             left, right = (

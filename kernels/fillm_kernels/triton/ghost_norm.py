@@ -31,7 +31,7 @@ from fillm_kernels.triton.tiles import (
     ragged_case,
     row_products,
     sum_segments,
-    to_device,
+    tables_to_device,
     unit_rows,
 )
 
@@ -207,7 +207,7 @@ def launch(x: Tensor, dy: Tensor, offsets: Tensor, form: str) -> Tensor:
     tile_rows, side = for_paired.constants["BLOCK_T"], for_explicit.constants["BLOCK_I"]
     tables = plan(tuple(offsets.tolist()), inputs, outputs, form, tile_rows, side)
     shares = torch.empty(int(tables[-1][-1]), 1, dtype=torch.float32, device=x.device)
-    packed, same, paired, explicit, bounds, offsets = (to_device(table, x.device) for table in (*tables, offsets))
+    packed, same, paired, explicit, bounds, offsets = tables_to_device((*tables, offsets), x.device)
     sizes = (inputs, outputs, x.stride(0), dy.stride(0))
     for items, configuration in ((packed, for_packed), (same, for_paired), (paired, for_paired)):
         constants = {"SAME": items is not paired and x.dtype != torch.float32, "WIDEN": widen()}

@@ -47,7 +47,7 @@ GAUSSIAN = tl.constexpr(KINDS.index("gaussian"))
 #   CUT_WIDE       168     179     118       93     90 KiB of shared memory on sm_90 at most; at 4 warps 255 registers
 #   ODD            184     164     134      133
 #   FLOAT          116      96      95       66     32 coordinates a step spilled on sm_90 (3)
-#   FLOAT_WIDE     110      76      76       46     at 4 warps sm_90 and sm_100 spilled (2 to 8), at odd widths sm_80 (2)
+#   FLOAT_WIDE     110      76      76       46     at 4 warps sm_90 and sm_100 spilled (8), at odd widths sm_80 (2)
 HALF = Configuration({"BLOCK_T": 64, "BLOCK_C": 64, "BLOCK_K": 64}, num_warps=4, num_stages=3)
 HALF_WIDE = Configuration({"BLOCK_T": 64, "BLOCK_C": 128, "BLOCK_K": 64}, num_warps=8, num_stages=3)
 CUT = Configuration({"BLOCK_T": 64, "BLOCK_C": 64, "BLOCK_K": 32}, num_warps=4, num_stages=3)

@@ -110,6 +110,16 @@ def to_device(table: Tensor, device: torch.device) -> Tensor:
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 
+def tables_to_device(tables: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Host tables of int64 on the device by one copy: for small layers a copy each would take as long as the kernel.
+
+    Each begins at a multiple of 16 bytes, as a tensor of its own would.
+    """
+    padded = [torch.nn.functional.pad(table.flatten(), (0, table.numel() % 2)) for table in tables]
+    parts = to_device(torch.cat(padded), device).split([len(part) for part in padded])
+    return [part[: table.numel()].view(table.shape) for part, table in zip(parts, tables, strict=True)]
+
+
 def unit_rows(matrix: Tensor) -> Tensor:
     """The matrix itself if entries of a row lie side by side, else a copy in which they do."""
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
