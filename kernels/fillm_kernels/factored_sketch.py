@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fillm_kernels.arguments import accumulation_dtype, as_integer, as_tensor, check_offsets, check_ragged
-from fillm_kernels.dispatch import Backend, register, select
+from fillm_kernels.dispatch import Backend, register, select, triton_backend
 from fillm_kernels.errors import ShapeError
 from fillm_kernels.products import ieee_products, product
 from fillm_kernels.seed_law import LARGEST_DIM, SIGN, START, BlockMap, below, cell, keys, negative, normal, tensor_seed
@@ -80,7 +80,7 @@ def _check(x: Tensor, dy: Tensor, offsets: Tensor, dims: list[int], kind: str, s
     return math.prod(dims)
 
 
-def _sides(kind: str, seed: int, dims: list[int]) -> list[tuple[int, str, int, int]]:
+def sides_of(kind: str, seed: int, dims: list[int]) -> list[tuple[int, str, int, int]]:
     """What `sketch` is given for dy and for x: (dim, kind, seed, nonzeros)."""
     seeds = tensor_seed(seed, "out"), tensor_seed(seed, "in")
     return [(k, SIDES[kind], one, math.gcd(k, NONZEROS)) for k, one in zip(dims, seeds, strict=True)]
@@ -112,7 +112,9 @@ def _reference(x: Tensor, dy: Tensor, offsets: Tensor, dims: list[int], kind: st
             signed = gradient * row_signs[:, None] * column_signs
             results[sample].index_add_(0, bins.flatten(), signed.flatten())
         else:
-            left, right = (_matrix(n, *side) for n, side in zip(gradient.shape, _sides(kind, seed, dims), strict=True))
+            left, right = (
+                _matrix(n, *side) for n, side in zip(gradient.shape, sides_of(kind, seed, dims), strict=True)
+            )
             results[sample] = (left.T @ gradient @ right).flatten()
     return results
 
@@ -153,7 +155,7 @@ class _Scatter:
         return out
 
 
-def _sample_groups(bounds: list[int], step: int) -> Iterator[tuple[int, int]]:
+def sample_groups(bounds: list[int], step: int) -> Iterator[tuple[int, int]]:
     """Runs of samples [first, last) of at most `step` rows together, or one longer sample."""
     first = 0
     while first < len(bounds) - 1:
@@ -173,12 +175,12 @@ def _torch(x: Tensor, dy: Tensor, offsets: Tensor, dims: list[int], kind: str, s
         sides = [_Scatter(part.shape[1], dims[0], seed, side, x.device) for side, part in enumerate((dy, x))]
         width, dtype = dims[0] // 2 + 1, dtype.to_complex()
     else:
-        sides = [partial(_sketched, of=of) for of in _sides(kind, seed, dims)]
+        sides = [partial(_sketched, of=of) for of in sides_of(kind, seed, dims)]
         width = math.prod(dims)
     sums = torch.zeros(samples, width, dtype=dtype, device=x.device)
     step = max(1, BLOCK_ENTRIES // sum(dims))
     with ieee_products():
-        for first, last in _sample_groups(bounds, step):
+        for first, last in sample_groups(bounds, step):
             # A block never ends inside a sample that shares it, so a sample's bits do not depend on its neighbours.
             for begin in range(bounds[first], bounds[last], step):
                 end = min(begin + step, bounds[last])
@@ -203,7 +205,7 @@ def _sketched(rows: Tensor, of: tuple[int, str, int, int]) -> Tensor:
 def _op(x: Tensor, dy: Tensor, offsets: Tensor, dims: list[int], kind: str, seed: int) -> Tensor:
     _check(x, dy, offsets, dims, kind, seed)
     host = check_offsets(offsets, x.shape[0])
-    result = select("factored_sketch", x.device.type)(x.detach(), dy.detach(), host, dims, kind, seed)
+    result = select("factored_sketch", x.device, x.dtype)(x.detach(), dy.detach(), host, dims, kind, seed)
     return result.to(device=x.device, dtype=accumulation_dtype(x.dtype))
 
 
@@ -216,6 +218,7 @@ def _(x: Tensor, dy: Tensor, offsets: Tensor, dims: list[int], kind: str, seed: 
 register(
     "factored_sketch",
     cpu=Backend(_torch, devices=("cpu",), needs_extension=True),
+    triton=triton_backend("factored_sketch"),
     torch=Backend(_torch),
     reference=Backend(_reference),
 )

@@ -46,7 +46,8 @@ class SelfChecks:
             backend: name of the backend.
             run: the backend; takes what `small_case` returns.
             reference: the op's reference; takes the same.
-            module: where `small_case(dtype, device)` is found; a module without one is not checked.
+            module: where `small_case(dtype, device)` is found, one case or a list of them; a module without one is
+                not checked.
             device: where the case is placed.
             dtype: its element type; None for bfloat16, the type of the matrix units.
         """
@@ -72,13 +73,20 @@ def _verdict(
         small_case = getattr(importlib.import_module(module), "small_case", None)
         if small_case is None:
             return None
-        given, wanted = small_case(dtype, device), small_case(dtype, device)
-        got, want = _results(run(*given), given), _results(reference(*wanted), wanted)
-        errors = torch.tensor([_relative_error(a, b) for a, b in zip(got, want, strict=True)])
+        errors = []
+        for given, wanted in zip(*(_cases(small_case(dtype, device)) for _ in range(2)), strict=True):
+            got, want = _results(run(*given), given), _results(reference(*wanted), wanted)
+            errors += [_relative_error(a, b) for a, b in zip(got, want, strict=True)]
+        errors = torch.tensor(errors)
     except Exception as error:  # whatever the compiler or the driver raises, another backend can still run
         return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
     worst = float(errors.max())  # NaN if one of them is
     return None if worst <= TOLERANCE else f"off from the reference by {worst:.1e} relative ({TOLERANCE:.0e} allowed)"
+
+
+def _cases(case: Any) -> list[Sequence[Any]]:
+    """Arguments of every call: a list of them, where an op has kernels that no single call reaches, or one tuple."""
+    return case if isinstance(case, list) else [case]
 
 
 def _results(returned: Any, arguments: Sequence[Any]) -> list[Tensor]:

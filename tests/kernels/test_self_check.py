@@ -22,6 +22,7 @@ OPS = {
     "ghost_gram": "ghost_gram",
     "weighted_outer_": "weighted_outer",
     "sample_moments": "sample_moments",
+    "factored_sketch": "factored_sketch",
     "soir_sweep": "soir_sweep",
     "top_mask": "top_mask",
     "masked_norm": "masked_norm",
@@ -60,7 +61,7 @@ def test_every_kernel_passes(op, dtype, monkeypatch):
     monkeypatch.setitem(dispatch._registry[op], "reference", spy)
     for _ in range(3):
         assert dispatch.select(op, DEVICE, dtype) is dispatch._registry[op]["triton"].run
-    assert calls == [1]
+    assert len(calls) == (3 if op == "factored_sketch" else 1)  # once each kind, or once
     assert dispatch._self_checks.failure(op, "triton") is None
 
 
@@ -115,6 +116,15 @@ def test_forced_backend_that_is_off_is_an_error_with_the_figures(monkeypatch):
         pytest.raises(BackendError, match="FILLM_BACKEND=triton: ghost_norm cannot use it: self-check .* relative"),
     ):
         ghost_norm(X, X, OFFSETS)
+
+
+def test_every_case_of_a_list_is_judged(monkeypatch):
+    small, launch = triton_norm.small_case, triton_norm.launch
+    monkeypatch.setattr(triton_norm, "small_case", lambda *a: [small(*a), (X, X, OFFSETS, "gram")])
+    monkeypatch.setattr(triton_norm, "launch", lambda x, *rest: launch(x, *rest) * (1.5 if x.shape == X.shape else 1))
+    monkeypatch.setenv("FILLM_BACKEND", "triton")
+    with pytest.warns(RuntimeWarning, match="off from the reference by 5.0e-01"), pytest.raises(BackendError):
+        dispatch.select("ghost_norm", DEVICE, torch.float32)
 
 
 def test_an_op_that_works_in_place_is_judged_by_all_its_tensors():

@@ -12,6 +12,7 @@ from torch import Tensor
 from tests.kernels.ragged import assert_within, gradients, magnitudes, ragged, triton_device
 
 triton_norm = pytest.importorskip("fillm_kernels.triton.ghost_norm")
+tables_to_device = pytest.importorskip("fillm_kernels.triton.tiles").tables_to_device
 triton_outer = pytest.importorskip("fillm_kernels.triton.weighted_outer")
 
 DEVICE = triton_device()
@@ -213,6 +214,15 @@ def test_custom_ops_and_one_graph():
     assert torch.equal(compiled(x, dy, offsets), ghost_norm(x, dy, offsets).sqrt() + 1)
 
 
+def test_tables_travel_together_and_arrive_as_they_were():
+    tables = [torch.arange(3), torch.empty(0, 7, dtype=torch.int64), torch.arange(10).view(5, 2), torch.tensor([9])]
+    moved = tables_to_device(tables, torch.device(DEVICE))
+    for table, arrived in zip(tables, moved, strict=True):
+        assert arrived.shape == table.shape and torch.equal(arrived.cpu(), table)
+        assert arrived.data_ptr() % 16 == 0 and arrived.is_contiguous()
+    assert len({arrived.untyped_storage().data_ptr() for arrived in moved}) == 1
+
+
 def launched(monkeypatch, module, *names) -> list[tuple]:
     """Record (kernel, configuration, constants) of every launch from a module."""
     record, launch = [], module.launch_kernel
@@ -260,7 +270,9 @@ def test_what_is_launched_is_what_the_compile_check_compiles(dtype, monkeypatch)
 )
 def test_work_items_cover_every_pair_of_rows_of_a_sample_once(lengths, inputs, outputs, form):
     bounds = tuple(torch.tensor([0, *lengths]).cumsum(0).tolist())
-    packed, paired, explicit, shares = triton_norm.plan(bounds, inputs, outputs, form, 128, 128)
+    packed, same, paired, explicit, shares = triton_norm.plan(bounds, inputs, outputs, form, 128, 128)
+    assert torch.equal(same[:, :2], same[:, 2:4]) and not bool((paired[:, 0] == paired[:, 2]).any())
+    paired = torch.cat([same, paired])
     blocks = -(-inputs // 128) * -(-outputs // 128)
     covered = torch.zeros(bounds[-1], bounds[-1], dtype=torch.int64)
     taken = torch.zeros(int(shares[-1]), dtype=torch.int64)

@@ -23,7 +23,7 @@ from fillm_kernels.triton.configurations import (
     name_of,
     widen,
 )
-from fillm_kernels.triton.tiles import multiply, ragged_case, sum_segments, to_device, unit_rows
+from fillm_kernels.triton.tiles import cut, multiply, ragged_case, sum_segments, to_device, unit_rows
 
 # untimed; chosen by `python -m fillm_kernels.compile_check`, bfloat16, registers / KiB of shared memory, no spill:
 #              sm_80       sm_90       sm_100      gfx942
@@ -82,10 +82,7 @@ def dot_kernel(
         entries = v_ptr + out.to(tl.int64)[:, None] * v_stride + feature[None, :]
         v = tl.load(entries, mask=(out < outputs)[:, None] & kept, other=0.0)
         if SPLIT_V:
-            high = v.to(dy.dtype)
-            rest = v - high.to(tl.float32)
-            middle = rest.to(dy.dtype)
-            low = (rest - middle.to(tl.float32)).to(dy.dtype)
+            high, middle, low = cut(v, dy.dtype)
             total = multiply(dy, low, total, WIDEN)
             total = multiply(dy, middle, total, WIDEN)
             total = multiply(dy, high, total, WIDEN)

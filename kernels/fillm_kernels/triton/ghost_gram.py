@@ -24,7 +24,7 @@ from fillm_kernels.triton.configurations import (
     name_of,
     widen,
 )
-from fillm_kernels.triton.tiles import cross_products, ragged_case, sum_segments, to_device, unit_rows
+from fillm_kernels.triton.tiles import cross_products, ragged_case, sum_segments, tables_to_device, unit_rows
 
 # untimed; chosen by `python -m fillm_kernels.compile_check`, bfloat16, registers / KiB of shared memory, no spill:
 #              sm_80       sm_90       sm_100      gfx942
@@ -116,8 +116,8 @@ def launch(x1: Tensor, dy1: Tensor, offsets1: Tensor, x2: Tensor, dy2: Tensor, o
     x1, dy1, x2, dy2 = (unit_rows(matrix) for matrix in (x1, dy1, x2, dy2))
     configuration = shipped(x1.dtype, is_aligned((x1, dy1, x2, dy2)))
     block = configuration.constants["BLOCK_T"]
-    pieces1, tiles1, samples1 = (to_device(t, x1.device) for t in plan(tuple(offsets1.tolist()), block))
-    pieces2, tiles2, samples2 = (to_device(t, x1.device) for t in plan(tuple(offsets2.tolist()), block))
+    plans = plan(tuple(offsets1.tolist()), block) + plan(tuple(offsets2.tolist()), block)
+    pieces1, tiles1, samples1, pieces2, tiles2, samples2 = tables_to_device(plans, x1.device)
     shares = torch.empty(len(pieces1) - 1, len(pieces2) - 1, dtype=torch.float32, device=x1.device)
     tables = (pieces1, tiles1, pieces2, tiles2, shares)
     sizes = (len(tiles1) - 1, len(tiles2) - 1, len(pieces2) - 1, x1.shape[1], dy1.shape[1])

@@ -25,14 +25,23 @@ from fillm_kernels.triton.configurations import (
     name_of,
     widen,
 )
-from fillm_kernels.triton.tiles import multiply, ragged_case, row_products, sum_segments, to_device, unit_rows
+from fillm_kernels.triton.tiles import (
+    cross_products,
+    multiply,
+    ragged_case,
+    row_products,
+    sum_segments,
+    tables_to_device,
+    unit_rows,
+)
 
 PACKED_ROWS = 64  # samples up to this long share a tile; 64 rows fill one matrix instruction of a warp group
 FIELDS = 7
 
 # untimed; chosen by `python -m fillm_kernels.compile_check`, bfloat16, registers / KiB of shared memory, no spill:
 #              sm_80       sm_90       sm_100      gfx942
-#   packed     127 / 48    126 / 64    147 / 64     96 / 48
+#   packed     126 / 24    126 / 32    147 / 32    118 / 8
+#   same       204 / 32    234 / 48    238 / 48    156 / 16    a tile with itself, each row loaded once
 #   paired     212 / 64    252 / 96    239 / 96    156 / 64    two float32 tiles of 128 x 128 are half of all registers
 #   explicit   168 / 48    116 / 96     74 / 96    174 / 64
 # 64 KiB is all gfx942 has. At odd widths and strides 128 rows spilled (181 LDL and STL on sm_90), and 64 rows with 64
@@ -66,6 +75,7 @@ def gram_kernel(
     dy_stride,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SAME: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
     """One pair of row tiles: sum over its pairs (t, s) of (x_t . x_s)(dy_t . dy_s), sample by sample."""
@@ -78,8 +88,14 @@ def gram_kernel(
     # Rows past the end of a tile repeat its last one, so that no load needs a mask of rows; their products are dropped.
     left_rows = tl.maximum(tl.minimum(left, left_end - 1), 0)
     right_rows = tl.maximum(tl.minimum(right, right_end - 1), 0)
-    pairs = row_products(x_ptr, left_rows, right_rows, x_stride, inputs, BLOCK_T, BLOCK_K, WIDEN)
-    pairs = pairs * row_products(dy_ptr, left_rows, right_rows, dy_stride, outputs, BLOCK_T, BLOCK_K, WIDEN)
+    if SAME:  # nearly all pairs where samples are short
+        pairs = row_products(x_ptr, left_rows, x_stride, inputs, BLOCK_T, BLOCK_K, WIDEN)
+        pairs = pairs * row_products(dy_ptr, left_rows, dy_stride, outputs, BLOCK_T, BLOCK_K, WIDEN)
+    else:
+        pairs = cross_products(x_ptr, x_ptr, left_rows, right_rows, x_stride, x_stride, inputs, BLOCK_T, BLOCK_K, WIDEN)
+        pairs = pairs * cross_products(
+            dy_ptr, dy_ptr, left_rows, right_rows, dy_stride, dy_stride, outputs, BLOCK_T, BLOCK_K, WIDEN
+        )
     weight = tl.where(left_begin == right_begin, 1.0, 2.0)  # a pair below the diagonal stands for its mirror image too
     for sample in range(first, last):
         begin, end = tl.load(offsets_ptr + sample), tl.load(offsets_ptr + sample + 1)
@@ -125,7 +141,7 @@ def explicit_kernel(
 @lru_cache(maxsize=16)  # the layers of one batch ask with the same offsets, and few shapes
 def plan(
     bounds: tuple[int, ...], inputs: int, outputs: int, form: str, tile_rows: int, explicit_tile: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What every program does, and where its numbers go.
 
     Args:
@@ -137,8 +153,9 @@ def plan(
         explicit_tile: side of a tile of G_b.
 
     Returns:
-        Items of packed tiles and of pairs of tiles, each [n, 7] (rows of the left and of the right tile, samples, first
-        share); explicit samples [n, 3] (rows, first share); first share of each sample, [B + 1]. int64, on the host.
+        Items of packed tiles, of tiles paired with themselves and of other pairs, each [n, 7] (rows of the left and of
+        the right tile, samples, first share); explicit samples [n, 3] (rows, first share); first share of each sample,
+        [B + 1]. int64, on the host.
     """
     packed, paired, explicit, shares = [], [], [], [0]
     blocks = -(-inputs // explicit_tile) * -(-outputs // explicit_tile)
@@ -169,9 +186,12 @@ def plan(
             item[:, 6] = torch.arange(share, share + low.shape[1])
             paired.append(item)
             shares.append(share + low.shape[1])
+    pairs = torch.cat(paired) if paired else torch.empty(0, FIELDS, dtype=torch.int64)
+    same = pairs[:, 0] == pairs[:, 2]
     return (
         torch.tensor(packed, dtype=torch.int64).view(-1, FIELDS),
-        torch.cat(paired) if paired else torch.empty(0, FIELDS, dtype=torch.int64),
+        pairs[same],
+        pairs[~same],
         torch.tensor(explicit, dtype=torch.int64).view(-1, 3),
         torch.tensor(shares),
     )
@@ -187,10 +207,11 @@ def launch(x: Tensor, dy: Tensor, offsets: Tensor, form: str) -> Tensor:
     tile_rows, side = for_paired.constants["BLOCK_T"], for_explicit.constants["BLOCK_I"]
     tables = plan(tuple(offsets.tolist()), inputs, outputs, form, tile_rows, side)
     shares = torch.empty(int(tables[-1][-1]), 1, dtype=torch.float32, device=x.device)
-    packed, paired, explicit, bounds, offsets = (to_device(table, x.device) for table in (*tables, offsets))
+    packed, same, paired, explicit, bounds, offsets = tables_to_device((*tables, offsets), x.device)
     sizes = (inputs, outputs, x.stride(0), dy.stride(0))
-    for items, configuration in ((packed, for_packed), (paired, for_paired)):
-        launch_kernel(gram_kernel, len(items), configuration, x, dy, offsets, items, shares, *sizes, WIDEN=widen())
+    for items, configuration in ((packed, for_packed), (same, for_paired), (paired, for_paired)):
+        constants = {"SAME": items is not paired and x.dtype != torch.float32, "WIDEN": widen()}
+        launch_kernel(gram_kernel, len(items), configuration, x, dy, offsets, items, shares, *sizes, **constants)
     blocks = triton.cdiv(inputs, side) * triton.cdiv(outputs, side)
     programs = len(explicit) * blocks
     launch_kernel(explicit_kernel, programs, for_explicit, x, dy, explicit, shares, *sizes, WIDEN=widen())
@@ -211,10 +232,13 @@ def compile_cases() -> Iterator[CompileCase]:
         gram = {**rows, "offsets_ptr": "*i64", "items_ptr": "*i64", "shares_ptr": "*fp32", **scalars}
         whole = {**rows, "samples_ptr": "*i64", "shares_ptr": "*fp32", **scalars}
         for_packed, for_paired, for_explicit = shipped(dtype, aligned)
-        kinds = {"packed": for_packed, "paired": for_paired, "explicit": for_explicit}
+        kinds = {"packed": for_packed, "same": for_paired, "paired": for_paired, "explicit": for_explicit}
         if for_packed == for_paired:
             del kinds["packed"]
+        if not half:  # bound by arithmetic, and on sm_90 the single load spilled (36)
+            del kinds["same"]
         for kind, configuration in kinds.items():
             kernel, types = (explicit_kernel, whole) if kind == "explicit" else (gram_kernel, gram)
             name = f"ghost_norm {kind} {name_of(dtype, aligned)}"
-            yield CompileCase(name, kernel, configuration, types, {"WIDEN": False}, half, aligned)
+            constants = {"WIDEN": False} if kind == "explicit" else {"SAME": kind != "paired", "WIDEN": False}
+            yield CompileCase(name, kernel, configuration, types, constants, half, aligned)

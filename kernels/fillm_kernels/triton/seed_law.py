@@ -70,3 +70,35 @@ def place(coordinate, seed_low, seed_high, width, ranges, KIND: tl.constexpr, ch
     first, second = state_of(first, second, block >> 5)
     word = cell(first, second, bins.to(tl.uint32))
     return bins, (word >> (block & 31).to(tl.uint32)) & 1
+
+
+@triton.jit
+def cosine(turn, odd):
+    """Cosine (sine where odd is 1) of turn / 2^24 of a full turn, turn uint32 below 2^24.
+
+    Reduced exactly, in integers, to the nearest quarter: a library's function reserves stack for arguments of any size.
+    """
+    turn = turn.to(tl.int32)
+    quarter = (turn + (1 << 21)) >> 22
+    angle = (turn - (quarter << 22)).to(tl.float32) * 3.7450702829238413e-07  # within pi / 4
+    square = angle * angle
+    # Taylor series; the first terms left out are below 2e-9 and 3e-8.
+    sine = angle * (1 + square * (-1 / 6 + square * (1 / 120 + square * (-1 / 5040 + square * (1 / 362880)))))
+    even = 1 + square * (-1 / 2 + square * (1 / 24 + square * (-1 / 720 + square * (1 / 40320))))
+    quarter = (quarter + 3 * odd) & 3
+    value = tl.where((quarter & 1) == 1, sine, even)
+    return tl.where(((quarter + 1) >> 1 & 1) == 1, -value, value)
+
+
+@triton.jit
+def normal(coordinate, column, seed_low, seed_high, KIND: tl.constexpr):
+    """Standard normal entries of coordinates [K], int64, and columns [C], int32 -> [K, C], float32."""
+    pair = (column >> 1).to(tl.uint32)[None, :]
+    first, second = key_of(seed_low, seed_high, KIND, RADIUS, 0)
+    first, second = state_of(first, second, coordinate)
+    # 23 bits, and 24 below: both exact in float32.
+    radius = ((cell(first[:, None], second[:, None], pair) >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
+    first, second = key_of(seed_low, seed_high, KIND, ANGLE, 0)
+    first, second = state_of(first, second, coordinate)
+    turned = cosine(cell(first[:, None], second[:, None], pair) >> 8, (column & 1)[None, :])
+    return tl.sqrt(-2.0 * tl.log(radius)) * turned

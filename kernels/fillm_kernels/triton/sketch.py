@@ -15,7 +15,7 @@ from torch import Tensor
 from fillm_kernels.arguments import accumulation_dtype
 from fillm_kernels.seed_law import KINDS, SIGNS, BlockMap
 from fillm_kernels.triton.configurations import DTYPES, POINTERS, CompileCase, Configuration, launch_kernel, name_of
-from fillm_kernels.triton.seed_law import ANGLE, RADIUS, SIGN, START, below, cell, halves, key_of, state_of
+from fillm_kernels.triton.seed_law import SIGN, START, below, cell, halves, key_of, normal, state_of
 
 # Compiled for sm_90 with 4 warps: 56 to 96 registers for 1024 x 2, 256 x 8 and 64 x 32 bins x blocks, 72 and 78 for the
 # dense kinds (235 and more with tiles twice as large either way), no stack, no spill.
@@ -133,24 +133,6 @@ def _dense(g: Tensor, dim: int, kind: str, seed: int, offset: int) -> Tensor:
     return _sum_splits(partial, dim**-0.5)
 
 
-@triton.jit
-def _cosine(turn, odd):
-    """Cosine (sine where odd is 1) of turn / 2^24 of a full turn, turn uint32 below 2^24.
-
-    Reduced exactly, in integers, to the nearest quarter: a library's function reserves stack for arguments of any size.
-    """
-    turn = turn.to(tl.int32)
-    quarter = (turn + (1 << 21)) >> 22
-    angle = (turn - (quarter << 22)).to(tl.float32) * 3.7450702829238413e-07  # within pi / 4
-    square = angle * angle
-    # Taylor series; the first terms left out are below 2e-9 and 3e-8.
-    sine = angle * (1 + square * (-1 / 6 + square * (1 / 120 + square * (-1 / 5040 + square * (1 / 362880)))))
-    cosine = 1 + square * (-1 / 2 + square * (1 / 24 + square * (-1 / 720 + square * (1 / 40320))))
-    quarter = (quarter + 3 * odd) & 3
-    value = tl.where((quarter & 1) == 1, sine, cosine)
-    return tl.where(((quarter + 1) >> 1 & 1) == 1, -value, value)
-
-
 @triton.jit(do_not_specialize=["offset", "seed_low", "seed_high", "splits", "tiles"])
 def _dense_kernel(
     values, partial, stride, step, samples, count, offset, seed_low, seed_high, share, splits, tiles, dim,
@@ -167,16 +149,9 @@ def _dense_kernel(
         entry = tl.load(values + sample[:, None] * stride + at[None, :] * step, mask=inside, other=0.0).to(tl.float32)
         coordinate = at + offset
         if NORMAL:
-            pair = (column >> 1).to(tl.uint32)[None, :]
-            first, second = key_of(seed_low, seed_high, KIND, RADIUS, split * 0)
-            first, second = state_of(first, second, coordinate)
-            radius = ((cell(first[:, None], second[:, None], pair) >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
-            first, second = key_of(seed_low, seed_high, KIND, ANGLE, split * 0)
-            first, second = state_of(first, second, coordinate)
-            turned = _cosine(cell(first[:, None], second[:, None], pair) >> 8, (column & 1)[None, :])
-            matrix = tl.sqrt(-2.0 * tl.log(radius)) * turned
+            matrix = normal(coordinate, column, seed_low, seed_high, KIND)
         else:
-            first, second = key_of(seed_low, seed_high, KIND, SIGN, split * 0)
+            first, second = key_of(seed_low, seed_high, KIND, SIGN, 0)
             first, second = state_of(first, second, coordinate >> 5)
             word = cell(first[:, None], second[:, None], column.to(tl.uint32)[None, :])
             flip = (word >> (coordinate & 31).to(tl.uint32)[:, None]) & 1

@@ -24,11 +24,24 @@ def multiply(a, b, total, WIDEN: tl.constexpr):
 
 
 @triton.jit
-def row_products(
-    pointer, left, right, stride, width, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, WIDEN: tl.constexpr
-):
-    """Inner products of rows of one matrix: rows left and right [BLOCK_T], int64 -> [BLOCK_T, BLOCK_T]."""
-    return cross_products(pointer, pointer, left, right, stride, stride, width, BLOCK_T, BLOCK_K, WIDEN)
+def cut(values, dtype: tl.constexpr):
+    """Three numbers of 8 bits, bfloat16, for every float32 number of 24: they add up to it; any shape."""
+    high = values.to(dtype)
+    rest = values - high.to(tl.float32)
+    middle = rest.to(dtype)
+    return high, middle, (rest - middle.to(tl.float32)).to(dtype)
+
+
+@triton.jit
+def row_products(pointer, rows, stride, width, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, WIDEN: tl.constexpr):
+    """Inner products of rows of one matrix with each other, every row loaded once: rows [BLOCK_T], int64 -> square."""
+    entries = pointer + rows[:, None] * stride
+    total = tl.zeros((BLOCK_T, BLOCK_T), dtype=tl.float32)
+    for begin in range(0, width, BLOCK_K):
+        features = begin + tl.arange(0, BLOCK_K)[None, :]
+        a = tl.load(entries + features, mask=features < width, other=0.0)
+        total = multiply(a, tl.trans(a), total, WIDEN)
+    return total
 
 
 @triton.jit
@@ -95,6 +108,16 @@ def sum_segments(values: Tensor, bounds: Tensor) -> Tensor:
 def to_device(table: Tensor, device: torch.device) -> Tensor:
     """A small host table on the device, without waiting for work that is under way there."""
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+
+
+def tables_to_device(tables: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Host tables of int64 on the device by one copy: for small layers a copy each would take as long as the kernel.
+
+    Each begins at a multiple of 16 bytes, as a tensor of its own would.
+    """
+    padded = [torch.nn.functional.pad(table.flatten(), (0, table.numel() % 2)) for table in tables]
+    parts = to_device(torch.cat(padded), device).split([len(part) for part in padded])
+    return [part[: table.numel()].view(table.shape) for part, table in zip(parts, tables, strict=True)]
 
 
 def unit_rows(matrix: Tensor) -> Tensor:
