@@ -214,7 +214,8 @@ def _rank(
 
 
 def _checks(capture: Capture, sets: dict[str, SampleSet], config: RankConfig, console: Console) -> dict[str, Any]:
-    samples = max(sets.values(), key=len)  # of one sample alone nothing can be said about batches
+    # Of both sets: were one of equal lengths throughout, it would say nothing of the padding that the other gets.
+    samples = SampleSet([sample for some in sets.values() for sample in some], "both sets")
     found = verify(capture, samples, config.layout)
     for name, reason in capture.fallback.items():
         console.warn(f"{name}: {reason}; it takes batch-1 autograd, exact and slower")
