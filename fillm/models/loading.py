@@ -115,8 +115,7 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> PreTraine
     """
     folder = _local_folder(source)
     if folder is not None and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        if not (folder / "config.json").is_file():
-            raise ModelError(f"{source}: no config.json in it; not a model's folder")
+        _require_config(source, folder)
         raise ModelError(f"{source}: holds no tokenizer (no tokenizer.json); give --tokenizer")
     with quiet_transformers(), _explained(source):
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
@@ -142,13 +141,17 @@ def _announce(source: str) -> None:
         print(f"{source}: no such folder; asking the Hub", file=sys.stderr)
 
 
+def _require_config(source: str, folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        is_adapter = (folder / "adapter_config.json").is_file()
+        hint = " (an adapter: give its base as --model and it as --adapter)" if is_adapter else ""
+        raise ModelError(f"{source}: no config.json in it{hint}; not a model's folder")
+
+
 def _load_config(model: str, trust_remote_code: bool) -> Any:
     folder = _local_folder(model)
     if folder is not None:
-        if not (folder / "config.json").is_file():
-            hint = "an adapter: give its base as --model and it as --adapter"
-            is_adapter = (folder / "adapter_config.json").is_file()
-            raise ModelError(f"{model}: no config.json in it{f' ({hint})' if is_adapter else ''}; not a model's folder")
+        _require_config(model, folder)
         if not any(folder.glob("*.safetensors")):
             pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
             found = f"only pickled weights ({_some(pickled)}), which are never loaded" if pickled else "no weights"

@@ -214,11 +214,12 @@ def _rank(
 
 
 def _checks(capture: Capture, sets: dict[str, SampleSet], config: RankConfig, console: Console) -> dict[str, Any]:
-    samples = max(sets.values(), key=len)  # of one sample alone nothing can be said about batches
-    found = verify(capture, samples, config.layout)
+    # Of both sets: were one of equal lengths throughout, it would say nothing of the padding that the other gets.
+    both = SampleSet([sample for some in sets.values() for sample in some], "both sets")
+    found = verify(capture, both, config.layout)
     for name, reason in capture.fallback.items():
         console.warn(f"{name}: {reason}; it takes batch-1 autograd, exact and slower")
-    difference = warn_of_noise(capture, samples, console, config.layout)
+    difference = warn_of_noise(capture, max(sets.values(), key=len), console, config.layout)
     return {
         "largest_difference_to_autograd": max(found.error.values(), default=0.0),
         "low_precision_difference": difference,

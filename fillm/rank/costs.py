@@ -96,7 +96,11 @@ class Costs:
 
     def forward(self, shape: BatchShape) -> float:
         """2 FLOP per weight and token; the backward of the activations takes as many again."""
-        return 2.0 * (self.body * shape.rows * shape.width + self.head * shape.answered)
+        return self.layers_forward(shape) + 2.0 * self.head * shape.answered
+
+    def layers_forward(self, shape: BatchShape) -> float:
+        """Without the head: what gradient checkpointing computes twice."""
+        return 2.0 * self.body * shape.rows * shape.width
 
     def attention_forward(self, shape: BatchShape) -> float:
         """Scores and their product with the values; the backward takes twice as many."""

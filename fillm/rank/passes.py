@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fillm.capture import Capture, PerSampleGradients
 from fillm.data import SampleSet, collate, plan_batches
@@ -79,6 +79,7 @@ class Passes:
         finished = self.folder.load_stage(stage) if self.folder else None
         if finished is not None:
             tensors, meta = finished
+            capture.fallback |= meta.pop("fallback")
             self._finish(stage, {**row, **meta}, tensors.pop("losses"))
             statistic.load(tensors)
             return
@@ -87,6 +88,7 @@ class Passes:
         saved = self.folder.load_state() if self.folder else None
         if saved is not None and saved[0] == stage:
             _, start, tensors, meta = saved
+            capture.fallback |= meta["fallback"]  # what was met before has to go on as it began
             losses, before = tensors.pop("losses"), meta["seconds"]
             statistic.load(tensors)
         # A pass too short to be saved is run again on the way to a later one's state, which must not be lost to it.
@@ -103,14 +105,18 @@ class Passes:
                 stopped = self._interrupted()
                 if saves and (due or stopped):
                     state = {"losses": losses, **statistic.state()}
-                    self.folder.save_state(stage, cursor, state, {"seconds": before + now - begun})
+                    self.folder.save_state(
+                        stage, cursor, state, {"seconds": before + now - begun, "fallback": capture.fallback}
+                    )
                     last_save = now
                 if stopped:
                     raise InterruptedRun(f"stopped by {stopped} in the {label}; continue with --resume")
         seconds = round(before + time.monotonic() - begun, 3)
         measured = {"seconds": seconds, "peak_memory_bytes": peak_memory(capture.device)}
         if saves and seconds >= self.checkpoint_seconds:
-            self.folder.save_stage(stage, {"losses": losses, **statistic.state()}, measured)
+            self.folder.save_stage(
+                stage, {"losses": losses, **statistic.state()}, {**measured, "fallback": capture.fallback}
+            )
         self._finish(stage, {**row, **measured}, losses)
 
     def _finish(self, stage: str, row: dict[str, Any], losses: Tensor) -> None:
@@ -157,7 +163,8 @@ class Passes:
                 torch.cuda.empty_cache()
         if not bool(losses.isfinite().all()):
             row = int((~losses.isfinite()).nonzero()[0, 0])
-            raise NumericsError(f"the loss of sample {samples[batch[row]].id} is {float(losses[row])}")
+            named = f"the loss of sample {samples[batch[row]].id} is {float(losses[row])}"
+            raise NumericsError(named + _spoilt_weight(capture.model))
         check = getattr(statistic, "first_not_finite", None)
         if check is not None and (found := check(batch)) is not None:
             name, position = found
@@ -175,6 +182,13 @@ class Passes:
             return
         with signals_noted() as self._interrupted:
             yield
+
+
+def _spoilt_weight(model: nn.Module) -> str:
+    """Says which weight is at fault, if one is."""
+    spoilt = (name for name, weight in model.named_parameters() if not bool(weight.isfinite().all()))
+    first = next(spoilt, None)
+    return "" if first is None else f": {first} holds NaN or infinity; give a model whose weights are finite"
 
 
 def _split(batch: list[int], size: int) -> list[list[int]]:

@@ -133,7 +133,7 @@ def plan(
     costs = Costs.of(model, everything, scope)
     shapes = {which: batch_shapes(s, config.tokens_per_batch, config.layout) for which, s in sets.items()}
     passes = [
-        _pass(name, sets[which], shapes[which], costs, products, ghost)
+        _pass(name, sets[which], shapes[which], costs, products, ghost, config.gradient_checkpointing)
         for name, which, products, ghost in _passes(config)
         if which in sets
     ]
@@ -222,7 +222,7 @@ def _passes(config: RankConfig) -> list[tuple[str, str, int, bool]]:
 
 
 def _pass(
-    name: str, samples: SampleSet, shapes: Sequence[BatchShape], costs: Costs, products: int, ghost: bool
+    name: str, samples: SampleSet, shapes: Sequence[BatchShape], costs: Costs, products: int, ghost: bool, again: bool
 ) -> PassPlan:
     attention = sum(costs.attention_forward(shape) for shape in shapes)
     forward = sum(costs.forward(shape) for shape in shapes)
@@ -232,6 +232,8 @@ def _pass(
         "attention, forward and backward": 3.0 * attention,
         "products with weights in scope": products * sum(costs.product(shape) for shape in shapes),
     }
+    if again:
+        flop["forward of the layers, again"] = attention + sum(costs.layers_forward(shape) for shape in shapes)
     if ghost:
         flop["ghost norms"] = sum(costs.ghost_norms(shape) for shape in shapes)
     return PassPlan(name, len(samples), sum(sample.num_tokens for sample in samples), len(shapes), flop)

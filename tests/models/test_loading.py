@@ -100,6 +100,8 @@ def test_folder_without_config(tmp_path):
 def test_an_adapter_given_as_the_model(tmp_path):
     build_lora("llama", ["q_proj"]).save_pretrained(tmp_path)
     assert "give its base as --model" in _refused(tmp_path)
+    with pytest.raises(ModelError, match="give its base as --model"):
+        load_tokenizer(str(tmp_path))  # what the commands ask for first
 
 
 def test_pickled_weights_are_refused_unread(folder):

@@ -11,8 +11,15 @@ from safetensors.torch import load_file, save_file
 
 import fillm.rank.command as command
 import fillm.runs.state_files as state_files
+from fillm.capture import Capture
+from fillm.errors import InterruptedRun
 from fillm.rank.__main__ import main
+from fillm.rank.console import Console
 from fillm.rank.passes import Passes
+from fillm.runs import RunFolder
+from fillm.statistics import MeanGradient
+from tests.families import build_family
+from tests.rank.direct import FORGET
 
 
 def assert_same_results(one, other):
@@ -138,3 +145,21 @@ def test_a_disk_that_fills_up_at_the_end(arguments, monkeypatch, capsys, tmp_pat
     assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "run").exists()
     assert main(arguments("--resume")) == 0
+
+
+def test_a_tensor_sent_to_the_fallback_midway_is_there_still_on_resume(tmp_path):
+    """Else the batches that are left would go by the rules: other last bits, and no note."""
+    model, name = build_family("llama"), "model.norm.weight"
+
+    def go(resume, interrupted, fallback):
+        capture = Capture(model, [name], fallback=fallback)
+        with RunFolder(tmp_path / "out", overwrite=False, resume=resume) as folder:
+            passes = Passes(Console.silent(), tokens_per_batch=1, folder=folder)
+            passes._interrupted = lambda: interrupted
+            passes.run("forget", "forget pass", capture, FORGET, MeanGradient(capture.parameters, len(FORGET)))
+        return capture.fallback
+
+    met = {name: "no rule for einsum"}
+    with pytest.raises(InterruptedRun):
+        go(False, "SIGTERM", met)
+    assert go(True, None, None) == met

@@ -1,6 +1,8 @@
 """Sets on which a ranking goes wrong easily: many rows, parallel gradients, one row, one position to attend to."""
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, BertConfig
 
 from fillm import rank_parameters
 from tests.capture.reference import reference_gradients, toy_samples
@@ -79,3 +81,18 @@ def test_one_retain_row_still_shows_a_model_that_mixes_its_batch():
     finally:
         handle.remove()
     assert all("batch-1 autograd" in row["note"] for row in ranking)
+
+
+@pytest.mark.parametrize("equal", ["forget", "retain"])
+def test_padding_of_the_smaller_set_alone_is_noticed(equal):
+    """A model whose tokens see what comes after them, padding included, and a larger set that has no padding."""
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(
+        BertConfig(vocab_size=90, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
+    ).eval()
+    ragged, even = toy_samples(3, seed=4), toy_samples(5, seed=5, shortest=9, longest=9)
+    forget, retain = (even, ragged) if equal == "forget" else (ragged, even)
+    ranking = rank_parameters(model, None, rows_of(forget), rows_of(retain), save_update=True)
+    expected = Direct(reference_gradients(model, forget), reference_gradients(model, retain))
+    for name in ("bert.embeddings.word_embeddings.weight", "bert.encoder.layer.0.attention.self.value.weight"):
+        assert ranking.scores[name] == pytest.approx(float(expected.u[name].norm()), rel=1e-4), name

@@ -198,6 +198,15 @@ def test_gradient_checkpointing_takes_less():
     assert plan(model, catalogue(model), SETS, config, rate=1.0).memory["activations"] < 0.8 * full
 
 
+def test_gradient_checkpointing_computes_the_layers_twice():
+    model = build_family("llama")
+    config = dataclasses.replace(CONFIG, gradient_checkpointing=True)
+    once, twice = (plan(model, catalogue(model), SETS, c, rate=1.0).flop for c in (CONFIG, config))
+    again = twice.pop("forward of the layers, again")
+    assert twice == once
+    assert 0 < again < once["forward"] + once["attention, forward and backward"]
+
+
 def test_time_is_flop_over_rate_and_the_lines_say_it_all():
     model = build_family("llama").to("meta")
     planned = plan(model, catalogue(model), SETS, CONFIG, rate=2e6)
