@@ -8,7 +8,7 @@
 #include "top_mask.h"
 
 #ifdef FILLM_CUDA_HOST
-#include "host/fibers.h"
+#include "host/faults.h"
 #endif
 
 namespace py = pybind11;
@@ -74,5 +74,7 @@ PYBIND11_MODULE(FILLM_MODULE, module) {
             host::machine.settings = {multiprocessors, resident, seed};
         },
         py::kw_only(), py::arg("multiprocessors"), py::arg("resident"), py::arg("seed"));
+    module.def("run_reversed", &host::run_reversed);
+    module.def("run_waiting", &host::run_waiting);
 #endif
 }

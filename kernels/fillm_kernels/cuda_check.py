@@ -18,7 +18,7 @@ SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 _ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(\S+)'")
 _SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
-_SHARED = re.compile(r"Li(\d+)EEEv")  # the last template argument: dynamic shared memory, as csrc/cuda/launch.h has it
+_SHARED = re.compile(r"Li(\d+)EE+v")  # the last template argument: dynamic shared memory, as csrc/cuda/launch.h has it
 
 
 @dataclass(frozen=True)

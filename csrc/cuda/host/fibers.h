@@ -6,6 +6,7 @@
 // Shared memory starts as garbage. Threads that wait for each other in vain are an error.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -37,7 +38,9 @@ struct WarpState {
 struct BlockState;
 
 struct Fiber {
-    ucontext_t context;
+    ucontext_t context;  // of its first entry; later ones go through `place`, since swapcontext makes a system call
+    jmp_buf place;
+    bool begun = false;
     BlockState* block = nullptr;
     int thread = 0;
     const Barrier* waits = nullptr;  // for its `passed` to move on from `since`
@@ -95,7 +98,9 @@ public:
 
     Fiber& now() { return *now_; }
 
-    void yield() { swapcontext(&now_->context, &scheduler_); }
+    void yield() {
+        if (_setjmp(now_->place) == 0) _longjmp(scheduler_, 1);
+    }
 
     // Waits until `expected` threads have come to the barrier.
     void arrive(Barrier& barrier, int expected) {
@@ -154,7 +159,7 @@ private:
         getcontext(&fiber.context);
         fiber.context.uc_stack.ss_sp = stacks_.back().release();
         fiber.context.uc_stack.ss_size = kStack;
-        fiber.context.uc_link = &scheduler_;
+        fiber.context.uc_link = nullptr;
         stacks_.pop_back();
         makecontext(&fiber.context, &Machine::enter, 0);
     }
@@ -172,7 +177,7 @@ private:
             if (!fiber.can_run()) continue;
             moved = true;
             now_ = &fiber;
-            swapcontext(&scheduler_, &fiber.context);
+            enter_or_resume();
         }
         return moved;
     }
@@ -184,9 +189,17 @@ private:
         return true;
     }
 
+    // Comes back when the fiber gives up its turn or ends.
+    void enter_or_resume() {
+        if (_setjmp(scheduler_)) return;
+        if (now_->begun) _longjmp(now_->place, 1);
+        now_->begun = true;
+        setcontext(&now_->context);
+    }
+
     static void enter();
 
-    ucontext_t scheduler_;
+    jmp_buf scheduler_;
     Fiber* now_ = nullptr;
     std::function<void()> body_;
     size_t shared_ = 0;
@@ -201,6 +214,7 @@ inline void Machine::enter() {
     Fiber& fiber = machine.now();
     fiber.done = true;
     --fiber.block->left;
+    machine.yield();
 }
 
 }  // namespace fillm::host
