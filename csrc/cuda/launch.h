@@ -12,8 +12,9 @@
 namespace fillm {
 
 inline void check(cudaError_t status, const char* what) {
-    if (status != cudaSuccess)
-        throw std::runtime_error(std::string("CUDA ") + what + ": " + cudaGetErrorString(status));
+    if (status == cudaSuccess) return;
+    cudaGetLastError();  // otherwise the next launch would be blamed for it
+    throw std::runtime_error(std::string("CUDA ") + what + ": " + cudaGetErrorString(status));
 }
 
 // A block's shared memory, all of it dynamic: its size is the last template argument of every kernel, where the launch
