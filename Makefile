@@ -2,7 +2,7 @@
 # the tests, always from scratch and with nothing by hand, so that a dependency nobody wrote down fails there.
 PYTHON ?= python3
 BUILD_TOOLS := setuptools wheel cmake ninja pybind11
-NATIVE := setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/bindings/* csrc/cpu/*)
+NATIVE := setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/bindings/* csrc/cpu/* csrc/cuda/*.* csrc/cuda/host/*)
 COMMA := ,
 RECIPE := pyproject.toml constraints.txt $(NATIVE)
 
@@ -47,4 +47,4 @@ bench: install
 	.venv/bin/python -m benchmarks.end_to_end.bench_rank
 
 clean:
-	rm -rf build dist *.egg-info .venv-test kernels/fillm_kernels/_C.*
+	rm -rf build dist *.egg-info .venv-test kernels/fillm_kernels/_C.* kernels/fillm_kernels/_CUDA.*

@@ -1,7 +1,8 @@
-"""Builds `fillm_kernels._C` with CMake and ninja; everything else about the package is in pyproject.toml.
+"""Builds `fillm_kernels._C` and `fillm_kernels._CUDA` with CMake and ninja; the rest is in pyproject.toml.
 
 Without a compiler the install goes on: the library then runs on torch's operators, slower, and says so. Set
-FILLM_REQUIRE_NATIVE=1 to make a failed build an error.
+FILLM_REQUIRE_NATIVE=1 to make a failed build an error. FILLM_CUDA=AUTO (the default) builds `_CUDA` where nvcc works,
+ON makes a failure an error, OFF leaves it out.
 """
 
 import os
@@ -16,25 +17,44 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 
 
+CUDA = os.environ.get("FILLM_CUDA", "AUTO")
+
+
 class CMakeBuild(build_ext):
-    """Hands the one extension to CMake instead of to a compiler."""
+    """Hands the extensions to CMake instead of to a compiler, one target each."""
 
     def build_extension(self, extension: Extension) -> None:
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
+        cuda = extension.name.endswith("_CUDA")
         try:
-            self._build(Path(self.build_temp).resolve(), target)
+            self._build(Path(self.build_temp).resolve(), target, cuda)
         except (OSError, ImportError, subprocess.CalledProcessError) as error:
-            if os.environ.get("FILLM_REQUIRE_NATIVE") == "1":
+            if CUDA == "ON" if cuda else os.environ.get("FILLM_REQUIRE_NATIVE") == "1":
                 raise
+            runs = "CUDA tensors will run on Triton" if cuda else "fillm_kernels will run on torch's operators"
             line = "=" * 100
-            notice = f"{extension.name} was NOT built: {error}\nfillm_kernels will run on torch's operators, slower."
+            notice = f"{extension.name} was NOT built: {error}\n{runs}, slower."
             print(f"{line}\n{notice}\n{line}", file=sys.stderr, flush=True)
 
-    def _build(self, folder: Path, target: Path) -> None:
+    def _build(self, folder: Path, target: Path, cuda: bool) -> None:
+        if cuda and CUDA == "OFF":
+            return
+        self._configure(folder, target.parent)
+        if cuda and "FILLM_BUILDS_CUDA:INTERNAL=ON" not in (folder / "CMakeCache.txt").read_text(encoding="utf-8"):
+            print("No nvcc that works: fillm_kernels._CUDA is left out", flush=True)
+            return
+        subprocess.run(
+            [*_tool("cmake"), "--build", str(folder), "--target", "_CUDA" if cuda else "_C"],
+            check=True,
+        )
+        if not target.exists():
+            raise OSError(f"the build ended without {target.name}")
+
+    def _configure(self, folder: Path, output: Path) -> None:
         import pybind11
 
         folder.mkdir(parents=True, exist_ok=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        output.mkdir(parents=True, exist_ok=True)
         configure = [
             *_tool("cmake"),
             *("-S", str(ROOT), "-B", str(folder), "-G", "Ninja"),
@@ -42,12 +62,10 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             "-DPYBIND11_FINDPYTHON=ON",
-            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
+            f"-DFILLM_CUDA={CUDA}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
         ]
         subprocess.run(configure, check=True)
-        subprocess.run([*_tool("cmake"), "--build", str(folder)], check=True)
-        if not target.exists():
-            raise OSError(f"the build ended without {target.name}")
 
 
 def _tool(name: str) -> list[str]:
@@ -74,6 +92,6 @@ def _version() -> str:
 
 setup(
     version=_version(),
-    ext_modules=[Extension("fillm_kernels._C", sources=[], optional=True)],
+    ext_modules=[Extension(f"fillm_kernels.{name}", sources=[], optional=True) for name in ("_C", "_CUDA")],
     cmdclass={"build_ext": CMakeBuild},
 )

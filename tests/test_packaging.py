@@ -8,6 +8,8 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import ninja
+import pybind11
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -16,6 +18,8 @@ SOURCES = {
     "csrc/bindings.cpp",
     "csrc/cpu/ghost_norm.cpp",
     "csrc/cpu/ghost_norm.h",
+    "csrc/cuda/sketch.cu",
+    "csrc/cuda/host/fibers.h",
     "CMakeLists.txt",
     "setup.py",
     "LICENSE",
@@ -78,6 +82,8 @@ def test_wheel_holds_both_packages_and_the_extension_and_no_folder_called_kernel
     assert {top for top in tops if not top.endswith(".dist-info")} == {"fillm", "fillm_kernels"}
     assert modules(ROOT / "fillm") | modules(ROOT / "kernels" / "fillm_kernels") <= set(names)
     assert [name for name in names if name.startswith("fillm_kernels/_C.") and name.endswith(".so")]
+    if shutil.which("nvcc"):
+        assert [name for name in names if name.startswith("fillm_kernels/_CUDA.") and name.endswith(".so")]
 
 
 def test_wheel_carries_version_licence_and_command(wheel: Path) -> None:
@@ -101,6 +107,8 @@ def test_installed_wheel_runs_its_extension_from_anywhere(wheel: Path, tmp_path:
         "print(fk.__file__, fillm.__version__, fk.backends()['ghost_norm']['used']['cpu'], "
         "fk.ghost_norm(x, x, torch.tensor([0, 2])).item())"
     )
+    if shutil.which("nvcc"):
+        code += "; import fillm_kernels._CUDA"  # without a driver, and without a library of CUDA
     printed = run("-c", code, cwd=elsewhere, PYTHONPATH=str(target)).split()
     assert Path(printed[0]).is_relative_to(target)
     assert printed[2:] == ["cpu", "36.0"]
@@ -113,11 +121,32 @@ def test_without_a_compiler_the_install_goes_on_and_says_so(checkout: Path, tmp_
     done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "fillm_kernels._C was NOT built" in done.stdout + done.stderr
+    assert "fillm_kernels._CUDA was NOT built" in done.stdout + done.stderr
     [wheel] = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert "fillm_kernels/ghost_norm.py" in names
     assert not [name for name in names if name.endswith(".so")]
+
+
+@pytest.mark.parametrize(
+    ("option", "succeeds", "words"),
+    [
+        ("AUTO", True, "fillm_kernels._CUDA is left out"),
+        ("ON", False, "there is no CUDA compiler that works"),
+        ("OFF", True, "Configuring done"),
+        ("maybe", False, "FILLM_CUDA must be AUTO, ON or OFF; got 'maybe'"),
+    ],
+)
+def test_what_cmake_does_without_nvcc(option: str, succeeds: bool, words: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "cmake", "-S", str(ROOT), "-B", str(tmp_path / "build"), "-G", "Ninja"]
+    command += [f"-DPython_EXECUTABLE={sys.executable}", f"-DFILLM_CUDA={option}"]
+    command += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    command += [f"-DCMAKE_MAKE_PROGRAM={Path(ninja.BIN_DIR) / 'ninja'}"]
+    environment = {**os.environ, "CUDACXX": str(tmp_path / "no-such-nvcc")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.returncode == 0) == succeeds, done.stdout + done.stderr
+    assert words in " ".join((done.stdout + done.stderr).split())
 
 
 def test_lint_pins_agree() -> None:

@@ -5,7 +5,8 @@ Ragged convention of the ops on layers: `x [N, I]` and `dy [N, O]` hold the samp
 Masks hold one bit a weight, as `top_mask` writes them.
 
 One file per op holds formula and source, reference, custom op, fake kernel and dispatch. The C++ of an op lies in
-`csrc/cpu/<op>.cpp`, its Triton kernel in `fillm_kernels/triton/<op>.py`; both join the op's line in the dispatch table.
+`csrc/cpu/<op>.cpp`, its Triton kernel in `fillm_kernels/triton/<op>.py`, its CUDA C++, if any, in `csrc/cuda/<op>.cu`;
+all join the op's line in the dispatch table.
 """
 
 from fillm_kernels.dispatch import backends

@@ -2,7 +2,8 @@
 
 No GPU is needed. Each module of `fillm_kernels.triton` that has `compile_cases` takes part. A configuration fails if it
 spills registers, has a stack, asks for more shared memory than the target has, or, where its products are of bfloat16
-or float16 matrices, does not run them on the target's matrix units.
+or float16 matrices, does not run them on the target's matrix units. Where nvcc and the CUDA sources are, those are
+compiled too (cuda_check.py).
 """
 
 import argparse
@@ -14,11 +15,12 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fillm_kernels import cuda_check
 from fillm_kernels.dispatch import interpreted
 
 
@@ -155,14 +157,26 @@ def read(case: Any, name: str) -> Row:
     shared = compiled.metadata.shared
     matrix = " ".join(f"{instruction}:{count}" for instruction, count in sorted(instructions.items()))
     missing = case.matrix and not any(re.fullmatch(target.matrix_units, found) for found in instructions)
+    verdict = _verdict(target, stack, spills, shared, f"no {target.matrix_units}" if missing else "")
+    return Row(case.name, name, registers, stack, spills, shared, target.shared_limit, matrix, verdict)
+
+
+def read_cuda(usage: cuda_check.Usage, name: str) -> Row:
+    """The row of a CUDA C++ kernel, which nvcc has compiled for a target; spills are in bytes."""
+    target = TARGETS[name]
+    verdict = _verdict(target, usage.stack, usage.spills, usage.shared)
+    numbers = (usage.registers, usage.stack, usage.spills, usage.shared, target.shared_limit)
+    return Row(usage.kernel, cuda_check.ARCHITECTURES[name], *numbers, "", verdict)
+
+
+def _verdict(target: Target, stack: int, spills: int, shared: int, other: str = "") -> str:
     faults = [
         f"{spills} spills" if spills else "",
         f"stack of {stack} bytes" if stack else "",
         "too much shared memory" if shared > target.shared_limit else "",
-        f"no {target.matrix_units}" if missing else "",
+        other,
     ]
-    verdict = ", ".join(fault for fault in faults if fault) or "ok"
-    return Row(case.name, name, registers, stack, spills, shared, target.shared_limit, matrix, verdict)
+    return ", ".join(fault for fault in faults if fault) or "ok"
 
 
 def read_cubin(cubin: bytes) -> tuple[int, int, int, Counter[str]]:
@@ -194,6 +208,18 @@ def _output(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
+def rows(options: argparse.Namespace, every: Sequence[Any], cuda: bool) -> Iterator[Row]:
+    """Compile what the options ask for, one row after the other."""
+    targets = options.target or list(TARGETS)
+    for case in one_per_kernel(every) if options.quick else every:
+        for name in targets:
+            yield read(case, name)
+    for name in targets if cuda else ():
+        if name in cuda_check.ARCHITECTURES:
+            usages = cuda_check.usages(options.cuda_sources, name)
+            yield from (read_cuda(usage, name) for usage in usages if options.kernel in usage.kernel)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compile, print a row per kernel and target; 1 if one fails."""
     parser = argparse.ArgumentParser(prog="python -m fillm_kernels.compile_check", description=__doc__)
@@ -201,29 +227,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     parser.add_argument("--quick", action="store_true", help="one case per kernel")
     parser.add_argument("--csv", type=Path, help="also write the rows to this file")
+    sources = {"type": Path, "default": cuda_check.SOURCES, "metavar": "DIR"}
+    parser.add_argument("--cuda-sources", **sources, help="folder of the .cu files (default: that of this checkout)")
     options = parser.parse_args(arguments)
     if interpreted():
         parser.error("TRITON_INTERPRET=1 replaces the compiler; unset it")
     every = [case for case in cases() if options.kernel in case.name]
-    if not every:
+    if lacking := cuda_check.missing(options.cuda_sources):
+        print(f"CUDA C++ kernels are left out: {lacking}", flush=True)
+    compiled = []
+    for row in rows(options, every, lacking is None):
+        compiled.append(row)
+        memory = f"shared {row.shared:>6} of {row.shared_limit}"
+        counts = f"registers {row.registers:>3}  stack {row.stack}  spills {row.spills}"
+        print(f"{row.kernel:<40} {row.target:<6}  {counts}  {memory}  {row.matrix or '-'}  {row.verdict}", flush=True)
+    if not compiled:
         parser.error(f"no kernel's name contains {options.kernel!r}")
-    rows = []
-    for case in one_per_kernel(every) if options.quick else every:
-        for name in options.target or TARGETS:
-            row = read(case, name)
-            rows.append(row)
-            memory = f"shared {row.shared:>6} of {row.shared_limit}"
-            counts = f"registers {row.registers:>3}  stack {row.stack}  spills {row.spills}"
-            print(
-                f"{row.kernel:<40} {row.target:<6}  {counts}  {memory}  {row.matrix or '-'}  {row.verdict}", flush=True
-            )
     if options.csv:
         with options.csv.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, asdict(rows[0]))
+            writer = csv.DictWriter(file, asdict(compiled[0]))
             writer.writeheader()
-            writer.writerows(map(asdict, rows))
-    failed = sum(row.verdict != "ok" for row in rows)
-    print(f"{len(rows)} compiled, {failed} failed")
+            writer.writerows(map(asdict, compiled))
+    failed = sum(row.verdict != "ok" for row in compiled)
+    print(f"{len(compiled)} compiled, {failed} failed")
     return 1 if failed else 0
 
 

@@ -4,7 +4,7 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from fillm_kernels.self_check import SelfChecks
 
 VARIABLE = "FILLM_BACKEND"
 # Fastest first; "reference", the oracle of the tests, runs when forced, or where an op has nothing else on a device.
-PREFERENCE = ("cpu", "triton", "torch")
+PREFERENCE = ("cpu", "cuda", "triton", "torch")
 DEVICES = ("cpu", "cuda")
 
 
@@ -28,6 +28,7 @@ class Backend:
         run: the implementation; it takes what the op takes.
         devices: device types it runs on; empty means any.
         needs_extension: whether it calls into `fillm_kernels._C`.
+        needs_cuda: whether it calls into `fillm_kernels._CUDA`.
         needs_triton: whether it launches Triton kernels.
         dtypes: element types it computes in; empty means all the op takes.
         checked_module: module whose `small_case` is compared with the reference at the first call; empty for none.
@@ -36,6 +37,7 @@ class Backend:
     run: Callable[..., Any]
     devices: tuple[str, ...] = ()
     needs_extension: bool = False
+    needs_cuda: bool = False
     needs_triton: bool = False
     dtypes: tuple[torch.dtype, ...] = ()
     checked_module: str = ""
@@ -47,6 +49,8 @@ class Backend:
             return f"runs on {', '.join(devices)} tensors only, not on {device}"
         if self.needs_triton and importlib.util.find_spec("triton") is None:
             return "triton is not installed; pip install 'fillm[gpu]'"
+        if self.needs_cuda:
+            return native.cuda_refusal()
         return native.refusal if self.needs_extension else None
 
     def limit(self) -> str | None:
@@ -72,6 +76,19 @@ def triton_backend(module: str, dtypes: tuple[torch.dtype, ...] = MATRIX_TYPES) 
     return Backend(run, devices=("cuda",), needs_triton=True, dtypes=dtypes, checked_module=path)
 
 
+def cuda_backend(module: str) -> Backend:
+    """The CUDA C++ backend of an op: `launch` of `fillm_kernels.cuda.<module>`, imported at the first call.
+
+    The first call on a device compares `launch` with the op's reference on the module's `small_case`.
+    """
+    path = f"fillm_kernels.cuda.{module}"
+
+    def run(*args: Any) -> Any:
+        return importlib.import_module(path).launch(*args)
+
+    return Backend(run, devices=("cuda",), needs_cuda=True, checked_module=path)
+
+
 def interpreted() -> bool:
     """Whether Triton kernels run in its interpreter, on the CPU: only ever for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -87,23 +104,26 @@ def register(op: str, **implementations: Backend) -> None:
     _registry[op] = implementations
 
 
-def select(op: str, device: str | torch.device, dtype: torch.dtype | None = None) -> Callable[..., Any]:
+def select(
+    op: str, device: str | torch.device, dtype: torch.dtype | None = None, unable: Mapping[str, str] | None = None
+) -> Callable[..., Any]:
     """The implementation that runs `op` on tensors of a device.
 
     Args:
         op: name of the op.
         device: the tensors' device, or its type.
         dtype: element type the op computes in; None if every backend of the op takes all.
+        unable: backends that cannot do what this call asks for, with the reason in words.
 
     Returns:
         The backend's function. One whose first use has to be checked is checked before it is returned.
 
     Raises:
         BackendError: if `FILLM_BACKEND` names a backend that the op does not have, that cannot run on the device or
-            in the dtype, or that failed its self-check.
+            in the dtype, that is unable, or that failed its self-check.
     """
     device = torch.device(device)
-    name = _choose(op, device, dtype, check=True)
+    name = _choose(op, device, dtype, True, unable or {})
     if native.refusal and name != "cpu" and device.type == "cpu" and VARIABLE not in os.environ:
         _warn_once()
     return _registry[op][name].run
@@ -120,12 +140,12 @@ def backends() -> dict[str, dict[str, Any]]:
     """
     report = {}
     for op, implementations in _registry.items():
-        refused = {name: reason for name, backend in implementations.items() if (reason := backend.refusal("cpu"))}
+        refused = {name: reason for name, backend in implementations.items() if (reason := _refusal_in_full(backend))}
         refused |= {name: reason for name in implementations if (reason := _self_checks.failure(op, name))}
         used = {}
         for device in DEVICES:
             try:
-                used[device] = _choose(op, torch.device(device), None, check=False)
+                used[device] = _choose(op, torch.device(device), None, False, {})
             except BackendError as error:
                 used[device] = str(error)
         report[op] = {
@@ -138,19 +158,25 @@ def backends() -> dict[str, dict[str, Any]]:
     return report
 
 
-def _choose(op: str, device: torch.device, dtype: torch.dtype | None, check: bool) -> str:
+def _refusal_in_full(backend: Backend) -> str | None:
+    """Why a backend does not run on the CPU, and if it is made for CUDA tensors alone, why it does not run there."""
+    reason, elsewhere = backend.refusal("cpu"), backend.refusal("cuda") if backend.devices == ("cuda",) else None
+    return f"{reason}; nor there: {elsewhere}" if reason and elsewhere else reason
+
+
+def _choose(op: str, device: torch.device, dtype: torch.dtype | None, check: bool, unable: Mapping[str, str]) -> str:
     implementations = _registry[op]
     forced = os.environ.get(VARIABLE)
     if forced:
         if forced not in implementations:
             known = ", ".join(sorted(implementations))
             raise BackendError(f"{VARIABLE}={forced}: {op} has no such backend; it has {known}")
-        if reason := _refusal(op, forced, device, dtype, check):
+        if reason := unable.get(forced) or _refusal(op, forced, device, dtype, check):
             raise BackendError(f"{VARIABLE}={forced}: {op} cannot use it: {reason}; unset {VARIABLE} or change it")
         return forced
     for name in PREFERENCE:
         # The interpreter is slow: it runs when it is asked for by name.
-        usable = name in implementations and not (name == "triton" and interpreted())
+        usable = name in implementations and name not in unable and not (name == "triton" and interpreted())
         if usable and _refusal(op, name, device, dtype, check) is None:
             return name
     return "reference"

@@ -1,8 +1,13 @@
-"""The compiled extension, or in words why it is not there."""
+"""The compiled extensions, or in words why they are not there."""
 
+import functools
+import importlib
 from types import ModuleType
 
+import torch
 from torch import Tensor
+
+from fillm_kernels.errors import BackendError
 
 extension: ModuleType | None
 try:
@@ -27,3 +32,34 @@ def address(matrix: Tensor) -> Address:
 def instruction_sets() -> list[str]:
     """Instruction sets that this processor and the extension both have, slowest first; empty without the extension."""
     return list(extension.instruction_sets()) if extension is not None else []
+
+
+@functools.cache
+def _load_cuda() -> ModuleType | str:
+    try:
+        return importlib.import_module("fillm_kernels._CUDA")
+    except ImportError as error:
+        return (
+            f"the CUDA extension fillm_kernels._CUDA is missing or does not load ({error}); it is built where nvcc is "
+            "found, or with FILLM_CUDA=ON"
+        )
+
+
+def cuda_refusal() -> str | None:
+    """Why the CUDA extension cannot run here, or None if it can. Asks torch for a device, and loads the extension."""
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device: no GPU, no driver, or a build of torch without CUDA"
+    loaded = _load_cuda()
+    return loaded if isinstance(loaded, str) else None
+
+
+def cuda_extension() -> ModuleType:
+    """The CUDA extension, loaded at the first call.
+
+    Raises:
+        BackendError: if it is missing.
+    """
+    loaded = _load_cuda()
+    if isinstance(loaded, str):
+        raise BackendError(loaded)
+    return loaded

@@ -1,8 +1,9 @@
 """The seed law: bins, signs and Gaussian entries of every sketch, from a counter-based hash; docs/seed-law.md.
 
-No table is stored. The same functions exist in C++ (csrc/cpu/seed_law.h) and for Triton (triton/seed_law.py); golden
-vectors in the tests hold all of them to the same bits. Everything is arithmetic modulo 2^32; 64-bit indices enter as
-two words. The functions take Python integers or int64 tensors of any shape that hold words in [0, 2^32).
+No table is stored. The same functions exist in C++ and CUDA C++ (csrc/cpu/seed_law.h) and for Triton
+(triton/seed_law.py); golden vectors in the tests hold all of them to the same bits. Everything is arithmetic modulo
+2^32; 64-bit indices enter as two words. The functions take Python integers or int64 tensors of any shape that hold
+words in [0, 2^32).
 """
 
 import math

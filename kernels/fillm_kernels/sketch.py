@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fillm_kernels import native
 from fillm_kernels.arguments import FLOATS, accumulation_dtype, as_integer, as_tensor
-from fillm_kernels.dispatch import Backend, register, select, triton_backend
+from fillm_kernels.dispatch import Backend, cuda_backend, register, select, triton_backend
 from fillm_kernels.errors import DtypeError, ShapeError
 from fillm_kernels.products import ieee_products, product
 from fillm_kernels.seed_law import KINDS, LARGEST_DIM, SIGN, BlockMap, keys, negative, normal
@@ -190,7 +190,8 @@ def project(g: Tensor, dim: int, kind: str, seed: int, offset: int) -> Tensor:
 @torch.library.custom_op("fillm_kernels::sketch", mutates_args=())
 def _op(g: Tensor, dim: int, kind: str, seed: int, nonzeros: int, offset: int) -> Tensor:
     _check(g, dim, kind, seed, nonzeros, offset)
-    result = select("sketch", g.device, g.dtype)(g.detach(), dim, kind, seed, nonzeros, offset)
+    unable = {"cuda": f"computes the sparse kinds only, not {kind}"} if kind in DENSE else {}
+    result = select("sketch", g.device, g.dtype, unable=unable)(g.detach(), dim, kind, seed, nonzeros, offset)
     return result.to(accumulation_dtype(g.dtype))
 
 
@@ -203,6 +204,7 @@ def _(g: Tensor, dim: int, kind: str, seed: int, nonzeros: int, offset: int) -> 
 register(
     "sketch",
     cpu=Backend(_cpu, devices=("cpu",), needs_extension=True),
+    cuda=cuda_backend("sketch"),
     triton=triton_backend("sketch", dtypes=()),
     torch=Backend(_torch),
     reference=Backend(_reference),

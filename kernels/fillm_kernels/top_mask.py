@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fillm_kernels import native
 from fillm_kernels.arguments import FLOATS, as_integer, as_tensor
-from fillm_kernels.dispatch import Backend, register, select, triton_backend
+from fillm_kernels.dispatch import Backend, cuda_backend, register, select, triton_backend
 from fillm_kernels.errors import DeviceError, DtypeError, NotANumberError, ShapeError
 
 BLOCK_ENTRIES = 1 << 20  # scores that the torch backend takes at a time: 8 MiB of any 64-bit intermediate
@@ -210,6 +210,7 @@ def _(scores: Sequence[Tensor], budget: int) -> list[Tensor]:
 register(
     "top_mask",
     cpu=Backend(_cpu, devices=("cpu",), needs_extension=True),
+    cuda=cuda_backend("top_mask"),
     triton=triton_backend("top_mask", dtypes=()),
     torch=Backend(_torch),
     reference=Backend(_reference),

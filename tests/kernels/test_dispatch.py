@@ -11,6 +11,7 @@ from fillm_kernels.rows import nonzero_rows
 
 OPS = {"ghost_norm", "ghost_dot", "ghost_gram", "weighted_outer_", "sample_moments"}
 OPS |= {"sketch", "factored_sketch", "soir_sweep", "top_mask", "masked_norm", "masked_adamw_", "masked_sophia_"}
+WITH_CUDA = {"sketch", "top_mask"}
 X, OFFSETS = torch.ones(2, 3), torch.tensor([0, 2])
 KERNELS = Path(fillm_kernels.__file__).parents[1]
 
@@ -26,7 +27,12 @@ def test_backends_says_what_runs_where(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # then Triton kernels run on the CPU, where asked for by name
     report = backends()
     assert set(report) == OPS
-    for entry in report.values():
+    for op, entry in report.items():
+        if op in WITH_CUDA:
+            assert entry["refused"].pop("cuda").startswith("runs on cuda tensors only, not on cpu")
+            if native.cuda_refusal() is None:
+                assert entry["used"].pop("cuda") == "cuda"
+                entry["used"]["cuda"] = "torch" if dispatch.interpreted() else "triton"
         # In the interpreter Triton runs on the CPU, when forced; without it, on CUDA tensors.
         if dispatch.interpreted():
             assert set(entry["available"]) == {"cpu", "triton", "torch", "reference"}

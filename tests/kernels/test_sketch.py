@@ -13,11 +13,12 @@ from torch import Tensor
 
 from tests.kernels.ragged import DTYPES, assert_within, precision
 
-BACKENDS = ("cpu", "torch", "triton", "reference")
+BACKENDS = ("cpu", "torch", "triton", "cuda", "reference")  # cuda: on the CPU, tests/kernels/cuda_host.py
 SPARSE = ("oporp", "countsketch", "sjlt")
 # (B, P, dim): bins on both sides of block and vector widths, primes, fewer coordinates than bins, none at all.
 SHAPES = ((1, 1, 1), (3, 63, 64), (2, 65, 64), (5, 1009, 37), (2, 300, 1028), (1, 4099, 256), (2, 0, 8), (0, 9, 8))
 module = importlib.import_module("fillm_kernels.sketch")
+PAIRS = [(b, k) for b in BACKENDS for k in SKETCHES if b != "cuda" or k not in module.DENSE]
 
 
 def dimension(kind: str, dim: int) -> int:
@@ -44,8 +45,7 @@ def largest_bin(g: Tensor, dim: int, kind: str, offset: int) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", SKETCHES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "kind"), PAIRS)
 def test_every_backend_agrees_with_the_definition_in_float64(backend, kind, dtype, monkeypatch):
     monkeypatch.setenv("FILLM_BACKEND", backend)
     for samples, count, dim in SHAPES:
@@ -134,8 +134,7 @@ def test_the_variance_test_finds_a_map_that_is_no_sketch(monkeypatch):
     assert float(square.max()) > 3
 
 
-@pytest.mark.parametrize("kind", SKETCHES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "kind"), PAIRS)
 def test_sketches_of_pieces_add_up_to_the_sketch_of_the_whole(backend, kind, monkeypatch):
     monkeypatch.setenv("FILLM_BACKEND", backend)
     g, dim = torch.randn(1, 400), 40
@@ -144,8 +143,7 @@ def test_sketches_of_pieces_add_up_to_the_sketch_of_the_whole(backend, kind, mon
     assert_within(parts, whole.double(), 4 * bound(g, dim, kind))
 
 
-@pytest.mark.parametrize("kind", SKETCHES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "kind"), PAIRS)
 def test_bits_do_not_depend_on_the_split_of_the_batch(backend, kind, monkeypatch):
     monkeypatch.setenv("FILLM_BACKEND", backend)
     g = torch.randn(19, 700 if backend != "triton" else 90)
@@ -173,9 +171,9 @@ def test_bits_depend_neither_on_threads_nor_on_memory_that_was_never_written(kin
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-@pytest.mark.parametrize("kind", SKETCHES)
-def test_triton_overwrites_the_memory_it_is_given(kind, monkeypatch):
-    monkeypatch.setenv("FILLM_BACKEND", "triton")
+@pytest.mark.parametrize(("backend", "kind"), [pair for pair in PAIRS if pair[0] in ("triton", "cuda")])
+def test_gpu_kernels_overwrite_the_memory_they_are_given(backend, kind, monkeypatch):
+    monkeypatch.setenv("FILLM_BACKEND", backend)
     g = torch.randn(2, 120)
     want = sketch(g, 36, kind, 3)
     empty = torch.empty
@@ -183,8 +181,7 @@ def test_triton_overwrites_the_memory_it_is_given(kind, monkeypatch):
     assert torch.equal(sketch(g, 36, kind, 3), want)
 
 
-@pytest.mark.parametrize("kind", SKETCHES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "kind"), PAIRS)
 def test_strided_inputs_are_read_as_they_are_and_left_unchanged(backend, kind, monkeypatch):
     monkeypatch.setenv("FILLM_BACKEND", backend)
     wide = torch.randn(4, 300)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-BACKENDS = ("cpu", "torch", "triton", "reference")
+BACKENDS = ("cpu", "torch", "triton", "cuda", "reference")  # cuda: on the CPU, tests/kernels/cuda_host.py
 SIZES = (0, 1, 63, 64, 65, 1009, 5003)  # both sides of words and blocks, primes, an empty tensor
 
 
@@ -134,7 +134,9 @@ def test_strided_scores_count_in_row_major_order_and_stay_unchanged(backend, mon
         assert torch.equal(view, before)
 
 
-def test_memory_that_was_never_written_does_not_reach_the_result(monkeypatch):
+@pytest.mark.parametrize("backend", ["cpu", "cuda"])
+def test_memory_that_was_never_written_does_not_reach_the_result(backend, monkeypatch):
+    monkeypatch.setenv("FILLM_BACKEND", backend)
     scores = scores_of("ties", torch.float32)
     want = top_mask(scores, 999)
     empty = torch.empty
