@@ -29,8 +29,9 @@ install: .venv/.made
 demo: install
 	.venv/bin/python -m fillm.rank --out runs/demo --overwrite
 
+# A file's tests stay in one process, which makes what they share once.
 test: .venv-test/.made
-	.venv-test/bin/python -m pytest -m "not slow"
+	.venv-test/bin/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
 
 slow: .venv-test/.made
 	.venv-test/bin/python -m pytest -m slow

@@ -51,6 +51,7 @@ class Contract:
         anything_goes: (argument, mistake) that is none for this op.
         thread_proof: whether the C++ backend promises the same bits for any number of threads.
         many_programs: whether Triton starts so many programs that its interpreter is given fewer shapes.
+        not_on: backends of the op that leave this way of calling it to the next one.
     """
 
     name: str
@@ -64,6 +65,11 @@ class Contract:
     anything_goes: frozenset[tuple[str, str]] = field(default_factory=frozenset)
     thread_proof: bool = True
     many_programs: bool = False
+    not_on: Sequence[str] = ()
+
+    def backends(self) -> list[str]:
+        """The op's backends that run this."""
+        return [name for name in dispatch._registry[self.op] if name not in self.not_on]
 
     def results(self, arguments: Arguments) -> list[Tensor]:
         """What a call returns, and what it has written."""

@@ -121,6 +121,7 @@ def sketch_contract(kind: str, dim: int) -> Contract:
     return Contract(
         f"sketch {kind}", "sketch", fk.sketch, build, answer, roundoff=INEXACT if kind == "gaussian" else 0.0,
         anything_goes=frozenset({("g", "longer")}), thread_proof=not dense, many_programs=True,
+        not_on=("cuda",) if dense else (),
     )  # fmt: skip
 
 

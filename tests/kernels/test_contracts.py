@@ -43,7 +43,7 @@ from tests.kernels.ragged import DTYPES
 
 ROOT = Path(__file__).parents[2]
 NOT_OPS = {"backends", "select_bits", "select_rows"}
-PAIRS = [(contract, backend) for contract in CONTRACTS for backend in dispatch._registry[contract.op]]
+PAIRS = [(contract, backend) for contract in CONTRACTS for backend in contract.backends()]
 every_contract = pytest.mark.parametrize("contract", CONTRACTS, ids=lambda contract: contract.name)
 every_backend = pytest.mark.parametrize(
     ("contract", "backend"), PAIRS, ids=[f"{contract.name}-{backend}" for contract, backend in PAIRS]

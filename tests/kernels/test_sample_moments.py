@@ -94,7 +94,7 @@ def test_triton_cuts_long_samples_of_small_layers(monkeypatch, dtype):
     x, dy, offsets, v, second, absolute = inputs([3, 230, 0, 51, 99, 50], (65, 40), dtype)
     whole = sample_moments(x, dy, offsets, v, rows=True, sketch_dim=64, seed=3)
     # Parts of 50 rows, or a quarter of the sample; five of them at a time, but for a sample that takes more.
-    monkeypatch.setattr(steps, "FEW_TILES", ((4, 50),))
+    monkeypatch.setattr(steps, "FEW_TILES", ((6, 50),))
     monkeypatch.setattr(steps, "MOST_PARTS", 4)
     monkeypatch.setattr(steps, "PART_ENTRIES", 5 * 65 * 40)
     before = (second.clone(), absolute.clone())
@@ -102,7 +102,8 @@ def test_triton_cuts_long_samples_of_small_layers(monkeypatch, dtype):
     check(x, dy, offsets, v, second, absolute, 0.5, found, before)
     for cut, uncut in zip(found, whole, strict=True):
         torch.testing.assert_close(cut, uncut, rtol=1e-4, atol=1e-3)
-    alone = sample_moments(x[3:233], dy[3:233], torch.tensor([0, 230]), v, rows=True, sketch_dim=64, seed=3)
+    parts = x[3:233], dy[3:233], torch.tensor([0, 230]), v, second, absolute
+    alone = sample_moments(*parts, rows=True, sketch_dim=64, seed=3)
     for one, together in zip(alone, found, strict=True):
         assert torch.equal(one[0], together[1])
 

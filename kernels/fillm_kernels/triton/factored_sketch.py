@@ -23,8 +23,9 @@ from fillm_kernels.triton.projection import parts_of, project
 from fillm_kernels.triton.tensorsketch import count_sketch, multiply_spectra, table
 from fillm_kernels.triton.tiles import multiply, ragged_case, sum_segments, tables_to_device, unit_rows
 
-# untimed; chosen by `python -m fillm_kernels.compile_check`: 56 to 72 registers; 32 rows a step spilled on sm_80 (6).
-PRODUCT = Configuration({"BLOCK_O": 32, "BLOCK_I": 32, "BLOCK_K": 16}, num_warps=4, num_stages=2)
+# untimed; chosen by `python -m fillm_kernels.compile_check`: 32 to 61 registers; 32 rows a step spilled on
+# sm_80 (6), 4 warps on sm_90 with Triton 3.6 (11).
+PRODUCT = Configuration({"BLOCK_O": 32, "BLOCK_I": 32, "BLOCK_K": 16}, num_warps=8, num_stages=2)
 RUN = 256  # rows of a run; more where results would otherwise outweigh the sketched rows
 SPECTRA_RUN = 128
 

@@ -35,22 +35,27 @@ from fillm_kernels.triton.sketch import launch as launch_sketch
 from fillm_kernels.triton.steps import plan, plan_parts
 from fillm_kernels.triton.tiles import multiply, ragged_case, sum_segments, to_device, unit_rows
 
-# untimed; chosen by `python -m fillm_kernels.compile_check`, most registers / KiB of shared memory, no spill:
+# untimed; chosen by `python -m fillm_kernels.compile_check`, most registers / KiB of shared memory; no spill, nor with
+# Triton 3.6 on sm_90:
 #                 sm_80       sm_90       sm_100      gfx942
 #   HALF          242 / 32    240 / 32    210 / 24    172 / 32    64 rows at a time spilled on sm_80 (2)
-#   HALF_SKETCH   153 / 20    139 / 48    201 / 48    188 / 40    with all matrices beside it spilled on gfx942 (6)
+#   HALF_SKETCH   153 / 20    139 / 48    201 / 48    188 / 40
+#   HALF_ALL      180 / 16    146 / 16    184 / 16    212 / 16    two stages spilled on gfx942 (2)
 #   ODD           202 / 16    188 / 16    180 / 16    126 / 16
-#     sketching   252 / 20    254 / 48    244 / 48    247 / 40
+#     sketching   171 / 16    160 / 32    160 / 32    151 / 32
 #   FLOAT         158 / 16     94 / 16     94 / 16     90 / 16
 #     sketching   224 / 40    186 / 40    188 / 40    186 / 40
-#   FLOAT_FULL    247 / 32    251 / 32    244 / 32    231 / 32    two stages spilled on sm_80 (20) and sm_90 (2)
+#   FLOAT_FULL     94 / 6      93 / 6      94 / 6     120 / 8     64 columns spilled with Triton 3.6 on sm_90 (2)
+#   FLOAT_ALL     102 / 8     101 / 8     101 / 8     191 / 8     64 rows of G_b spilled on sm_90 (6)
 # 32 rows at a time, the length of two matrix instructions: of 64 a sample of 28 tokens would leave over half empty.
 HALF = Configuration({"BLOCK_O": 128, "BLOCK_I": 64, "BLOCK_K": 32}, num_warps=8, num_stages=3)
 ODD = Configuration({"BLOCK_O": 64, "BLOCK_I": 64, "BLOCK_K": 32}, num_warps=8, num_stages=2)
 FLOAT = Configuration({"BLOCK_O": 64, "BLOCK_I": 64, "BLOCK_K": 16}, num_warps=8, num_stages=2)
 # With v, second and absolute three tiles beside G_b's are held in registers; with a sketch the places of entries too.
-FLOAT_FULL = Configuration({"BLOCK_O": 64, "BLOCK_I": 64, "BLOCK_K": 16}, num_warps=8, num_stages=1)
+FLOAT_FULL = Configuration({"BLOCK_O": 64, "BLOCK_I": 32, "BLOCK_K": 16}, num_warps=8, num_stages=1)
 HALF_SKETCH = Configuration({"BLOCK_O": 64, "BLOCK_I": 64, "BLOCK_K": 32}, num_warps=8, num_stages=3)
+HALF_ALL = Configuration({"BLOCK_O": 64, "BLOCK_I": 32, "BLOCK_K": 32}, num_warps=8, num_stages=1)
+FLOAT_ALL = Configuration({"BLOCK_O": 32, "BLOCK_I": 32, "BLOCK_K": 16}, num_warps=8, num_stages=1)
 # Programs below which samples are dealt out to several groups: some for every multiprocessor of the largest GPUs.
 ENOUGH_PROGRAMS = 1024
 FEWEST_SAMPLES = 8  # of a group that are sketched, since every program hashes its tile
@@ -59,9 +64,11 @@ NO_SKETCH = {"SKETCH": False, "KIND": 0}
 
 def shipped(dtype: torch.dtype, aligned: bool, full: bool, sketched: bool) -> Configuration:
     """The configuration for an element type; `full` where v, second and absolute are all given."""
+    if full and sketched:
+        return FLOAT_ALL if dtype == torch.float32 else HALF_ALL
     if dtype == torch.float32:
         return FLOAT_FULL if full else FLOAT
-    if not aligned or (full and sketched):
+    if not aligned:
         return ODD
     return HALF_SKETCH if sketched else HALF
 

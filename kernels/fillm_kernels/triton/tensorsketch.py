@@ -71,11 +71,12 @@ def gather_kernel(values, codes, starts, sums, stride, rows, dim, ROWS: tl.const
     entries = values + row[:, None] * stride
     total = tl.zeros((ROWS, BINS), dtype=tl.float32)
     for turn in range(0, tl.max(end - start)):
-        mine = start + turn < end
-        code = tl.load(codes + start + turn, mask=mine, other=0)
+        mine = (start + turn < end)[None, :]
+        # Loaded as a row: Triton 3.6 and 3.7 lay out the mask and the addresses of a vector of their own unlike.
+        code = tl.load(codes + (start + turn)[None, :], mask=mine, other=0)
         place = (code >> 1) & 0xFFFFFFFF
-        entry = tl.load(entries + place[None, :], mask=(row < rows)[:, None] & mine[None, :], other=0.0).to(tl.float32)
-        total += tl.where((code & 1 != 0)[None, :], -entry, entry)
+        entry = tl.load(entries + place, mask=(row < rows)[:, None] & mine, other=0.0).to(tl.float32)
+        total += tl.where(code & 1 != 0, -entry, entry)
     tl.store(sums + row[:, None] * dim + column[None, :], total, mask=(row < rows)[:, None] & (column < dim)[None, :])
 
 
