@@ -62,6 +62,7 @@ class Capture:
         loss_reduction: `mean` or `sum` over a sample's answer tokens.
         fallback: tensors for which no rule holds, with the reason; they take batch-1 autograd, exact and slower.
             Tensors met later in an operation without a rule are added.
+        alone: why samples may not share a batch, empty if they may; batches are then run sample by sample.
     """
 
     def __init__(
@@ -70,8 +71,9 @@ class Capture:
         names: Sequence[str],
         loss_reduction: LossReduction = "mean",
         fallback: Mapping[str, str] | None = None,
+        alone: str = "",
     ) -> None:
-        self.model, self.loss_reduction = model, loss_reduction
+        self.model, self.loss_reduction, self.alone = model, loss_reduction, alone
         every = dict(model.named_parameters())
         self.parameters = {name: every[name] for name in names}
         self.fallback = dict(fallback or {})
@@ -83,20 +85,28 @@ class Capture:
         """Where batches have to be."""
         return next(self.model.parameters()).device
 
+    def like(self, names: Sequence[str], model: nn.Module | None = None) -> "Capture":
+        """A capture of some tensors of this model, or of a copy of it, that has learned what this one knows."""
+        return Capture(model or self.model, names, self.loss_reduction, self.fallback, self.alone)
+
     def run(self, batch: Batch, samples: SampleSet, observe: Observe) -> Tensor:
         """One batch: `observe(name, gradients, positions)` is called once for every tensor that a gradient reaches.
 
+        With `alone`, and for tensors in `fallback`, it is called once a sample.
+
         Args:
             batch: the collated batch, on any device.
-            samples: the set the batch was made from (the fallback reads its samples one by one).
+            samples: the set the batch was made from (what runs sample by sample reads them again).
             observe: receives the name, the batch's per-sample gradients and the samples' positions [B] in the set.
 
         Returns:
             [B] each sample's loss, float64, on the CPU.
         """
-        batch = batch.to(self.device)
+        parts = [batch]
+        if self.alone and len(batch.indices) > 1:
+            parts = [collate(samples, [position], batch.layout) for position in batch.indices.tolist()]
         with frozen(self.model), torch.enable_grad():
-            losses = self._run_rules(batch, observe)
+            losses = torch.cat([self._run_rules(part.to(self.device), observe) for part in parts])
             if any(name in self.parameters for name in self.fallback):
                 self._run_fallback(batch, samples, observe)
         return losses

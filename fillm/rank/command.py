@@ -195,6 +195,7 @@ def _rank(
         "checks": checks,
         "passes": passes.record,
         "visited_again": scores.visited_again,
+        "one_by_one": capture.alone or None,
         "fallback": dict(capture.fallback),
         "seconds": round(time.monotonic() - begun, 3),
     }
@@ -217,6 +218,8 @@ def _checks(capture: Capture, sets: dict[str, SampleSet], config: RankConfig, co
     # Of both sets: were one of equal lengths throughout, it would say nothing of the padding that the other gets.
     both = SampleSet([sample for some in sets.values() for sample in some], "both sets")
     found = verify(capture, both, config.layout)
+    if capture.alone:
+        console.warn(f"{capture.alone}: samples influence each other; every one runs by itself, exact and slower")
     for name, reason in capture.fallback.items():
         console.warn(f"{name}: {reason}; it takes batch-1 autograd, exact and slower")
     difference = warn_of_noise(capture, max(sets.values(), key=len), console, config.layout)
@@ -228,8 +231,8 @@ def _checks(capture: Capture, sets: dict[str, SampleSet], config: RankConfig, co
 
 def _add_notes(scores: Scores, capture: Capture) -> None:
     for row in scores.rows:
-        if row["name"] in capture.fallback:
-            row["note"] = "; ".join(filter(None, [row.get("note", ""), "batch-1 autograd"]))
+        how = "batch-1 autograd" if row["name"] in capture.fallback else "batches of one" if capture.alone else ""
+        row["note"] = "; ".join(filter(None, [row.get("note", ""), how]))
 
 
 def _sample_table(sets: dict[str, SampleSet], passes: Passes) -> pa.Table:

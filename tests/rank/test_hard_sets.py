@@ -80,19 +80,47 @@ def test_one_retain_row_still_shows_a_model_that_mixes_its_batch():
         ranking = rank_parameters(model, None, FORGET_ROWS, RETAIN_ROWS[:1])
     finally:
         handle.remove()
-    assert all("batch-1 autograd" in row["note"] for row in ranking)
+    assert all("batches of one" in row["note"] for row in ranking)
+    assert ranking.record["one_by_one"].startswith("sample ") and not ranking.record["fallback"]
+
+
+def sees_what_comes_after():
+    """A model whose tokens see what comes after them, padding included."""
+    torch.manual_seed(3)
+    config = BertConfig(vocab_size=90, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
+    return AutoModelForCausalLM.from_config(config).eval()
 
 
 @pytest.mark.parametrize("equal", ["forget", "retain"])
 def test_padding_of_the_smaller_set_alone_is_noticed(equal):
-    """A model whose tokens see what comes after them, padding included, and a larger set that has no padding."""
-    torch.manual_seed(3)
-    model = AutoModelForCausalLM.from_config(
-        BertConfig(vocab_size=90, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
-    ).eval()
+    """A larger set that has no padding says nothing of what padding does to the other."""
+    model = sees_what_comes_after()
     ragged, even = toy_samples(3, seed=4), toy_samples(5, seed=5, shortest=9, longest=9)
     forget, retain = (even, ragged) if equal == "forget" else (ragged, even)
     ranking = rank_parameters(model, None, rows_of(forget), rows_of(retain), save_update=True)
     expected = Direct(reference_gradients(model, forget), reference_gradients(model, retain))
     for name in ("bert.embeddings.word_embeddings.weight", "bert.encoder.layer.0.attention.self.value.weight"):
         assert ranking.scores[name] == pytest.approx(float(expected.u[name].norm()), rel=1e-4), name
+
+
+@pytest.mark.parametrize("update", [False, True])
+def test_samples_run_one_by_one_leave_no_rounding_noise(update):
+    """Keys have no gradient of their bias: through the rules it is zero, and not noise that ranks first."""
+    model = sees_what_comes_after()
+    forget, retain = toy_samples(3, seed=4), toy_samples(6, seed=5)
+    ranking = rank_parameters(model, None, rows_of(forget), rows_of(retain), save_update=update)
+    direct = Direct(reference_gradients(model, forget), reference_gradients(model, retain))
+    for row in ranking:
+        assert row["note"].endswith("batches of one")
+        # Pooler and relation head are not reached; the key bias cancels.
+        assert row["name"].endswith("key.bias") == row["note"].startswith("unused"), row
+        if not row["name"].endswith("key.bias"):
+            assert row["score"] == pytest.approx(float(direct.u[row["name"]].norm()), rel=1e-3), row["name"]
+
+
+def test_batch_size_does_not_matter_where_samples_run_one_by_one():
+    """However many samples a batch was to hold, the model sees one."""
+    model = sees_what_comes_after()
+    forget, retain = rows_of(toy_samples(3, seed=4)), rows_of(toy_samples(6, seed=5))
+    one, many = (rank_parameters(model, None, forget, retain, tokens_per_batch=n) for n in (1, 2048))
+    assert one.scores == pytest.approx(many.scores, rel=1e-6)
