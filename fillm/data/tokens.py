@@ -223,7 +223,9 @@ def _finish(name: str, tokens: _Tokens, limit: int, vocab_size: int | None) -> t
         raise _BadRow(f"field {tokens.field!r} has no token that counts")
     bound = 2**63 if vocab_size is None else vocab_size
     for position, token in enumerate(ids):
-        if not 0 <= token < bound:
+        if token < 0:
+            raise _BadRow(f"token id {token} at position {position} is negative; token ids begin at 0")
+        if token >= bound:
             raise _BadRow(f"token id {token} at position {position} is outside the vocabulary of {bound} ids")
     front = tokens.front
     cut = max(0, min(len(ids) - limit, counted[0] - max(front, 1)))  # of the prompt; one token has to stay before
