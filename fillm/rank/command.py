@@ -90,7 +90,8 @@ def run(config: RankConfig) -> None:
     config = _with_default_model(config, console)
     tokenizer = None
     if any("input_ids" not in row.fields for some in rows.values() for row in some):
-        tokenizer = load_tokenizer(config.tokenizer or config.model, trust_remote_code=config.trust_remote_code)
+        source, flag = (config.tokenizer, "--tokenizer") if config.tokenizer else (config.model, "--model")
+        tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code, option=flag)
     if config.dry_run:
         plan_run(config, _samples(config, tokenizer, rows, console), console)
         return
