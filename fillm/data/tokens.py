@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
+from fillm.data.files import SKIPPABLE
 from fillm.data.rows import Row
 from fillm.data.samples import IGNORED, Sample, SampleSet
 from fillm.data.templates import DEFAULT_TEMPLATE, Template, parse_template, require_chat_template
@@ -115,7 +116,7 @@ def tokenize_rows(
             except _BadRow as error:
                 bad[number] = str(error)
         if number in bad and not skip_bad_rows:
-            raise DataError(f"{row.where}: {bad[number]}; mend the row, or leave such rows out with --skip-bad-rows")
+            raise DataError(f"{row.where}: {bad[number]}; {SKIPPABLE}")
     skipped = [(rows[number].where, why) for number, why in sorted(bad.items())]
     if not samples:
         where, why = skipped[0]
