@@ -47,7 +47,8 @@ class FinetuneConfig:
     debug: bool = option(False, "show tracebacks")
 
 
-# What may differ between an interrupted run and the one that continues it: none of it changes a weight.
+# What may differ between an interrupted run and the one that continues it: none of it changes a weight. The kind of
+# device does, and is compared apart: `auto` and `cpu` may be one.
 FREE_ON_RESUME = frozenset({"out", "resume", "overwrite", "debug", "checkpoint_every", "device", "data_root"})
 
 

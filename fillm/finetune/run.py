@@ -95,7 +95,9 @@ def run(
             "eval_data": sets["eval_data"].fingerprint if "eval_data" in sets else None,
             "initial_model": model_fingerprint(model),
         }
-        folder.check_identity(run_identity(config, fingerprints, FREE_ON_RESUME))
+        # The order of a sum depends on the device and on the number of threads, and with it the last bits.
+        machine = {"device": device.type, "threads": str(torch.get_num_threads())}
+        folder.check_identity({**run_identity(config, fingerprints, FREE_ON_RESUME), **machine})
         record = run_record(config, fingerprints, skipped_lines(sets.values()), device)
         trained = _prepare(model, config).to(device)
         plan = _plan(config, len(sets["data"]))
