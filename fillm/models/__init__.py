@@ -2,6 +2,7 @@
 
 from fillm.models.catalogue import KINDS, TensorInfo, catalogue
 from fillm.models.fingerprint import model_fingerprint
+from fillm.models.finite import spoilt_weight
 from fillm.models.heads import HeadLayout, head_layout
 from fillm.models.loading import DTYPES, load_model, load_tokenizer, quiet_transformers, resolve_device
 from fillm.models.selection import select_tensors
@@ -19,4 +20,5 @@ __all__ = [
     "quiet_transformers",
     "resolve_device",
     "select_tensors",
+    "spoilt_weight",
 ]
