@@ -1,6 +1,7 @@
 """Load a model, catalogue its tensors (kind, layer, ties, adapters), choose among them, find their attention heads."""
 
 from fillm.models.catalogue import KINDS, TensorInfo, catalogue
+from fillm.models.differentiable import check_differentiable
 from fillm.models.fingerprint import model_fingerprint
 from fillm.models.finite import spoilt_weight
 from fillm.models.heads import HeadLayout, head_layout
@@ -13,6 +14,7 @@ __all__ = [
     "HeadLayout",
     "TensorInfo",
     "catalogue",
+    "check_differentiable",
     "head_layout",
     "load_model",
     "load_tokenizer",

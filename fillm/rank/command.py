@@ -16,7 +16,7 @@ from fillm.config import from_mapping
 from fillm.data import Reading, Row, SampleSet, check_fits_model, shared_rows, take
 from fillm.data.reading import DataLike, skipped_lines
 from fillm.errors import DataError, UsageError
-from fillm.models import catalogue, load_model, load_tokenizer, model_fingerprint, select_tensors
+from fillm.models import catalogue, check_differentiable, load_model, load_tokenizer, model_fingerprint, select_tensors
 from fillm.rank.config import FORGET_ALONE, WITHOUT_GRADIENTS, RankConfig, check
 from fillm.rank.console import Console
 from fillm.rank.default_model import DEFAULT_FORGET, DEFAULT_RETAIN, default_folder, default_model
@@ -37,6 +37,7 @@ _COMMAND_ONLY = {
 _FREE_ON_RESUME = ("out", "resume", "overwrite", "dry_run", "debug", "checkpoint_seconds", "data_root")
 
 
+@torch.inference_mode(False)
 def rank_parameters(
     model: nn.Module,
     tokenizer: Any,
@@ -52,7 +53,7 @@ def rank_parameters(
 
     Args:
         model: a causal language model; returned as it came (mode, `requires_grad`, weights).
-        tokenizer: of the model; None if the rows carry `input_ids` and `labels`.
+        tokenizer: of the model, loaded; None if the rows carry `input_ids` and `labels`.
         forget: a data spec, a `datasets.Dataset` or any sequence of rows.
         retain: the same; not needed by `saliency`, `gradient`, `parameter-shift`, `random` and `none`.
         method: as `--method`.
@@ -70,6 +71,8 @@ def rank_parameters(
         raise UsageError(f"rank_parameters: {', '.join(misplaced)}: a setting of the command, not of this function")
     if not isinstance(model, nn.Module):
         raise UsageError(f"model: give the loaded model, not a {type(model).__name__}")
+    if tokenizer is not None and not callable(tokenizer):
+        raise UsageError(f"tokenizer: give the loaded tokenizer of transformers, not a {type(tokenizer).__name__}")
     if base_model is not None and not isinstance(base_model, nn.Module):
         raise UsageError("base_model: give the loaded model, not a path")
     config = from_mapping(RankConfig, {"method": method, **settings}, where="rank_parameters")
@@ -171,6 +174,8 @@ def _rank(
     folder: RunFolder | None,
 ) -> Ranking:
     begun = time.monotonic()
+    if sets:
+        check_differentiable(model)
     for which, samples in sets.items():
         check_fits_model(samples, model, f"--{which}")
     scope = select_tensors(catalogue(model), config.include, config.exclude)
