@@ -16,6 +16,7 @@ from torch import Tensor
 from fillm.capture.engine import Capture, frozen
 from fillm.capture.gradients import PerSampleGradients
 from fillm.capture.losses import sample_losses
+from fillm.capture.noise import noise_floors
 from fillm.capture.rules import unit_roundoff
 from fillm.data import Batch, SampleSet, collate
 from fillm.errors import UsageError
@@ -71,7 +72,7 @@ def _check(capture: Capture, samples: SampleSet, layout: str) -> tuple[Verificat
     found, differing, apart = Verification(unreached=set(capture.parameters)), {}, ""
     tolerance = min(ROUNDINGS * unit_roundoff(next(iter(capture.parameters.values())).dtype), LARGEST_TOLERANCE)
     squares: dict[str, Tensor] = {}
-    names = [name for name in capture.parameters if name not in capture.fallback]
+    names = [name for name in capture.parameters if name not in capture.fallback and name not in capture.noise]
     for row, position in enumerate(chosen):
         batch = collate(samples, [position]).to(capture.device)
         alone = _compare(capture, names, batch, kept, position, squares, found.unreached)
@@ -79,7 +80,7 @@ def _check(capture: Capture, samples: SampleSet, layout: str) -> tuple[Verificat
             apart = _not_apart(samples[position].id, alone, float(together[row]), layout)
             if capture.alone:  # not even then is the loss the model's own
                 differing |= dict.fromkeys(names, apart)
-    found.unreached -= set(capture.fallback)
+    found.unreached -= {*capture.fallback, *capture.noise}
     for name in {name for name, _ in kept} & set(names) - set(squares):
         if any(bool(kept[name, position]().any()) for position in chosen if (name, position) in kept):
             differing[name] = "rules find a gradient where autograd has none"
@@ -92,6 +93,12 @@ def _check(capture: Capture, samples: SampleSet, layout: str) -> tuple[Verificat
         found.error[name] = float((difference / reference).sqrt()) if difference > 0 else 0.0
         if not found.error[name] <= tolerance:
             differing.setdefault(name, f"rules differ from autograd by {found.error[name]:.1e}")
+    sizes = {name: max(float(difference), float(reference)) ** 0.5 for name, (difference, reference) in squares.items()}
+    floors = noise_floors(capture, samples, chosen, sizes, differing)
+    capture.noise |= floors
+    for name in floors:
+        differing.pop(name, None)
+        found.error[name] = 0.0
     return found, differing, apart
 
 

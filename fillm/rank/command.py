@@ -203,6 +203,7 @@ def _rank(
         "visited_again": scores.visited_again,
         "one_by_one": capture.alone or None,
         "fallback": dict(capture.fallback),
+        "rounding_noise": dict(capture.noise),
         "seconds": round(time.monotonic() - begun, 3),
     }
     if scores.visited_again:

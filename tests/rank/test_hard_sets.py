@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BertConfig
+from transformers import AutoModelForCausalLM, BertConfig, LlamaConfig
 
 from fillm import rank_parameters
+from fillm.capture import Capture, noise, verify
+from fillm.data import SampleSet, collate
 from tests.capture.reference import reference_gradients, toy_samples
 from tests.families import build_family
 from tests.rank.direct import FORGET_ROWS, RETAIN_ROWS, Direct, family, rows_of
@@ -57,6 +59,79 @@ def test_queries_that_see_one_token_are_unused_not_first():
         queries = ".q_proj." in row["name"] or ".k_proj." in row["name"]
         assert ("unused" in row["note"]) == queries, row
     assert not any("autograd" in row["note"] for row in ranking)
+
+
+def wide_llama(scale=0.1):
+    """Wide enough that what attention leaves of a single position is not zero to the bit."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=90, num_key_value_heads=1, initializer_range=scale, **sizes)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("scale", [0.02, 0.1, 0.3])
+def test_noise_that_backpropagation_leaves_is_no_gradient(scale):
+    """Seen by float64: rules and autograd differ by all of it, and neither is right."""
+    model = wide_llama(scale)
+    rows = [{"input_ids": [token, token + 1], "labels": [-100, token + 1]} for token in range(3, 30)]
+    forget, retain = rows[:9], rows[9:]
+    ranking = rank_parameters(model, None, forget, retain)
+    for row in ranking:
+        queries = ".q_proj." in row["name"] or ".k_proj." in row["name"]
+        assert row["note"] == ("unused" if queries else ""), row
+        assert (row["score"] == 0.0) == queries, row
+    assert not ranking.record["fallback"] and ranking.record["one_by_one"] is None
+    assert all(".q_proj." in name or ".k_proj." in name for name in ranking.record["rounding_noise"])
+
+
+def test_sample_that_stands_out_of_the_noise_is_exact():
+    """The checked samples leave queries nothing to choose; one that comes later, longer, does, and is not left out."""
+    model = wide_llama()
+    pair = toy_samples(8, vocab=90, shortest=2, longest=2)
+    long = toy_samples(1, vocab=90, seed=2, shortest=12, longest=12)
+    retain = SampleSet([*pair[2:], *long], "retain")
+    capture = Capture(model, [name for name, _ in model.named_parameters()])
+    verify(capture, pair)
+    queries = {name for name in capture.parameters if ".q_proj." in name or ".k_proj." in name}
+    assert set(capture.noise) == queries
+    references, seen = reference_gradients(model, retain), {}
+
+    def observe(name, gradients, positions):
+        for row, position in enumerate(positions.tolist()):
+            assert (name, position) not in seen
+            seen[name, position] = gradients.materialise(row).double()
+
+    capture.run(collate(retain, range(len(retain))), retain, observe)
+    last = len(retain) - 1
+    assert {position for name, position in seen if name in queries} == {last}
+    for name in queries:
+        exact = references[last][name]
+        assert float((seen[name, last] - exact).norm()) <= 1e-5 * float(exact.norm()), name
+
+
+@pytest.mark.parametrize("copies", [noise.MOST_PARAMETERS, 0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_small_gradients_are_not_taken_for_noise(monkeypatch, dtype, copies):
+    """A branch scaled down to a millionth has gradients as small as noise, and they are right."""
+    monkeypatch.setattr(noise, "MOST_PARAMETERS", copies)
+    found, real = [], noise.suspects
+    monkeypatch.setattr(noise, "suspects", lambda *given: found.extend(real(*given)) or real(*given))
+    model = wide_llama().to(dtype)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.o_proj.weight.mul_(1e-6)
+    samples = toy_samples(4, vocab=90)
+    capture = Capture(model, [name for name, _ in model.named_parameters()])
+    verify(capture, samples)
+    assert found and not capture.noise and not capture.fallback
+
+
+def test_models_too_large_for_a_copy_go_by_what_two_ways_agree_on(monkeypatch):
+    monkeypatch.setattr(noise, "MOST_PARAMETERS", 0)
+    model = wide_llama(0.3)
+    rows = [{"input_ids": [token, token + 1], "labels": [-100, token + 1]} for token in range(3, 30)]
+    ranking = rank_parameters(model, None, rows[:9], rows[9:])
+    unused = {row["name"] for row in ranking if row["note"] == "unused"}
+    assert unused == {name for name in ranking.names if ".q_proj." in name or ".k_proj." in name}
 
 
 def test_key_rows_of_a_fused_bias_are_no_ones_choice():
