@@ -59,7 +59,7 @@ def rank_parameters(
         method: as `--method`.
         base_model: the model before fine-tuning, for `parameter-shift`.
         progress: show progress bars and the warnings on stderr.
-        settings: the other fields of `fillm.rank.RankConfig`.
+        settings: the other fields of `fillm.rank.RankConfig`; `include` and `exclude` may be lists of kinds and globs.
 
     Returns:
         The ranking, with `u` in `updates` where it was asked for or needed.
@@ -75,6 +75,7 @@ def rank_parameters(
         raise UsageError(f"tokenizer: give the loaded tokenizer of transformers, not a {type(tokenizer).__name__}")
     if base_model is not None and not isinstance(base_model, nn.Module):
         raise UsageError("base_model: give the loaded model, not a path")
+    settings |= {name: _joined(settings[name]) for name in ("include", "exclude") if name in settings}
     config = from_mapping(RankConfig, {"method": method, **settings}, where="rank_parameters")
     check(dataclasses.replace(config, base_model=config.base_model or ("given" if base_model is not None else None)))
     console = Console() if progress else Console.silent()
@@ -82,6 +83,12 @@ def rank_parameters(
     named = {w: data for w, data in (("forget", forget), ("retain", retain)) if isinstance(data, str)}
     sets = _samples(dataclasses.replace(config, **named), tokenizer, _read(config, forget, retain, console), console)
     return _rank(config, model, base_model, sets, console, None)
+
+
+def _joined(patterns: Any) -> Any:
+    """A list of patterns as the one string that the option takes; an empty list is no choice, and will be refused."""
+    listed = isinstance(patterns, list | tuple) and patterns and all(isinstance(one, str) for one in patterns)
+    return ",".join(patterns) if listed else patterns
 
 
 def run(config: RankConfig) -> None:

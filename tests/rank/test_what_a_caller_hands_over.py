@@ -49,3 +49,17 @@ def test_attention_without_a_backward_pass_is_one_line():
 def test_a_tokenizer_that_is_not_loaded_is_one_line(tokenizer):
     with pytest.raises(UsageError, match=r"^tokenizer: give the loaded tokenizer of transformers, not a "):
         rank_parameters(family("llama")[0], tokenizer, FORGET_ROWS, RETAIN_ROWS)
+
+
+def test_scope_may_be_a_list():
+    model = family("llama")[0]
+    expected = ranked(model, include="mlp,*q_proj*", exclude="*layers.0*")
+    for kind in (list, tuple):
+        found = ranked(model, include=kind(["mlp", "*q_proj*"]), exclude=kind(["*layers.0*"]))
+        assert found.table.equals(expected.table) and found.settings == expected.settings
+
+
+@pytest.mark.parametrize("scope", [[], ["mlp", 3], {"mlp"}])
+def test_a_scope_that_says_nothing_is_one_line(scope):
+    with pytest.raises(UsageError, match=r"^--include: .* is not of type str"):
+        ranked(family("llama")[0], include=scope)
