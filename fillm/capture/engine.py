@@ -62,6 +62,9 @@ class Capture:
         loss_reduction: `mean` or `sum` over a sample's answer tokens.
         fallback: tensors for which no rule holds, with the reason; they take batch-1 autograd, exact and slower.
             Tensors met later in an operation without a rule are added.
+        alone: why samples may not share a batch, empty if they may; batches are then run sample by sample.
+        noise: tensors whose gradient is rounding noise, with the norm up to which it is: such samples are left out,
+            and what is larger takes batch-1 autograd.
     """
 
     def __init__(
@@ -70,11 +73,13 @@ class Capture:
         names: Sequence[str],
         loss_reduction: LossReduction = "mean",
         fallback: Mapping[str, str] | None = None,
+        alone: str = "",
+        noise: Mapping[str, float] | None = None,
     ) -> None:
-        self.model, self.loss_reduction = model, loss_reduction
+        self.model, self.loss_reduction, self.alone = model, loss_reduction, alone
         every = dict(model.named_parameters())
         self.parameters = {name: every[name] for name in names}
-        self.fallback = dict(fallback or {})
+        self.fallback, self.noise = dict(fallback or {}), dict(noise or {})
         self._experts = fused_experts(model)
         self._scale = FLOAT16_LOSS_SCALE if next(model.parameters()).dtype == torch.float16 else 1.0
 
@@ -83,25 +88,35 @@ class Capture:
         """Where batches have to be."""
         return next(self.model.parameters()).device
 
+    def like(self, names: Sequence[str], model: nn.Module | None = None) -> "Capture":
+        """A capture of some tensors of this model, or of a copy of it, that has learned what this one knows."""
+        return Capture(model or self.model, names, self.loss_reduction, self.fallback, self.alone, self.noise)
+
     def run(self, batch: Batch, samples: SampleSet, observe: Observe) -> Tensor:
         """One batch: `observe(name, gradients, positions)` is called once for every tensor that a gradient reaches.
 
+        With `alone`, and for tensors in `fallback`, it is called once a sample.
+
         Args:
             batch: the collated batch, on any device.
-            samples: the set the batch was made from (the fallback reads its samples one by one).
+            samples: the set the batch was made from (what runs sample by sample reads them again).
             observe: receives the name, the batch's per-sample gradients and the samples' positions [B] in the set.
 
         Returns:
             [B] each sample's loss, float64, on the CPU.
         """
-        batch = batch.to(self.device)
+        parts = [batch]
+        if self.alone and len(batch.indices) > 1:
+            parts = [collate(samples, [position], batch.layout) for position in batch.indices.tolist()]
         with frozen(self.model), torch.enable_grad():
-            losses = self._run_rules(batch, observe)
-            if any(name in self.parameters for name in self.fallback):
-                self._run_fallback(batch, samples, observe)
-        return losses
+            losses = []
+            for part in parts:
+                loud: dict[int, list[str]] = {}  # tensors of samples that stand out from the noise
+                losses.append(self._run_rules(part.to(self.device), observe, loud))
+                self._run_fallback(part, samples, observe, loud)
+        return torch.cat(losses)
 
-    def _run_rules(self, batch: Batch, observe: Observe) -> Tensor:
+    def _run_rules(self, batch: Batch, observe: Observe, loud: dict[int, list[str]]) -> Tensor:
         covered = {name: p for name, p in self.parameters.items() if name not in self.fallback}
         count, uses, pending = len(batch.indices), dict.fromkeys(covered, 0), {}
         forward = True
@@ -113,6 +128,11 @@ class Capture:
         def hand_over(name: str, gradients: PerSampleGradients) -> None:
             if self._scale != 1.0:
                 gradients = ScaledGradients(gradients, 1.0 / self._scale)
+            if name in self.noise:
+                quiet = (gradients.squared_norms() <= self.noise[name] ** 2).cpu()  # NaN is not
+                for position in batch.indices.cpu()[~quiet].tolist():
+                    loud.setdefault(position, []).append(name)
+                return
             observe(name, gradients, batch.indices)
 
         def deliver(name: str, gradients: PerSampleGradients) -> None:
@@ -151,9 +171,12 @@ class Capture:
                     hand_over(name, combine(parts, count))
         return losses.detach().double().cpu()
 
-    def _run_fallback(self, batch: Batch, samples: SampleSet, observe: Observe) -> None:
-        names = [name for name in self.parameters if name in self.fallback]
+    def _run_fallback(self, batch: Batch, samples: SampleSet, observe: Observe, loud: Mapping[int, list[str]]) -> None:
+        always = [name for name in self.parameters if name in self.fallback]
         for position in batch.indices.tolist():
+            names = [*always, *(name for name in loud.get(position, []) if name not in self.fallback)]
+            if not names:
+                continue
             single = collate(samples, [position]).to(self.device)
             for name, gradient in batch_one_gradients(self.model, names, single, self.loss_reduction, self._scale):
                 wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32)) / self._scale

@@ -10,6 +10,7 @@ from typing import Any
 
 from fillm.errors import DataError
 
+SKIPPABLE = "mend the row, or leave such rows out with --skip-bad-rows"
 Record = tuple[Any, int | None]  # what stands at one row, and its line in the file (from 1) where there are lines
 
 
@@ -38,7 +39,7 @@ def read_records(path: str, lenient: bool = False) -> list[Record]:
         records = list(reader(file, path))
         faults = [row for row, _ in records if isinstance(row, DataError)]
         if faults and not lenient:
-            raise faults[0]
+            raise DataError(f"{faults[0]}; {SKIPPABLE}")
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; check the path") from None
     except OSError as error:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fillm.data.fictional import fictional_rows
-from fillm.data.files import Record, read_records
+from fillm.data.files import SKIPPABLE, Record, read_records
 from fillm.data.published import load_from_hub, read_benchmark
 from fillm.data.specs import DataSpec, parse_spec
 from fillm.errors import DataError, UsageError
@@ -79,7 +79,7 @@ def load_rows(
     rows = [_as_row(*records[number], source, number) for number in kept]
     faults = [row for row in rows if row.fault is not None]
     if faults and not skip_bad_rows:
-        raise DataError(f"{faults[0].where}: {faults[0].fault}")
+        raise DataError(f"{faults[0].where}: {faults[0].fault}; {SKIPPABLE}")
     return rows
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
+from fillm.data.files import SKIPPABLE
 from fillm.data.rows import Row
 from fillm.data.samples import IGNORED, Sample, SampleSet
 from fillm.data.templates import DEFAULT_TEMPLATE, Template, parse_template, require_chat_template
@@ -115,7 +116,7 @@ def tokenize_rows(
             except _BadRow as error:
                 bad[number] = str(error)
         if number in bad and not skip_bad_rows:
-            raise DataError(f"{row.where}: {bad[number]}; mend the row, or leave such rows out with --skip-bad-rows")
+            raise DataError(f"{row.where}: {bad[number]}; {SKIPPABLE}")
     skipped = [(rows[number].where, why) for number, why in sorted(bad.items())]
     if not samples:
         where, why = skipped[0]
@@ -223,7 +224,9 @@ def _finish(name: str, tokens: _Tokens, limit: int, vocab_size: int | None) -> t
         raise _BadRow(f"field {tokens.field!r} has no token that counts")
     bound = 2**63 if vocab_size is None else vocab_size
     for position, token in enumerate(ids):
-        if not 0 <= token < bound:
+        if token < 0:
+            raise _BadRow(f"token id {token} at position {position} is negative; token ids begin at 0")
+        if token >= bound:
             raise _BadRow(f"token id {token} at position {position} is outside the vocabulary of {bound} ids")
     front = tokens.front
     cut = max(0, min(len(ids) - limit, counted[0] - max(front, 1)))  # of the prompt; one token has to stay before

@@ -1,5 +1,6 @@
 """The settings of `python -m fillm.finetune`."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -46,7 +47,8 @@ class FinetuneConfig:
     debug: bool = option(False, "show tracebacks")
 
 
-# What may differ between an interrupted run and the one that continues it: none of it changes a weight.
+# What may differ between an interrupted run and the one that continues it: none of it changes a weight. The kind of
+# device does, and is compared apart: `auto` and `cpu` may be one.
 FREE_ON_RESUME = frozenset({"out", "resume", "overwrite", "debug", "checkpoint_every", "device", "data_root"})
 
 
@@ -76,13 +78,17 @@ def resolved(config: FinetuneConfig) -> FinetuneConfig:
     if epochs is None and config.max_steps is None:
         epochs = 30 if new else 5
     config = replace(config, epochs=epochs, lr=rate if config.lr is None else config.lr)
-    for name in ("epochs", "max_steps", "batch_size", "gradient_accumulation", "lora_rank", "lr", "vocab_size"):
+    counts = ("epochs", "max_steps", "batch_size", "gradient_accumulation", "lora_rank", "vocab_size")
+    for name in (*counts, "lr", "target_loss"):
         value = getattr(config, name)
         if value is not None and not value > 0:
             raise UsageError(f"--{name.replace('_', '-')} {value}: has to be above 0")
     for name in ("weight_decay", "warmup", "clip_norm", "checkpoint_every"):
         if not getattr(config, name) >= 0:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(config, name)}: has to be 0 or above")
+    for name in ("lr", "target_loss", "weight_decay", "warmup"):
+        if getattr(config, name) == math.inf:
+            raise UsageError(f"--{name.replace('_', '-')} inf: has to be finite")
     if config.resume and config.overwrite:
         raise UsageError("--resume and --overwrite: give one of them")
     return config

@@ -95,7 +95,9 @@ def run(
             "eval_data": sets["eval_data"].fingerprint if "eval_data" in sets else None,
             "initial_model": model_fingerprint(model),
         }
-        folder.check_identity(run_identity(config, fingerprints, FREE_ON_RESUME))
+        # The order of a sum depends on the device and on the number of threads, and with it the last bits.
+        machine = {"device": device.type, "threads": str(torch.get_num_threads())}
+        folder.check_identity({**run_identity(config, fingerprints, FREE_ON_RESUME), **machine})
         record = run_record(config, fingerprints, skipped_lines(sets.values()), device)
         trained = _prepare(model, config).to(device)
         plan = _plan(config, len(sets["data"]))
@@ -150,10 +152,11 @@ def _model_and_tokenizer(config: FinetuneConfig, rows: list[Row]) -> tuple[PreTr
     trust = config.trust_remote_code
     if config.model is not None:
         model = load_model(config.model, device="cpu", trust_remote_code=trust)
-        return model, load_tokenizer(config.tokenizer or config.model, trust_remote_code=trust)
+        source, flag = (config.tokenizer, "--tokenizer") if config.tokenizer else (config.model, "--model")
+        return model, load_tokenizer(source, trust_remote_code=trust, option=flag)
     architecture = architecture_config(str(config.architecture))
     if config.tokenizer is not None:
-        tokenizer = load_tokenizer(config.tokenizer, trust_remote_code=trust)
+        tokenizer = load_tokenizer(config.tokenizer, trust_remote_code=trust, option="--tokenizer")
     else:
         size = config.vocab_size or architecture.vocab_size
         tokenizer = train_tokenizer(training_texts(rows, config.template), size)

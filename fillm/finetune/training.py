@@ -28,6 +28,7 @@ from fillm.finetune.checkpoint import Progressed, load_checkpoint, save_checkpoi
 from fillm.finetune.log import LOG_COLUMNS
 from fillm.finetune.progress import TrainingProgress
 from fillm.finetune.schedule import epoch_batches, rate_factor
+from fillm.models import spoilt_weight
 from fillm.runs import RunFolder
 
 _BETAS = (0.9, 0.95)
@@ -228,7 +229,12 @@ class Training:
             progress.message(f"out of memory: going on with {state.micro_batch} samples a forward pass, same result")
         if not torch.isfinite(losses).all():
             worst = indices[int((~torch.isfinite(losses)).nonzero()[0, 0])]
-            raise NumericsError(f"{self.samples[worst].id}: loss is not finite at step {state.step + 1}; lower --lr")
+            # Before any step was taken, no rate is at fault.
+            spoilt = spoilt_weight(self.model) if state.step == 0 else None
+            remedy = (
+                f"{spoilt} holds NaN or infinity: give a model whose weights are finite" if spoilt else "lower --lr"
+            )
+            raise NumericsError(f"{self.samples[worst].id}: loss is not finite at step {state.step + 1}; {remedy}")
         limit = plan.clip_norm if plan.clip_norm > 0 else math.inf
         norm = nn.utils.clip_grad_norm_(self._parameters.values(), limit).item()
         if not math.isfinite(norm):

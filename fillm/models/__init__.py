@@ -1,7 +1,9 @@
 """Load a model, catalogue its tensors (kind, layer, ties, adapters), choose among them, find their attention heads."""
 
 from fillm.models.catalogue import KINDS, TensorInfo, catalogue
+from fillm.models.differentiable import check_differentiable
 from fillm.models.fingerprint import model_fingerprint
+from fillm.models.finite import spoilt_weight
 from fillm.models.heads import HeadLayout, head_layout
 from fillm.models.loading import DTYPES, load_model, load_tokenizer, quiet_transformers, resolve_device
 from fillm.models.selection import select_tensors
@@ -12,6 +14,7 @@ __all__ = [
     "HeadLayout",
     "TensorInfo",
     "catalogue",
+    "check_differentiable",
     "head_layout",
     "load_model",
     "load_tokenizer",
@@ -19,4 +22,5 @@ __all__ = [
     "quiet_transformers",
     "resolve_device",
     "select_tensors",
+    "spoilt_weight",
 ]

@@ -107,14 +107,21 @@ def load_model(
     return loaded.requires_grad_(False)
 
 
-def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: str, *, trust_remote_code: bool = False, option: str = "--model") -> PreTrainedTokenizerBase:
     """The tokenizer in a model's folder or under a Hub id.
+
+    Args:
+        source: the folder or id.
+        trust_remote_code: whether Python code that comes with it may run.
+        option: the flag that named it, `--model` or `--tokenizer`, for messages.
 
     Raises:
         ModelError: no such folder or id, no tokenizer in it, or one that cannot be read.
     """
     folder = _local_folder(source)
     if folder is not None and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        if option == "--tokenizer":
+            raise ModelError(f"--tokenizer {source}: holds no tokenizer (no tokenizer.json); give a folder with one")
         _require_config(source, folder)
         raise ModelError(f"{source}: holds no tokenizer (no tokenizer.json); give --tokenizer")
     with quiet_transformers(), _explained(source):

@@ -16,7 +16,7 @@ from fillm.config import from_mapping
 from fillm.data import Reading, Row, SampleSet, check_fits_model, shared_rows, take
 from fillm.data.reading import DataLike, skipped_lines
 from fillm.errors import DataError, UsageError
-from fillm.models import catalogue, load_model, load_tokenizer, model_fingerprint, select_tensors
+from fillm.models import catalogue, check_differentiable, load_model, load_tokenizer, model_fingerprint, select_tensors
 from fillm.rank.config import FORGET_ALONE, WITHOUT_GRADIENTS, RankConfig, check
 from fillm.rank.console import Console
 from fillm.rank.default_model import DEFAULT_FORGET, DEFAULT_RETAIN, default_folder, default_model
@@ -37,6 +37,7 @@ _COMMAND_ONLY = {
 _FREE_ON_RESUME = ("out", "resume", "overwrite", "dry_run", "debug", "checkpoint_seconds", "data_root")
 
 
+@torch.inference_mode(False)
 def rank_parameters(
     model: nn.Module,
     tokenizer: Any,
@@ -52,13 +53,13 @@ def rank_parameters(
 
     Args:
         model: a causal language model; returned as it came (mode, `requires_grad`, weights).
-        tokenizer: of the model; None if the rows carry `input_ids` and `labels`.
+        tokenizer: of the model, loaded; None if the rows carry `input_ids` and `labels`.
         forget: a data spec, a `datasets.Dataset` or any sequence of rows.
         retain: the same; not needed by `saliency`, `gradient`, `parameter-shift`, `random` and `none`.
         method: as `--method`.
         base_model: the model before fine-tuning, for `parameter-shift`.
         progress: show progress bars and the warnings on stderr.
-        settings: the other fields of `fillm.rank.RankConfig`.
+        settings: the other fields of `fillm.rank.RankConfig`; `include` and `exclude` may be lists of kinds and globs.
 
     Returns:
         The ranking, with `u` in `updates` where it was asked for or needed.
@@ -70,8 +71,11 @@ def rank_parameters(
         raise UsageError(f"rank_parameters: {', '.join(misplaced)}: a setting of the command, not of this function")
     if not isinstance(model, nn.Module):
         raise UsageError(f"model: give the loaded model, not a {type(model).__name__}")
+    if tokenizer is not None and not callable(tokenizer):
+        raise UsageError(f"tokenizer: give the loaded tokenizer of transformers, not a {type(tokenizer).__name__}")
     if base_model is not None and not isinstance(base_model, nn.Module):
         raise UsageError("base_model: give the loaded model, not a path")
+    settings |= {name: _joined(settings[name]) for name in ("include", "exclude") if name in settings}
     config = from_mapping(RankConfig, {"method": method, **settings}, where="rank_parameters")
     check(dataclasses.replace(config, base_model=config.base_model or ("given" if base_model is not None else None)))
     console = Console() if progress else Console.silent()
@@ -79,6 +83,12 @@ def rank_parameters(
     named = {w: data for w, data in (("forget", forget), ("retain", retain)) if isinstance(data, str)}
     sets = _samples(dataclasses.replace(config, **named), tokenizer, _read(config, forget, retain, console), console)
     return _rank(config, model, base_model, sets, console, None)
+
+
+def _joined(patterns: Any) -> Any:
+    """A list of patterns as the one string that the option takes; an empty list is no choice, and will be refused."""
+    listed = isinstance(patterns, list | tuple) and patterns and all(isinstance(one, str) for one in patterns)
+    return ",".join(patterns) if listed else patterns
 
 
 def run(config: RankConfig) -> None:
@@ -90,7 +100,8 @@ def run(config: RankConfig) -> None:
     config = _with_default_model(config, console)
     tokenizer = None
     if any("input_ids" not in row.fields for some in rows.values() for row in some):
-        tokenizer = load_tokenizer(config.tokenizer or config.model, trust_remote_code=config.trust_remote_code)
+        source, flag = (config.tokenizer, "--tokenizer") if config.tokenizer else (config.model, "--model")
+        tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code, option=flag)
     if config.dry_run:
         plan_run(config, _samples(config, tokenizer, rows, console), console)
         return
@@ -170,6 +181,8 @@ def _rank(
     folder: RunFolder | None,
 ) -> Ranking:
     begun = time.monotonic()
+    if sets:
+        check_differentiable(model)
     for which, samples in sets.items():
         check_fits_model(samples, model, f"--{which}")
     scope = select_tensors(catalogue(model), config.include, config.exclude)
@@ -195,7 +208,9 @@ def _rank(
         "checks": checks,
         "passes": passes.record,
         "visited_again": scores.visited_again,
+        "one_by_one": capture.alone or None,
         "fallback": dict(capture.fallback),
+        "rounding_noise": dict(capture.noise),
         "seconds": round(time.monotonic() - begun, 3),
     }
     if scores.visited_again:
@@ -217,6 +232,8 @@ def _checks(capture: Capture, sets: dict[str, SampleSet], config: RankConfig, co
     # Of both sets: were one of equal lengths throughout, it would say nothing of the padding that the other gets.
     both = SampleSet([sample for some in sets.values() for sample in some], "both sets")
     found = verify(capture, both, config.layout)
+    if capture.alone:
+        console.warn(f"{capture.alone}: samples influence each other; every one runs by itself, exact and slower")
     for name, reason in capture.fallback.items():
         console.warn(f"{name}: {reason}; it takes batch-1 autograd, exact and slower")
     difference = warn_of_noise(capture, max(sets.values(), key=len), console, config.layout)
@@ -228,8 +245,8 @@ def _checks(capture: Capture, sets: dict[str, SampleSet], config: RankConfig, co
 
 def _add_notes(scores: Scores, capture: Capture) -> None:
     for row in scores.rows:
-        if row["name"] in capture.fallback:
-            row["note"] = "; ".join(filter(None, [row.get("note", ""), "batch-1 autograd"]))
+        how = "batch-1 autograd" if row["name"] in capture.fallback else "batches of one" if capture.alone else ""
+        row["note"] = "; ".join(filter(None, [row.get("note", ""), how]))
 
 
 def _sample_table(sets: dict[str, SampleSet], passes: Passes) -> pa.Table:

@@ -1,10 +1,11 @@
 """The settings of `python -m fillm.rank`: the one source of its flags, its YAML file and its Python arguments."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Literal
 
-from fillm.config import option
+from fillm.config import flag_name, option
 from fillm.data import DEFAULT_TEMPLATE
 from fillm.errors import UsageError
 
@@ -34,6 +35,15 @@ _LATER = {
     "woodbury": "gradient sketches",
 }
 WITH_UPDATE = ("soir", "soir-sum")  # methods that have a `u`
+# Options that only these methods look at.
+_OPTIONS_OF = {
+    "damping": WITH_UPDATE,
+    "tolerance": ("soir",),
+    "base_model": ("parameter-shift",),
+    "similarity": ("memflex",),
+    "magnitude": ("memflex",),
+    "mu": ("wagle",),
+}
 FORGET_ALONE = ("saliency", "gradient")  # methods that do not look at the retain set
 WITHOUT_GRADIENTS = ("parameter-shift", "random", "none")
 
@@ -161,6 +171,13 @@ def check(config: RankConfig) -> None:
         raise UsageError(f"--save-update needs a method with an update u (soir, soir-sum), not {method}")
     if config.score is not None and (unused := _why_no_score(config)):
         raise UsageError(f"--score {config.score} has no effect: {unused}; leave it out")
+    for field in dataclasses.fields(config):
+        methods, value = _OPTIONS_OF.get(field.name, (method,)), getattr(config, field.name)
+        if method not in methods and value != field.default:
+            raise UsageError(
+                f"{flag_name(field.name)} {value} has no effect: it is a choice of --method {' and '.join(methods)}, "
+                f"not of {method}; leave it out"
+            )
     if method == "parameter-shift" and not config.base_model:
         raise UsageError("--method parameter-shift needs --base-model, the model before fine-tuning")
     if method in ("random", "none", "memflex") and config.granularity != "tensor":

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fillm.capture import Capture, PerSampleGradients
 from fillm.data import SampleSet, collate, plan_batches
 from fillm.errors import InterruptedRun, NumericsError, OutOfMemoryError
+from fillm.models import spoilt_weight
 from fillm.rank.console import Console
 from fillm.runs import RunFolder, signals_noted
 
@@ -164,7 +165,9 @@ class Passes:
         if not bool(losses.isfinite().all()):
             row = int((~losses.isfinite()).nonzero()[0, 0])
             named = f"the loss of sample {samples[batch[row]].id} is {float(losses[row])}"
-            raise NumericsError(named + _spoilt_weight(capture.model))
+            spoilt = spoilt_weight(capture.model)
+            cause = f": {spoilt} holds NaN or infinity; give a model whose weights are finite" if spoilt else ""
+            raise NumericsError(named + cause)
         check = getattr(statistic, "first_not_finite", None)
         if check is not None and (found := check(batch)) is not None:
             name, position = found
@@ -182,13 +185,6 @@ class Passes:
             return
         with signals_noted() as self._interrupted:
             yield
-
-
-def _spoilt_weight(model: nn.Module) -> str:
-    """Says which weight is at fault, if one is."""
-    spoilt = (name for name, weight in model.named_parameters() if not bool(weight.isfinite().all()))
-    first = next(spoilt, None)
-    return "" if first is None else f": {first} holds NaN or infinity; give a model whose weights are finite"
 
 
 def _split(batch: list[int], size: int) -> list[list[int]]:

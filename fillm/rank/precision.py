@@ -20,18 +20,19 @@ def relative_difference(capture: Capture, samples: SampleSet, layout: str = "rig
     """
     order = sorted(range(len(samples)), key=lambda i: (len(samples[i].input_ids), i))
     chosen = sorted({order[0], order[len(order) // 2]})
-    low: dict[str, PerSampleGradients] = {}
-    capture.run(collate(samples, chosen, layout), samples, lambda name, g, _: low.setdefault(name, g))
+    low: dict[tuple[str, int], PerSampleGradients] = {}  # by the first of the samples they are of
+    capture.run(collate(samples, chosen, layout), samples, lambda name, g, at: low.setdefault((name, int(at[0])), g))
     wide: nn.Module = copy.deepcopy(capture.model).float()
-    reference = Capture(wide, list(capture.parameters), capture.loss_reduction, capture.fallback)
+    reference = capture.like(list(capture.parameters), wide)
     squares = torch.zeros(2, dtype=torch.float64)
 
     def compare(name: str, gradients: PerSampleGradients, positions: torch.Tensor) -> None:
-        if len(positions) != len(chosen) or name not in low:
-            return  # the fallback hands samples over one by one and is exact in any case
-        for row in range(len(chosen)):
+        lossy = low.get((name, int(positions[0])))
+        if lossy is None:
+            return
+        for row in range(len(positions)):
             exact = gradients.materialise(row).double()
-            squares[0] += (low[name].materialise(row).double() - exact).square().sum().cpu()
+            squares[0] += (lossy.materialise(row).double() - exact).square().sum().cpu()
             squares[1] += exact.square().sum().cpu()
 
     reference.run(collate(samples, chosen, layout), samples, compare)

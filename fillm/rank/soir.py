@@ -110,7 +110,7 @@ def rank_soir(
             weights[name] = delta
     moments.sums.clear()
     if weights:
-        restricted = Capture(capture.model, sorted(weights), capture.loss_reduction, capture.fallback)
+        restricted = capture.like(sorted(weights))
         follow = WeightedSum(restricted.parameters, weights, len(retain))
         chosen = follow.samples()
         passes.run("follow-up", "follow-up pass", restricted, retain, follow, positions=chosen)

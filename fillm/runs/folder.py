@@ -18,7 +18,17 @@ from torch import Tensor
 
 from fillm.errors import RunFolderError, UsageError
 from fillm.runs.record import RUN_RECORD
-from fillm.runs.state_files import SAVED, drop_pair, load_pair, read_json, save_pair, sync, write_json, writing
+from fillm.runs.state_files import (
+    NOTHING_SAVED,
+    SAVED,
+    drop_pair,
+    load_pair,
+    read_json,
+    save_pair,
+    sync,
+    write_json,
+    writing,
+)
 
 _LOCK, _IDENTITY, _INTENT, _STATE = "lock", "identity.json", "intent.json", "state"
 _FINAL, _DONE, _REPLACED = "final", "done", "replaced"
@@ -120,6 +130,9 @@ class RunFolder:
     def _holds_work(self) -> bool:
         return any(self.partial.glob(f"{_STATE}.json")) or any(self.partial.glob("stage-*.json"))
 
+    def _remedy(self) -> str:
+        return SAVED if self._holds_work() else NOTHING_SAVED
+
     def _clear(self) -> None:
         for entry in self.partial.iterdir():
             if entry.is_dir():
@@ -140,7 +153,7 @@ class RunFolder:
         if found is None:
             if self.resumed:
                 raise RunFolderError(f"{self.partial / _IDENTITY}: missing; start anew with --overwrite")
-            with writing(self.partial):
+            with writing(self.partial, self._remedy()):
                 write_json(self.partial / _IDENTITY, dict(identity))
             return
         names = [name for name in sorted({*found, *identity}) if found.get(name) != identity.get(name)]
@@ -162,7 +175,8 @@ class RunFolder:
         Raises:
             RunFolderError: if the disk refuses; the state before is then still there.
         """
-        save_pair(self.partial, _STATE, tensors, {"stage": stage, "cursor": cursor, "meta": dict(meta)})
+        record = {"stage": stage, "cursor": cursor, "meta": dict(meta)}
+        save_pair(self.partial, _STATE, tensors, record, self._remedy())
 
     def load_state(self) -> tuple[str, int, dict[str, Tensor], dict[str, Any]] | None:
         """The last saved `(stage, cursor, tensors, meta)`, tensors on the CPU; None if there is none.
@@ -182,7 +196,7 @@ class RunFolder:
         Raises:
             RunFolderError: if the disk refuses; everything saved before is then still there.
         """
-        save_pair(self.partial, f"stage-{name}", tensors, {"meta": dict(meta)})
+        save_pair(self.partial, f"stage-{name}", tensors, {"meta": dict(meta)}, self._remedy())
         drop_pair(self.partial, _STATE)
 
     def load_stage(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -207,7 +221,7 @@ class RunFolder:
             RunFolderError: if the disk refuses, or if `out` has appeared meanwhile; the run then stays resumable.
         """
         final = self.partial / _FINAL
-        with writing(self.out, SAVED if self._holds_work() else "nothing was saved; make room, then start it again"):
+        with writing(self.out, self._remedy()):
             shutil.rmtree(final, ignore_errors=True)
             final.mkdir()
             written = writer(final)

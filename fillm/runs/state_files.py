@@ -23,6 +23,7 @@ _PIECE_BYTES = 1 << 22
 
 
 SAVED = "what was saved before is good: see to that, then give --resume"
+NOTHING_SAVED = "nothing was saved: see to that, then start it again"
 
 
 @contextlib.contextmanager
@@ -90,7 +91,9 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return dict(record)
 
 
-def save_pair(folder: Path, stem: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+def save_pair(
+    folder: Path, stem: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any], remedy: str = SAVED
+) -> None:
     """Replaces the pair `stem` in `folder`.
 
     Args:
@@ -98,12 +101,13 @@ def save_pair(folder: Path, stem: str, tensors: Mapping[str, Tensor], record: Ma
         stem: what the pair is called.
         tensors: any dtypes and devices; views and shared storages are written out in full.
         record: what goes into the JSON beside it.
+        remedy: what to do where the disk refuses.
 
     Raises:
         RunFolderError: if the disk refuses; the pair before is then untouched.
     """
     temporary = folder / f"{stem}.safetensors.tmp"
-    with writing(folder / stem):
+    with writing(folder / stem, remedy):
         try:
             save_tensors(temporary, tensors)
         except BaseException:

@@ -10,7 +10,7 @@ from fillm.capture import Capture, verify
 from fillm.capture.boundaries import LookupBoundary
 from fillm.capture.gradients import DenseGradients, LookupGradients, OuterGradients
 from fillm.capture.rules import Rules
-from fillm.data import Sample, SampleSet
+from fillm.data import Sample, SampleSet, collate
 from fillm.errors import UsageError
 from tests.capture import small_models
 from tests.capture.reference import ask, assert_exact, directions, reference_gradients, toy_samples
@@ -126,10 +126,21 @@ def test_model_that_mixes_samples_runs_one_by_one() -> None:
     model.__class__ = LooksAtTheOthers
     samples, capture = toy_samples(vocab=VOCAB), everything(model)
     verify(capture, samples)
-    assert set(capture.fallback) == set(capture.parameters)
+    assert capture.fallback == {} and "alone and" in capture.alone
     v = directions(model)
     answers = ask(capture, samples, [[0, 1, 2, 3], [4, 5]], "right", v)
     assert_exact(model, reference_gradients(model, samples), answers, v)
+
+
+def test_a_capture_like_another_knows_that_samples_run_one_by_one() -> None:
+    model = small_model(small_models.CalledTwice())
+    model.__class__ = LooksAtTheOthers
+    samples, capture = toy_samples(vocab=VOCAB), everything(model)
+    verify(capture, samples)
+    met: list[list[int]] = []
+    some = capture.like(["body.linear.weight"])
+    some.run(collate(samples, [3, 1]), samples, lambda name, g, positions: met.append(positions.tolist()))
+    assert met == [[3], [1]]
 
 
 class CutInTraining(nn.Module):

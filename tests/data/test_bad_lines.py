@@ -21,6 +21,23 @@ def test_the_first_bad_line_is_named_without_it(mixed):
         load_rows(mixed)
 
 
+@pytest.mark.parametrize("line", [b'{"question": ', b"[1, 2]", b'{"question": "\xff"}'])
+def test_the_way_to_leave_a_bad_line_out_is_named_and_works(tmp_path, line):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(GOOD + b"\n" + line)
+    with pytest.raises(DataError, match=r"line 2: .*; mend the row, or leave such rows out with --skip-bad-rows$"):
+        load_rows(str(path))
+    assert len(tokenize_rows(load_rows(str(path), skip_bad_rows=True), build_tokenizer(), skip_bad_rows=True)) == 1
+
+
+def test_a_file_that_is_no_array_cannot_be_skipped_into_one(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_bytes(b"[" + GOOD)
+    with pytest.raises(DataError, match="bad JSON") as caught:
+        load_rows(str(path))
+    assert "--skip-bad-rows" not in str(caught.value)
+
+
 def test_bad_lines_are_counted_and_listed_with_it(mixed):
     rows = load_rows(mixed, skip_bad_rows=True)
     samples = tokenize_rows(rows, build_tokenizer(), skip_bad_rows=True)

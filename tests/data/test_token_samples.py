@@ -122,7 +122,7 @@ def test_a_template_that_is_none(template: str, part: str, tokenizer: Any) -> No
             {"input_ids": [1, 258], "labels": [1, 258]},
             "token id 258 at position 1 is outside the vocabulary of 258 ids",
         ),
-        ({"input_ids": [1, -1], "labels": [1, -1]}, "token id -1 at position 1 is outside"),
+        ({"input_ids": [1, -1], "labels": [1, -1]}, "token id -1 at position 1 is negative"),
     ],
 )
 def test_a_bad_row_is_named_with_source_row_and_field(fields: dict[str, Any], part: str, tokenizer: Any) -> None:
@@ -162,6 +162,9 @@ def test_ready_made_rows_need_no_tokenizer() -> None:
     assert all_count[0].labels == (-100, 6, 7)  # nothing predicts the first token
     with pytest.raises(DataError, match="outside the vocabulary of 7 ids"):
         tokenize({"input_ids": ids, "labels": labels}, None, vocab_size=7)
+    for size in (None, 7):
+        with pytest.raises(DataError, match="token id -6 at position 1 is negative; token ids begin at 0"):
+            tokenize({"input_ids": [5, -6], "labels": [-100, -6]}, None, vocab_size=size)
     with pytest.raises(UsageError, match="set, row 1: text needs a tokenizer"):
         tokenize(QA, None)
 

@@ -190,3 +190,11 @@ def test_defaults_follow_what_is_trained():
     assert (new.epochs, new.lr) == (30, 3e-3)
     assert (given_model.epochs, given_model.lr) == (5, 1e-5)
     assert (lora.epochs, lora.lr) == (None, 2e-4)
+
+
+@pytest.mark.parametrize("name", ["lr", "target_loss", "weight_decay", "warmup"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0])
+def test_rates_and_losses_are_finite_numbers_of_the_right_sign(name, value):
+    flag = "--" + name.replace("_", "-")
+    with pytest.raises(UsageError, match=rf"^{flag} (nan|inf|-1\.0): has to be"):
+        resolved(FinetuneConfig(architecture="tiny", data="rows.jsonl", out="out", **{name: value}))

@@ -202,6 +202,27 @@ def test_other_settings_are_refused_by_name(train, monkeypatch):
         train("out", resume=True, lr=2e-2)
 
 
+def test_another_number_of_threads_is_refused(train, monkeypatch):
+    """It would end with other bytes."""
+    _interrupt(train, monkeypatch)
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
+    with pytest.raises(RunFolderError, match=rf"\(threads was {threads}, is {threads + 1}\)"):
+        train("out", resume=True)
+
+
+def test_another_kind_of_device_is_refused_and_another_name_of_it_is_not(train, monkeypatch, tmp_path):
+    _interrupt(train, monkeypatch)
+    path = tmp_path / "out.partial" / "identity.json"
+    identity = state_files.read_json(path)
+    state_files.write_json(path, {**identity, "device": "cuda"})
+    with pytest.raises(RunFolderError, match=r"\(device was cuda, is cpu\)"):
+        train("out", resume=True)
+    state_files.write_json(path, identity)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert train("out", resume=True, device="auto").steps == 9
+
+
 def test_other_data_are_refused(train, data, monkeypatch):
     _interrupt(train, monkeypatch)
     text = Path(data).read_text()

@@ -170,13 +170,20 @@ def test_other_faults_are_not_taken_for_short_memory(train, monkeypatch):
         train("out")
 
 
-def test_a_loss_that_is_not_finite_names_the_sample(train, tmp_path):
+def test_weights_that_are_not_finite_are_named(train):
     base = train("base")
     weights = _weights(base.folder)
     weights["transformer.ln_f.weight"][3] = float("nan")
     save_file(weights, base.folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(NumericsError, match=r"rows.jsonl#\d+: loss is not finite at step 1"):
+    with pytest.raises(NumericsError, match=r"#\d+: loss is not finite at step 1; transformer.ln_f.weight holds NaN"):
         train("out", model=str(base.folder), vocab_size=None)
+
+
+def test_a_loss_that_is_not_finite_names_the_sample(train, monkeypatch):
+    real = training.sample_losses
+    monkeypatch.setattr(training, "sample_losses", lambda *given: real(*given) * float("inf"))
+    with pytest.raises(NumericsError, match=r"rows.jsonl#\d+: loss is not finite at step 1; lower --lr$"):
+        train("out")
 
 
 def test_a_gradient_that_is_not_finite_names_the_tensor(train, monkeypatch):

@@ -205,6 +205,11 @@ def test_adapter_mistakes(folder, tmp_path, monkeypatch):
 def test_tokenizer(folder, tmp_path, offline):
     with pytest.raises(ModelError, match="holds no tokenizer"):
         load_tokenizer(str(folder))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match=r"^--tokenizer \S+empty: holds no tokenizer .*; give a folder with one"):
+        load_tokenizer(str(tmp_path / "empty"), option="--tokenizer")
+    with pytest.raises(ModelError, match="no config.json in it; not a model's folder"):
+        load_tokenizer(str(tmp_path / "empty"))
     with pytest.raises(ModelError, match="no such folder"):
         load_tokenizer(str(tmp_path / "nowhere"))
     with pytest.raises(ModelError, match="the Hub does not give it"):

@@ -88,6 +88,11 @@ class TestData:
         assert "forget.jsonl has 6 samples; give 1 to 6" in (line := fails(arguments("--num-forget", "1000")))
         assert line.startswith("--num-forget 1000: ")
 
+    def test_a_folder_without_a_tokenizer(self, arguments, fails, tmp_path):
+        (tmp_path / "words").mkdir()
+        line = fails(arguments("--tokenizer", str(tmp_path / "words")))
+        assert line.startswith("--tokenizer ") and "words: holds no tokenizer" in line
+
     def test_a_spec_that_is_none(self, arguments, fails):
         assert "not a data spec" in fails(arguments(forget="somewhere"))
 

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BertConfig
+from transformers import AutoModelForCausalLM, BertConfig, LlamaConfig
 
 from fillm import rank_parameters
+from fillm.capture import Capture, noise, verify
+from fillm.data import SampleSet, collate
 from tests.capture.reference import reference_gradients, toy_samples
 from tests.families import build_family
 from tests.rank.direct import FORGET_ROWS, RETAIN_ROWS, Direct, family, rows_of
@@ -59,6 +61,79 @@ def test_queries_that_see_one_token_are_unused_not_first():
     assert not any("autograd" in row["note"] for row in ranking)
 
 
+def wide_llama(scale=0.1):
+    """Wide enough that what attention leaves of a single position is not zero to the bit."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=90, num_key_value_heads=1, initializer_range=scale, **sizes)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("scale", [0.02, 0.1, 0.3])
+def test_noise_that_backpropagation_leaves_is_no_gradient(scale):
+    """Seen by float64: rules and autograd differ by all of it, and neither is right."""
+    model = wide_llama(scale)
+    rows = [{"input_ids": [token, token + 1], "labels": [-100, token + 1]} for token in range(3, 30)]
+    forget, retain = rows[:9], rows[9:]
+    ranking = rank_parameters(model, None, forget, retain)
+    for row in ranking:
+        queries = ".q_proj." in row["name"] or ".k_proj." in row["name"]
+        assert row["note"] == ("unused" if queries else ""), row
+        assert (row["score"] == 0.0) == queries, row
+    assert not ranking.record["fallback"] and ranking.record["one_by_one"] is None
+    assert all(".q_proj." in name or ".k_proj." in name for name in ranking.record["rounding_noise"])
+
+
+def test_sample_that_stands_out_of_the_noise_is_exact():
+    """The checked samples leave queries nothing to choose; one that comes later, longer, does, and is not left out."""
+    model = wide_llama()
+    pair = toy_samples(8, vocab=90, shortest=2, longest=2)
+    long = toy_samples(1, vocab=90, seed=2, shortest=12, longest=12)
+    retain = SampleSet([*pair[2:], *long], "retain")
+    capture = Capture(model, [name for name, _ in model.named_parameters()])
+    verify(capture, pair)
+    queries = {name for name in capture.parameters if ".q_proj." in name or ".k_proj." in name}
+    assert set(capture.noise) == queries
+    references, seen = reference_gradients(model, retain), {}
+
+    def observe(name, gradients, positions):
+        for row, position in enumerate(positions.tolist()):
+            assert (name, position) not in seen
+            seen[name, position] = gradients.materialise(row).double()
+
+    capture.run(collate(retain, range(len(retain))), retain, observe)
+    last = len(retain) - 1
+    assert {position for name, position in seen if name in queries} == {last}
+    for name in queries:
+        exact = references[last][name]
+        assert float((seen[name, last] - exact).norm()) <= 1e-5 * float(exact.norm()), name
+
+
+@pytest.mark.parametrize("copies", [noise.MOST_PARAMETERS, 0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_small_gradients_are_not_taken_for_noise(monkeypatch, dtype, copies):
+    """A branch scaled down to a millionth has gradients as small as noise, and they are right."""
+    monkeypatch.setattr(noise, "MOST_PARAMETERS", copies)
+    found, real = [], noise.suspects
+    monkeypatch.setattr(noise, "suspects", lambda *given: found.extend(real(*given)) or real(*given))
+    model = wide_llama().to(dtype)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.o_proj.weight.mul_(1e-6)
+    samples = toy_samples(4, vocab=90)
+    capture = Capture(model, [name for name, _ in model.named_parameters()])
+    verify(capture, samples)
+    assert found and not capture.noise and not capture.fallback
+
+
+def test_models_too_large_for_a_copy_go_by_what_two_ways_agree_on(monkeypatch):
+    monkeypatch.setattr(noise, "MOST_PARAMETERS", 0)
+    model = wide_llama(0.3)
+    rows = [{"input_ids": [token, token + 1], "labels": [-100, token + 1]} for token in range(3, 30)]
+    ranking = rank_parameters(model, None, rows[:9], rows[9:])
+    unused = {row["name"] for row in ranking if row["note"] == "unused"}
+    assert unused == {name for name in ranking.names if ".q_proj." in name or ".k_proj." in name}
+
+
 def test_key_rows_of_a_fused_bias_are_no_ones_choice():
     model = build_family("gpt2")
     ranking = rank_parameters(model, None, FORGET_ROWS, RETAIN_ROWS, granularity="row", objective="retain")
@@ -80,19 +155,47 @@ def test_one_retain_row_still_shows_a_model_that_mixes_its_batch():
         ranking = rank_parameters(model, None, FORGET_ROWS, RETAIN_ROWS[:1])
     finally:
         handle.remove()
-    assert all("batch-1 autograd" in row["note"] for row in ranking)
+    assert all("batches of one" in row["note"] for row in ranking)
+    assert ranking.record["one_by_one"].startswith("sample ") and not ranking.record["fallback"]
+
+
+def sees_what_comes_after():
+    """A model whose tokens see what comes after them, padding included."""
+    torch.manual_seed(3)
+    config = BertConfig(vocab_size=90, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
+    return AutoModelForCausalLM.from_config(config).eval()
 
 
 @pytest.mark.parametrize("equal", ["forget", "retain"])
 def test_padding_of_the_smaller_set_alone_is_noticed(equal):
-    """A model whose tokens see what comes after them, padding included, and a larger set that has no padding."""
-    torch.manual_seed(3)
-    model = AutoModelForCausalLM.from_config(
-        BertConfig(vocab_size=90, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
-    ).eval()
+    """A larger set that has no padding says nothing of what padding does to the other."""
+    model = sees_what_comes_after()
     ragged, even = toy_samples(3, seed=4), toy_samples(5, seed=5, shortest=9, longest=9)
     forget, retain = (even, ragged) if equal == "forget" else (ragged, even)
     ranking = rank_parameters(model, None, rows_of(forget), rows_of(retain), save_update=True)
     expected = Direct(reference_gradients(model, forget), reference_gradients(model, retain))
     for name in ("bert.embeddings.word_embeddings.weight", "bert.encoder.layer.0.attention.self.value.weight"):
         assert ranking.scores[name] == pytest.approx(float(expected.u[name].norm()), rel=1e-4), name
+
+
+@pytest.mark.parametrize("update", [False, True])
+def test_samples_run_one_by_one_leave_no_rounding_noise(update):
+    """Keys have no gradient of their bias: through the rules it is zero, and not noise that ranks first."""
+    model = sees_what_comes_after()
+    forget, retain = toy_samples(3, seed=4), toy_samples(6, seed=5)
+    ranking = rank_parameters(model, None, rows_of(forget), rows_of(retain), save_update=update)
+    direct = Direct(reference_gradients(model, forget), reference_gradients(model, retain))
+    for row in ranking:
+        assert row["note"].endswith("batches of one")
+        # Pooler and relation head are not reached; the key bias cancels.
+        assert row["name"].endswith("key.bias") == row["note"].startswith("unused"), row
+        if not row["name"].endswith("key.bias"):
+            assert row["score"] == pytest.approx(float(direct.u[row["name"]].norm()), rel=1e-3), row["name"]
+
+
+def test_batch_size_does_not_matter_where_samples_run_one_by_one():
+    """However many samples a batch was to hold, the model sees one."""
+    model = sees_what_comes_after()
+    forget, retain = rows_of(toy_samples(3, seed=4)), rows_of(toy_samples(6, seed=5))
+    one, many = (rank_parameters(model, None, forget, retain, tokens_per_batch=n) for n in (1, 2048))
+    assert one.scores == pytest.approx(many.scores, rel=1e-6)

@@ -210,7 +210,7 @@ def test_random_is_seeded_and_none_keeps_the_order_of_the_model():
 @pytest.mark.parametrize("setting", [{"objective": "retain"}, {"objective": "trade-off"}, {"save_update": True}])
 def test_methods_without_u_refuse_what_needs_one(method, setting):
     with pytest.raises(UsageError, match=f"needs a method with an update u .*not {method}"):
-        ranked(family("opt")[0], method, base_model=family("opt")[0], **setting)
+        ranked(family("opt")[0], method, **setting)
 
 
 TOPIC, VOCAB, WIDTH = 7, 31, 8

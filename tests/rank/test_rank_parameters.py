@@ -157,6 +157,12 @@ WRONG = [
     ({"layout": "middle"}, "--layout: 'middle' is none of right, left, packed"),
     ({"objective": "both"}, "--objective: 'both' is none of"),
     ({"score": "mean-abs", "method": "saliency"}, "--score mean-abs has no effect: --method saliency has a score"),
+    ({"similarity": 0.5}, "--similarity 0.5 has no effect: it is a choice of --method memflex, not of soir; leave it"),
+    ({"magnitude": 0.1, "method": "wagle"}, "--magnitude 0.1 has no effect: it is a choice of --method memflex, not"),
+    ({"mu": 0.1}, "--mu 0.1 has no effect: it is a choice of --method wagle, not of soir"),
+    ({"base_model": torch.nn.Linear(1, 1)}, "--base-model given has no effect: .* parameter-shift, not of soir"),
+    ({"damping": 0.2, "method": "saliency"}, "--damping 0.2 has no effect: .* --method soir and soir-sum"),
+    ({"tolerance": 0.2, "method": "soir-sum"}, "--tolerance 0.2 has no effect: .* of --method soir, not of"),
     ({"score": "max"}, "--score: 'max' is none of l2, mean-abs"),
     ({"save_update": "yes"}, "--save-update: 'yes' is not of type bool"),
     ({"include": "*nothing*"}, "--include \\*nothing\\*: matches no tensor"),
@@ -330,9 +336,10 @@ def test_updates_are_there_where_they_were_asked_for_or_needed():
 def test_published_names_are_accepted(published):
     model, base = family("llama")[0], build_family("llama", seed=3)
     own = {"so-influence": "soir", "so-influence-sum": "soir-sum", "param-deltas": "parameter-shift"}[published]
-    ranking = ranked(model, method=published, base_model=base)
+    given = {"base_model": base} if own == "parameter-shift" else {}
+    ranking = ranked(model, method=published, **given)
     assert ranking.method == own
-    assert_same(ranking, ranked(model, method=own, base_model=base))
+    assert_same(ranking, ranked(model, method=own, **given))
 
 
 def test_shared_rows_are_an_error_when_strict():

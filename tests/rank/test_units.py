@@ -96,7 +96,7 @@ def quantity(method: str, model: nn.Module, base: nn.Module, direct: Direct, nam
 def test_scores_of_units(name, granularity, method):
     model, direct = family(name)
     base = build_family(name, seed=9)
-    ranking = ranked(model, method, granularity=granularity, base_model=base)
+    ranking = ranked(model, method, granularity=granularity, base_model=base if method == "parameter-shift" else None)
     rows = by_tensor(ranking)
     for tensor, theta in model.named_parameters():
         w = quantity(method, model, base, direct, tensor)
@@ -136,7 +136,8 @@ def test_grouped_query_attention_has_fewer_key_and_value_heads():
 def test_the_size_can_be_a_norm_or_a_mean(method, granularity, score):
     model, direct = family("llama")
     base = build_family("llama", seed=9)
-    rows = by_tensor(ranked(model, method, granularity=granularity, base_model=base, score=score, tolerance=1e-9))
+    given = {"parameter-shift": {"base_model": base}, "soir": {"tolerance": 1e-9}}.get(method, {})
+    rows = by_tensor(ranked(model, method, granularity=granularity, score=score, **given))
     for tensor in rows:
         units = UNITS[granularity](tensor, "llama", quantity(method, model, base, direct, tensor))
         expected = units.norm(dim=1) if score == "l2" else units.abs().mean(1)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from fillm.errors import RunFolderError, UsageError
+from fillm.runs import state_files
 from fillm.runs.folder import RunFolder
 
 STATE = {"sum": torch.arange(5.0), "q": torch.ones(3, dtype=torch.float64), "done": torch.tensor(True)}
@@ -281,6 +282,20 @@ def test_a_disk_that_refuses_leaves_the_state_before_good(tmp_path):
         assert folder.load_state()[1] == 2
         folder.finish(write("one"))
     assert names(tmp_path / "run") == ["run.yaml"]
+
+
+@pytest.mark.parametrize("save", ["save_state", "save_stage"])
+def test_a_disk_that_is_full_at_the_first_save_claims_no_earlier_one(tmp_path, monkeypatch, save):
+    def full(tensors, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(state_files, "save_file", full)
+    with start(tmp_path / "run") as folder:
+        given = ("retain", 1) if save == "save_state" else ("retain",)
+        with pytest.raises(RunFolderError, match="nothing was saved: see to that, then start it again$") as caught:
+            getattr(folder, save)(*given, STATE, {})
+        assert "--resume" not in str(caught.value)
+    assert names(tmp_path) == []
 
 
 def test_a_disk_that_is_full_at_the_end_leaves_the_run_resumable(tmp_path):
