@@ -1,20 +1,13 @@
 """`--dry-run`: what a run will take before it is started. Memory, FLOP, time, a line each; no data goes to a device."""
 
-import os
-import time
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import fillm_kernels
-import torch
 from fillm_kernels.ghost_norm import BLOCK_ENTRIES
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from fillm.data import SampleSet, check_fits_model
-from fillm.errors import ModelError
-from fillm.models import DTYPES, TensorInfo, catalogue, quiet_transformers, resolve_device, select_tensors
+from fillm.models import TensorInfo, catalogue, resolve_device, select_tensors
 from fillm.rank.activations import saved_activation_bytes
 from fillm.rank.config import FORGET_ALONE, WITHOUT_GRADIENTS, RankConfig
 from fillm.rank.console import Console
@@ -25,81 +18,13 @@ from fillm.rank.costs import (
     batch_shapes,
     estimated_activation_bytes,
 )
+from fillm.rank.machine import measured_rate, resident_bytes
+from fillm.rank.plan_lines import PassPlan, Plan
+from fillm.rank.unloaded_model import meta_model
 
 _LOGIT_COPIES = 3  # logits, their rows with an answer in float32, and the softmax; in the backward as many gradients
 _SCALAR_BYTES = 16  # q and d, float64
 _SLACK = 0.15  # of the activations: what malloc holds beyond what it was asked for, measured on glibc
-
-
-@dataclass(frozen=True)
-class PassPlan:
-    """One pass over one set.
-
-    Attributes:
-        name: what its progress bar says.
-        samples, tokens, batches: what it visits; tokens without padding.
-        flop: by what they are spent on.
-    """
-
-    name: str
-    samples: int
-    tokens: int
-    batches: int
-    flop: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run will take.
-
-    Attributes:
-        tensors, parameters: in scope.
-        passes: in the order of the run; a pass over what the bracket does not certify comes on top, if it is needed.
-        memory: bytes by purpose; their sum is the expected peak.
-        rate: FLOP/s that `seconds` assumes.
-        notes: what the figures rest on.
-    """
-
-    tensors: int
-    parameters: int
-    passes: tuple[PassPlan, ...]
-    memory: Mapping[str, int]
-    rate: float
-    notes: tuple[str, ...] = ()
-
-    @property
-    def peak_bytes(self) -> int:
-        """Expected peak memory."""
-        return sum(self.memory.values())
-
-    @property
-    def flop(self) -> dict[str, float]:
-        """FLOP of all passes, by what they are spent on."""
-        total: dict[str, float] = {}
-        for one in self.passes:
-            for name, value in one.flop.items():
-                total[name] = total.get(name, 0.0) + value
-        return total
-
-    @property
-    def seconds(self) -> float:
-        """Time at `rate`."""
-        return sum(self.flop.values()) / self.rate
-
-    def lines(self) -> list[str]:
-        """The plan for people, figures aligned."""
-        rows: list[tuple[str, str]] = [("tensors in scope", f"{self.tensors} ({self.parameters:,} parameters)")]
-        for one in self.passes:
-            rows.append((one.name, f"{one.samples} samples, {one.tokens:,} tokens, {one.batches} batches"))
-        rows += [("memory", ""), *((f"  {name}", _bytes(size)) for name, size in self.memory.items())]
-        rows += [("  expected peak", _bytes(self.peak_bytes)), ("FLOP", "")]
-        rows += [(f"  {name}", f"{value:.3e}") for name, value in self.flop.items()]
-        rows += [("  total", f"{sum(self.flop.values()):.3e}")]
-        rows += [("time", f"{_duration(self.seconds)} at {self.rate / 1e9:,.1f} GFLOP/s")]
-        width = max(len(name) for name, _ in rows)
-        return [f"{name.ljust(width)}  {value}".rstrip() for name, value in rows] + [
-            f"note: {note}" for note in self.notes
-        ]
 
 
 def plan(
@@ -177,33 +102,15 @@ def plan_run(config: RankConfig, sets: Mapping[str, SampleSet], console: Console
         UsageError: if nothing is in scope or the device is not there.
     """
     device = resolve_device(config.device)
-    model = _meta_model(config)
+    model = meta_model(config)
     for which, samples in sets.items():
         check_fits_model(samples, model, f"--{which}")
     scope = select_tensors(catalogue(model), config.include, config.exclude)
-    program = _resident_bytes() if device.type == "cpu" else 0
+    program = resident_bytes() if device.type == "cpu" else 0
     rate = measured_rate(device) if rate is None else rate
     found = plan(model, scope, sets, config, rate=rate, program_bytes=program, device_type=device.type)
     console.say("\n".join(found.lines()))
     return found
-
-
-def measured_rate(device: torch.device, seconds: float = 0.2) -> float:
-    """FLOP/s of float32 products of 1024 x 1024 matrices on `device`, repeated for `seconds` after one to warm up."""
-    a = torch.ones(1024, 1024, device=device)
-    done, _ = 0, a @ a
-    _wait(device)
-    begun = time.perf_counter()
-    while not done or time.perf_counter() - begun < seconds:
-        a @ a
-        _wait(device)
-        done += 1
-    return done * 2.0 * 1024**3 / (time.perf_counter() - begun)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _passes(config: RankConfig) -> list[tuple[str, str, int, bool]]:
@@ -301,52 +208,3 @@ def _vocabulary(model: nn.Module) -> int:
     output = getattr(model, "get_output_embeddings", lambda: None)()
     embedding = output if output is not None else model.get_input_embeddings()
     return int(embedding.weight.shape[0])
-
-
-def _meta_model(config: RankConfig) -> nn.Module:
-    """The model without its weights."""
-    try:
-        with quiet_transformers():
-            settings = AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
-            dtype = (
-                (getattr(settings, "dtype", None) or torch.float32) if config.dtype == "auto" else DTYPES[config.dtype]
-            )
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(
-                    settings, dtype=dtype, trust_remote_code=config.trust_remote_code
-                )
-                return model if config.adapter is None else _with_adapter(model, config.adapter)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{config.model}: its configuration cannot be read: {' '.join(str(error).split())}") from None
-
-
-def _with_adapter(model: nn.Module, adapter: str) -> nn.Module:
-    try:
-        import peft
-    except ImportError:
-        raise ModelError(f"--adapter {adapter}: needs the package peft; pip install 'fillm[peft]'") from None
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning)  # peft reads what transformers has deprecated
-        return peft.get_peft_model(model, peft.PeftConfig.from_pretrained(adapter))
-
-
-def _resident_bytes() -> int:
-    """What this process holds now: the interpreter and its libraries."""
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0
-
-
-def _bytes(size: int) -> str:
-    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if size >= factor:
-            return f"{size / factor:,.1f} {unit}"
-    return f"{size} B"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120.0:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200.0 else f"{seconds / 3600:.1f} h"

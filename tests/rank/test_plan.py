@@ -14,7 +14,8 @@ from fillm.rank.activations import saved_activation_bytes
 from fillm.rank.config import RankConfig
 from fillm.rank.console import Console
 from fillm.rank.costs import accumulator_bytes, batch_shapes, estimated_activation_bytes
-from fillm.rank.plan import measured_rate, plan, plan_run
+from fillm.rank.machine import measured_rate
+from fillm.rank.plan import plan, plan_run
 from fillm.statistics import EXPANSION_NUMEL, EXPANSION_TERMS
 from tests.families import FAMILIES, build_family, build_lora
 

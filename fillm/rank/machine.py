@@ -1,0 +1,33 @@
+"""What a plan has to know of the machine: its speed, and what this process holds already."""
+
+import os
+import time
+
+import torch
+
+
+def measured_rate(device: torch.device, seconds: float = 0.2) -> float:
+    """FLOP/s of float32 products of 1024 x 1024 matrices on `device`, repeated for `seconds` after one to warm up."""
+    a = torch.ones(1024, 1024, device=device)
+    done, _ = 0, a @ a
+    _wait(device)
+    begun = time.perf_counter()
+    while not done or time.perf_counter() - begun < seconds:
+        a @ a
+        _wait(device)
+        done += 1
+    return done * 2.0 * 1024**3 / (time.perf_counter() - begun)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def resident_bytes() -> int:
+    """What this process holds now: the interpreter and its libraries."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
