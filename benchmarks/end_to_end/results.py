@@ -25,7 +25,7 @@ MEASURED = (
     "seconds_per_sample", "seconds_per_sample_min", "seconds_per_sample_max",
     "over_plain", "over_plain_min", "over_plain_max",
     "over_certified", "over_certified_min", "over_certified_max",
-    "tokens_per_second", "peak_bytes", "loaded_bytes", "peak_over_loaded_bytes",
+    "tokens_per_second", "peak_bytes", "peak_bytes_min", "peak_bytes_max", "loaded_bytes", "peak_over_loaded_bytes",
     "largest_relative_error", "spearman", "outside_bounds", "note",
 )  # fmt: skip
 PROVENANCE = (
