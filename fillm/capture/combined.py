@@ -1,6 +1,6 @@
 """Per-sample gradients made of others: stacks of experts, several uses of one tensor, tied embedding and head."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from fillm.capture.gradients import (
     LookupGradients,
     OuterGradients,
     PerSampleGradients,
+    row_layout,
     sample_of_row,
 )
 
@@ -57,6 +58,27 @@ class StackedGradients:
             out[index] = part
         return out
 
+    def leading_rows(self, begin: int, end: int) -> Tensor:
+        """From the slices that the range meets; of a stack of vectors a row is a whole slice."""
+        height, columns = row_layout(self.shape)[0] // self.shape[0], row_layout(self.shape)[1]
+        empty = next(iter(self.slices.values())).leading_rows(0, 0)
+        out = empty.new_zeros(self.num_samples, end - begin, columns)
+        for index, part in self.slices.items():
+            top = index * height
+            first, last = max(begin, top), min(end, top + height)
+            if first >= last:
+                continue
+            if len(self.shape) > 2:
+                out[:, first - begin : last - begin] = part.leading_rows(first - top, last - top)
+            else:
+                out[:, first - begin] = part.leading_rows(0, part.shape.numel()).flatten(1)
+        return out
+
+    def with_factors(self, change: Callable[[Tensor], Tensor]) -> "StackedGradients":
+        """Of every slice."""
+        slices = {index: part.with_factors(change) for index, part in self.slices.items()}
+        return StackedGradients(slices, self.shape, self.num_samples)
+
 
 class ScaledGradients:
     """Gradients times a constant: undoes the loss scale that keeps float16 from underflowing."""
@@ -87,6 +109,14 @@ class ScaledGradients:
     def materialise(self, sample: int) -> Tensor:
         """Linear in the factor."""
         return self.inner.materialise(sample) * self.factor
+
+    def leading_rows(self, begin: int, end: int) -> Tensor:
+        """Linear in the factor."""
+        return self.inner.leading_rows(begin, end).mul_(self.factor)
+
+    def with_factors(self, change: Callable[[Tensor], Tensor]) -> "ScaledGradients":
+        """Of what is scaled."""
+        return ScaledGradients(self.inner.with_factors(change), self.factor)
 
 
 class SummedGradients:
@@ -127,6 +157,17 @@ class SummedGradients:
         """Dots are linear in the uses."""
         return torch.stack([part.axis_dots(u, axis) for part in self.parts]).sum(0)
 
+    def leading_rows(self, begin: int, end: int) -> Tensor:
+        """Rows are linear in the uses."""
+        total = self.parts[0].leading_rows(begin, end)
+        for part in self.parts[1:]:
+            total += part.leading_rows(begin, end)
+        return total
+
+    def with_factors(self, change: Callable[[Tensor], Tensor]) -> "SummedGradients":
+        """Of every use."""
+        return SummedGradients([part.with_factors(change) for part in self.parts], self.num_samples)
+
 
 class TiedGradients(SummedGradients):
     """One embedding use and one linear use of the same matrix (tied embedding and head): exact, with the cross term.
@@ -149,6 +190,10 @@ class TiedGradients(SummedGradients):
             inputs = self.outer.x[s].to(dtype) @ self.lookup.dy[t].to(dtype).T  # [S, T]
             cross.append((heads * inputs).sum(dtype=torch.float64))
         return self.lookup.squared_norms() + self.outer.squared_norms() + 2.0 * torch.stack(cross)
+
+    def with_factors(self, change: Callable[[Tensor], Tensor]) -> "TiedGradients":
+        """Of both uses."""
+        return TiedGradients(self.lookup.with_factors(change), self.outer.with_factors(change), self.num_samples)
 
 
 def _interleave(parts: Sequence[Tensor], offsets: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -5,10 +5,13 @@ weighted sum follow from `x` and `dy` (docs/method.md (4) to (6)). Every class h
 the statistics need not know which layer they look at. Sample `b` owns rows `offsets[b] .. offsets[b + 1]`.
 """
 
+from collections.abc import Callable
+from itertools import pairwise
 from typing import Protocol
 
 import fillm_kernels as fk
 import torch
+from fillm_kernels.products import ieee_products, linear, product
 from torch import Tensor
 
 LEAST_FUSED_TOKENS = 96  # a sample; on Zen 5 layers of 256 to 1024 features break even at about 60, 128 gain a fifth
@@ -47,6 +50,23 @@ class PerSampleGradients(Protocol):
         """The gradient of one sample, of the tensor's shape: for checks and element-level squares only."""
         ...
 
+    def leading_rows(self, begin: int, end: int) -> Tensor:
+        """Rows `begin .. end` of every sample's gradient as a matrix of `row_layout(shape)`.
+
+        Returns:
+            [B, end - begin, columns], float32 (float64 where gradients are float64): formed anew, to be dropped soon.
+        """
+        ...
+
+    def with_factors(self, change: Callable[[Tensor], Tensor]) -> "PerSampleGradients":
+        """The same kind of gradients from `change(t)` for every tensor `t` that is held and grows with the batch."""
+        ...
+
+
+def row_layout(shape: torch.Size) -> tuple[int, int]:
+    """(rows, columns) of a tensor as a matrix: leading dimensions flattened; a vector's rows are its entries."""
+    return (shape[:-1].numel(), shape[-1]) if len(shape) > 1 else (shape.numel(), 1)
+
 
 def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
     """Sum of each sample's rows: [N, ...] -> [B, ...]; the same bits whatever the order of calls."""
@@ -74,6 +94,17 @@ def add_rows_(out: Tensor, index: Tensor, rows: Tensor) -> Tensor:
         return out.index_add_(0, index, rows.to(out.dtype))
     # index_add_ on a GPU adds with atomics; accumulation through index_put_ sorts first and is deterministic.
     return out.index_put_((index,), rows.to(out.dtype), accumulate=True)
+
+
+def padded_rows(rows: Tensor, offsets: Tensor) -> Tensor:
+    """Each sample's rows, with zero rows up to the longest: [N, W] -> [B, longest, W]; a view where all are equal."""
+    lengths = offsets.diff()
+    longest = int(lengths.max()) if lengths.numel() else 0
+    if rows.shape[0] == longest * lengths.numel():
+        return rows.reshape(lengths.numel(), longest, rows.shape[1])
+    place = offsets[:-1, None] + torch.arange(longest, device=offsets.device)  # [B, longest]
+    beyond = place >= offsets[1:, None]
+    return rows[place.masked_fill(beyond, 0)].masked_fill(beyond[:, :, None], 0.0)
 
 
 class OuterGradients:
@@ -113,6 +144,23 @@ class OuterGradients:
         rows = slice(int(self.offsets[sample]), int(self.offsets[sample + 1]))
         dtype = torch.promote_types(self.x.dtype, torch.float32)
         return self.dy[rows].to(dtype).T @ self.x[rows].to(dtype)
+
+    def leading_rows(self, begin: int, end: int) -> Tensor:
+        """`dy_b[:, begin:end]^T x_b`."""
+        dy = self.dy[:, begin:end]
+        with ieee_products():
+            if self.x.is_cuda:  # one launch for all samples
+                return product(padded_rows(dy, self.offsets).transpose(1, 2), padded_rows(self.x, self.offsets))
+            dtype = torch.promote_types(self.x.dtype, torch.float32)
+            dy, x = dy.to(dtype), self.x.to(dtype)
+            out = x.new_empty(self.offsets.numel() - 1, dy.shape[1], x.shape[1])
+            for b, (first, last) in enumerate(pairwise(self.offsets.tolist())):
+                out[b] = linear(dy[first:last].T, x[first:last].T)
+        return out
+
+    def with_factors(self, change: Callable[[Tensor], Tensor]) -> "OuterGradients":
+        """Of `x` and `dy`."""
+        return OuterGradients(change(self.x), change(self.dy), self.offsets)
 
 
 def norms_and_dots(gradients: PerSampleGradients, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,6 +228,19 @@ class LookupGradients:
         out = torch.zeros(self.shape, dtype=torch.promote_types(self.dy.dtype, torch.float32), device=self.dy.device)
         return add_rows_(out, self.ids[rows], self.dy[rows])
 
+    def leading_rows(self, begin: int, end: int) -> Tensor:
+        """Only tokens with an id in the range are read."""
+        used = ((self.ids >= begin) & (self.ids < end)).nonzero().squeeze(1)
+        count, height = self.offsets.numel() - 1, end - begin
+        dtype = torch.promote_types(self.dy.dtype, torch.float32)
+        out = torch.zeros(count * height, self.shape[1], dtype=dtype, device=self.dy.device)
+        place = sample_of_row(self.offsets)[used] * height + self.ids[used] - begin
+        return add_rows_(out, place, self.dy[used]).view(count, height, self.shape[1])
+
+    def with_factors(self, change: Callable[[Tensor], Tensor]) -> "LookupGradients":
+        """Of the ids and `dy`."""
+        return LookupGradients(change(self.ids), change(self.dy), self.offsets, self.shape[0])
+
 
 class DenseGradients:
     """Per-sample gradients held outright, `[B, *shape]`: norm weights, biases, and what the fallback computes."""
@@ -218,3 +279,12 @@ class DenseGradients:
     def materialise(self, sample: int) -> Tensor:
         """One row."""
         return self.values[sample]
+
+    def leading_rows(self, begin: int, end: int) -> Tensor:
+        """A slice."""
+        rows = self.values.reshape(self.values.shape[0], *row_layout(self.shape))[:, begin:end]
+        return rows.to(torch.promote_types(rows.dtype, torch.float32), copy=True)
+
+    def with_factors(self, change: Callable[[Tensor], Tensor]) -> "DenseGradients":
+        """Of the gradients."""
+        return DenseGradients(change(self.values))

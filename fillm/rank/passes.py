@@ -25,8 +25,8 @@ class Statistic(Protocol):
         """Takes one batch of one tensor."""
         ...
 
-    def state(self) -> dict[str, Tensor]:
-        """What a resumed run needs."""
+    def state(self) -> dict[str, Tensor] | None:
+        """What a resumed run needs; None where that is too much to be saved, and an interrupted pass starts anew."""
         ...
 
     def load(self, state: Mapping[str, Tensor]) -> None:
@@ -93,7 +93,7 @@ class Passes:
             losses, before = tensors.pop("losses"), meta["seconds"]
             statistic.load(tensors)
         # A pass too short to be saved is run again on the way to a later one's state, which must not be lost to it.
-        saves = self.folder is not None and (saved is None or saved[0] == stage)
+        saves = self.folder is not None and (saved is None or saved[0] == stage) and statistic.state() is not None
         begun = last_save = time.monotonic()
         with self.console.progress(label, len(chosen)) as bar:
             bar.skip(sum(len(members) for members in plan[:start]))

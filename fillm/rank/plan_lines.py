@@ -64,8 +64,8 @@ class Plan:
         rows: list[tuple[str, str]] = [("tensors in scope", f"{self.tensors} ({self.parameters:,} parameters)")]
         for one in self.passes:
             rows.append((one.name, f"{one.samples} samples, {one.tokens:,} tokens, {one.batches} batches"))
-        rows += [("memory", ""), *((f"  {name}", _bytes(size)) for name, size in self.memory.items())]
-        rows += [("  expected peak", _bytes(self.peak_bytes)), ("FLOP", "")]
+        rows += [("memory", ""), *((f"  {name}", in_bytes(size)) for name, size in self.memory.items())]
+        rows += [("  expected peak", in_bytes(self.peak_bytes)), ("FLOP", "")]
         rows += [(f"  {name}", f"{value:.3e}") for name, value in self.flop.items()]
         rows += [("  total", f"{sum(self.flop.values()):.3e}")]
         rows += [("time", f"{_duration(self.seconds)} at {self.rate / 1e9:,.1f} GFLOP/s")]
@@ -75,7 +75,8 @@ class Plan:
         ]
 
 
-def _bytes(size: int) -> str:
+def in_bytes(size: int) -> str:
+    """A number of bytes for people: `1.5 GiB`."""
     for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if size >= factor:
             return f"{size / factor:,.1f} {unit}"

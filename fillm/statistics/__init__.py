@@ -10,6 +10,7 @@ from fillm.statistics.accumulators import (
     inner,
     squared_norm,
 )
+from fillm.statistics.exact_gram import KeptGradients, TensorGram, held_tensors, tensor_gram
 from fillm.statistics.influence import BRACKET_SLACK, Scalars, relative_width, uncertified
 from fillm.statistics.retain import EXPANSION_NUMEL, EXPANSION_TERMS, RetainMoments, WeightedSum
 
@@ -18,16 +19,20 @@ __all__ = [
     "EXPANSION_NUMEL",
     "EXPANSION_TERMS",
     "Groups",
+    "KeptGradients",
     "MeanGradient",
     "MeanPower",
     "RetainMoments",
     "Scalars",
     "SquaredNorms",
     "StepDots",
+    "TensorGram",
     "WeightedSum",
     "accumulator_dtype",
+    "held_tensors",
     "inner",
     "relative_width",
     "squared_norm",
+    "tensor_gram",
     "uncertified",
 ]
