@@ -23,6 +23,7 @@ from fillm.capture.gradients import DenseGradients, LookupGradients, OuterGradie
 BLOCK_BYTES = 64 << 20  # of rows of all samples' gradients, formed at a time
 PRODUCT_ENTRIES = 4096  # of a gradient, summed in float32 before float64 takes over
 STRIPS = 8  # of samples; what lies below the strips of the diagonal is mirrored: 9/16 of the work
+LEAST_STRIP = 32  # samples; narrower products leave the machine idle
 GHOST_TOKENS = 2048  # of batches that are joined before their pairs are taken
 LOOKUP_ROWS = 512  # summed embedding rows multiplied with each other at a time
 
@@ -174,7 +175,7 @@ def _stacked(kept: Kept, count: int, shape: torch.Size) -> Tensor:
 
 def _strips(count: int) -> Iterator[slice]:
     """Of samples, so that `strip.start` on against `strip` covers every pair once or, near the diagonal, twice."""
-    height = max(1, -(-count // STRIPS))
+    height = max(LEAST_STRIP, -(-count // STRIPS))
     for begin in range(0, count, height):
         yield slice(begin, min(begin + height, count))
 
