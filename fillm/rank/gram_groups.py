@@ -1,5 +1,6 @@
 """Which tensors' gradients are kept at a time: as many as the memory holds, for each group costs a pass a set."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -67,7 +68,9 @@ def gram_groups(
     if not names or not sizes.samples:
         return [Group(tuple(names), frozenset())] if names else []
     factors = _factors(capture, names, sets, sizes)
-    formed = frozenset(name for name in names if _formed_bytes(capture, name, sizes) < sum(factors[name].values()))
+    users = Counter(storage for held in factors.values() for storage in held)
+    share = {name: sum(size / users[one] for one, size in held.items()) for name, held in factors.items()}
+    formed = frozenset(name for name in names if _formed_bytes(capture, name, sizes) < share[name])
     for name in formed:
         factors[name] = {(name,): _formed_bytes(capture, name, sizes)}
     most = max(names, key=lambda name: sum(factors[name].values()))
