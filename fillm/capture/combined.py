@@ -10,8 +10,9 @@ from fillm.capture.gradients import (
     LookupGradients,
     OuterGradients,
     PerSampleGradients,
-    sample_of_row,
 )
+from fillm.capture.segments import sample_of_row
+from fillm.capture.sketching import SketchMap, flattened
 
 
 class StackedGradients:
@@ -49,6 +50,17 @@ class StackedGradients:
             out[:, index] = part
         return out.flatten(1) if len(self.shape) > 2 else out.sum(2)
 
+    def sketches(self, to: SketchMap) -> Tensor:
+        """Sums of the slices' sketches; a stack of vectors is the matrix of which it holds some rows."""
+        if to.kind == "exact":
+            return flattened(self, self.num_samples)
+        if len(self.shape) > 2:
+            return torch.stack([part.sketches(to.slice(index)) for index, part in self.slices.items()]).sum(0)
+        rows = torch.stack([flattened(part, self.num_samples) for part in self.slices.values()], 1)  # [B, slices, O]
+        ids = torch.tensor(list(self.slices), device=rows.device).repeat(self.num_samples)
+        offsets = torch.arange(self.num_samples + 1, device=rows.device) * len(self.slices)
+        return LookupGradients(ids, rows.flatten(0, 1), offsets, self.shape[0]).sketches(to)
+
     def materialise(self, sample: int) -> Tensor:
         """The dense gradient of one sample."""
         parts = {index: part.materialise(sample) for index, part in self.slices.items()}
@@ -83,6 +95,10 @@ class ScaledGradients:
     def axis_dots(self, u: Tensor, axis: int) -> Tensor:
         """Linear in the factor."""
         return self.inner.axis_dots(u, axis) * self.factor
+
+    def sketches(self, to: SketchMap) -> Tensor:
+        """Linear in the factor."""
+        return self.inner.sketches(to) * self.factor
 
     def materialise(self, sample: int) -> Tensor:
         """Linear in the factor."""
@@ -126,6 +142,10 @@ class SummedGradients:
     def axis_dots(self, u: Tensor, axis: int) -> Tensor:
         """Dots are linear in the uses."""
         return torch.stack([part.axis_dots(u, axis) for part in self.parts]).sum(0)
+
+    def sketches(self, to: SketchMap) -> Tensor:
+        """Sketches are linear in the uses."""
+        return torch.stack([part.sketches(to) for part in self.parts]).sum(0)
 
 
 class TiedGradients(SummedGradients):
