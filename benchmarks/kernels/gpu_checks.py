@@ -6,7 +6,7 @@ from typing import Any
 
 import fillm_kernels as fk
 import torch
-from fillm_kernels.factored_sketch import KINDS as FACTORED
+from fillm_kernels.sides import KINDS as FACTORED
 from fillm_kernels.sketch import DENSE, SKETCHES
 from torch import Tensor
 

@@ -3,14 +3,17 @@
 from fillm.capture.engine import Capture, batch_one_gradients, frozen
 from fillm.capture.gradients import PerSampleGradients, norms_and_dots
 from fillm.capture.losses import LossReduction, sample_losses
+from fillm.capture.sketching import SketchMap, check_sketch
 from fillm.capture.verification import Verification, verify
 
 __all__ = [
     "Capture",
     "LossReduction",
     "PerSampleGradients",
+    "SketchMap",
     "Verification",
     "batch_one_gradients",
+    "check_sketch",
     "frozen",
     "norms_and_dots",
     "sample_losses",

@@ -11,8 +11,9 @@ from fillm.capture.gradients import (
     OuterGradients,
     PerSampleGradients,
     row_layout,
-    sample_of_row,
 )
+from fillm.capture.segments import sample_of_row
+from fillm.capture.sketching import SketchMap, flattened
 
 
 class StackedGradients:
@@ -49,6 +50,17 @@ class StackedGradients:
         for index, part in parts.items():
             out[:, index] = part
         return out.flatten(1) if len(self.shape) > 2 else out.sum(2)
+
+    def sketches(self, to: SketchMap) -> Tensor:
+        """Sums of the slices' sketches; a stack of vectors is the matrix of which it holds some rows."""
+        if to.kind == "exact":
+            return flattened(self, self.num_samples)
+        if len(self.shape) > 2:
+            return torch.stack([part.sketches(to.slice(index)) for index, part in self.slices.items()]).sum(0)
+        rows = torch.stack([flattened(part, self.num_samples) for part in self.slices.values()], 1)  # [B, slices, O]
+        ids = torch.tensor(list(self.slices), device=rows.device).repeat(self.num_samples)
+        offsets = torch.arange(self.num_samples + 1, device=rows.device) * len(self.slices)
+        return LookupGradients(ids, rows.flatten(0, 1), offsets, self.shape[0]).sketches(to)
 
     def materialise(self, sample: int) -> Tensor:
         """The dense gradient of one sample."""
@@ -105,6 +117,10 @@ class ScaledGradients:
     def axis_dots(self, u: Tensor, axis: int) -> Tensor:
         """Linear in the factor."""
         return self.inner.axis_dots(u, axis) * self.factor
+
+    def sketches(self, to: SketchMap) -> Tensor:
+        """Linear in the factor."""
+        return self.inner.sketches(to) * self.factor
 
     def materialise(self, sample: int) -> Tensor:
         """Linear in the factor."""
@@ -167,6 +183,10 @@ class SummedGradients:
     def with_factors(self, change: Callable[[Tensor], Tensor]) -> "SummedGradients":
         """Of every use."""
         return SummedGradients([part.with_factors(change) for part in self.parts], self.num_samples)
+
+    def sketches(self, to: SketchMap) -> Tensor:
+        """Sketches are linear in the uses."""
+        return torch.stack([part.sketches(to) for part in self.parts]).sum(0)
 
 
 class TiedGradients(SummedGradients):

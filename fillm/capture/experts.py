@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from fillm.capture.boundaries import LinearBoundary
 from fillm.capture.combined import StackedGradients
-from fillm.capture.gradients import DenseGradients, OuterGradients, segment_sum
+from fillm.capture.gradients import DenseGradients, OuterGradients
 from fillm.capture.rules import Rules
+from fillm.capture.segments import segment_sum
 
 _LAYOUT = ("has_gate", "has_bias", "is_transposed", "_apply_gate", "down_proj")
 

@@ -14,6 +14,9 @@ import torch
 from fillm_kernels.products import ieee_products, linear, product
 from torch import Tensor
 
+from fillm.capture.segments import add_rows_, sample_of_row, segment_sum
+from fillm.capture.sketching import SketchMap, flattened, sketch_dense, sketch_lookup, sketch_outer
+
 LEAST_FUSED_TOKENS = 96  # a sample; on Zen 5 layers of 256 to 1024 features break even at about 60, 128 gain a fifth
 
 
@@ -46,6 +49,13 @@ class PerSampleGradients(Protocol):
         """
         ...
 
+    def sketches(self, to: SketchMap) -> Tensor:
+        """Every gradient in `to.dim` numbers, [B, dim], float32 (float64 for float64 gradients).
+
+        Linear in the gradient, and the same map whichever class holds it.
+        """
+        ...
+
     def materialise(self, sample: int) -> Tensor:
         """The gradient of one sample, of the tensor's shape: for checks and element-level squares only."""
         ...
@@ -66,34 +76,6 @@ class PerSampleGradients(Protocol):
 def row_layout(shape: torch.Size) -> tuple[int, int]:
     """(rows, columns) of a tensor as a matrix: leading dimensions flattened; a vector's rows are its entries."""
     return (shape[:-1].numel(), shape[-1]) if len(shape) > 1 else (shape.numel(), 1)
-
-
-def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
-    """Sum of each sample's rows: [N, ...] -> [B, ...]; the same bits whatever the order of calls."""
-    count = offsets.numel() - 1
-    rows = values.shape[0]
-    if (
-        count
-        and rows % count == 0
-        and torch.equal(offsets, torch.arange(count + 1, device=offsets.device) * (rows // count))
-    ):
-        return values.reshape(count, rows // count, *values.shape[1:]).sum(1)
-    out = values.new_zeros(count, *values.shape[1:])
-    return add_rows_(out, sample_of_row(offsets), values)
-
-
-def sample_of_row(offsets: Tensor) -> Tensor:
-    """[B + 1] -> [N], the sample that owns each row."""
-    count = offsets.numel() - 1
-    return torch.repeat_interleave(torch.arange(count, device=offsets.device), offsets.diff())
-
-
-def add_rows_(out: Tensor, index: Tensor, rows: Tensor) -> Tensor:
-    """`out[index[r]] += rows[r]` in a fixed order on every device."""
-    if out.device.type == "cpu":
-        return out.index_add_(0, index, rows.to(out.dtype))
-    # index_add_ on a GPU adds with atomics; accumulation through index_put_ sorts first and is deterministic.
-    return out.index_put_((index,), rows.to(out.dtype), accumulate=True)
 
 
 def padded_rows(rows: Tensor, offsets: Tensor) -> Tensor:
@@ -138,6 +120,12 @@ class OuterGradients:
         x, dy = self.x.to(u.dtype), self.dy.to(u.dtype)
         product = (x @ u.T) * dy if axis == 0 else (dy @ u) * x
         return segment_sum(product, self.offsets).double()
+
+    def sketches(self, to: SketchMap) -> Tensor:
+        """From the factors; `G_b` is never in memory."""
+        if to.kind == "exact":
+            return flattened(self, self.offsets.numel() - 1)
+        return sketch_outer(self.x, self.dy, self.offsets, to)
 
     def materialise(self, sample: int) -> Tensor:
         """`dy_b^T x_b`."""
@@ -222,6 +210,12 @@ class LookupGradients:
         add_rows_(out, sample_of_row(self.offsets) * self.shape[0] + self.ids, product.sum(1))
         return out.view(count, self.shape[0])
 
+    def sketches(self, to: SketchMap) -> Tensor:
+        """From the rows that a sample's tokens touch."""
+        if to.kind == "exact":
+            return flattened(self, self.offsets.numel() - 1)
+        return sketch_lookup(*self.grouped(), self.offsets.numel() - 1, to)
+
     def materialise(self, sample: int) -> Tensor:
         """The dense gradient of one sample."""
         rows = slice(int(self.offsets[sample]), int(self.offsets[sample + 1]))
@@ -275,6 +269,10 @@ class DenseGradients:
             return product.reshape(product.shape[0], -1)
         product = product.reshape(product.shape[0], -1, product.shape[-1])
         return product.sum(2 if axis == 0 else 1)
+
+    def sketches(self, to: SketchMap) -> Tensor:
+        """Directly."""
+        return sketch_dense(self.values, to)
 
     def materialise(self, sample: int) -> Tensor:
         """One row."""

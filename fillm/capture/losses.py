@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fillm.capture.gradients import sample_of_row, segment_sum
+from fillm.capture.segments import sample_of_row, segment_sum
 from fillm.data import Batch
 
 LossReduction = Literal["mean", "sum"]

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fillm.capture.gradients import sample_of_row, segment_sum
 from fillm.capture.losses import answer_offsets
+from fillm.capture.segments import sample_of_row, segment_sum
 from fillm.data import Batch
 
 

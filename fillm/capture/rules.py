@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fillm.capture.boundaries import LinearBoundary, LookupBoundary, ProductBoundary, ShiftBoundary
-from fillm.capture.gradients import DenseGradients, LookupGradients, OuterGradients, segment_sum
+from fillm.capture.gradients import DenseGradients, LookupGradients, OuterGradients
 from fillm.capture.interception import Tracked
 from fillm.capture.rows import RowMap
+from fillm.capture.segments import segment_sum
 
 Find = Callable[[Any], Tracked | None]
 

@@ -13,11 +13,13 @@ from fillm.statistics.accumulators import (
 from fillm.statistics.exact_gram import KeptGradients, TensorGram, held_tensors, tensor_gram
 from fillm.statistics.influence import BRACKET_SLACK, Scalars, relative_width, uncertified
 from fillm.statistics.retain import EXPANSION_NUMEL, EXPANSION_TERMS, RetainMoments, WeightedSum
+from fillm.statistics.sketches import GradientSketches
 
 __all__ = [
     "BRACKET_SLACK",
     "EXPANSION_NUMEL",
     "EXPANSION_TERMS",
+    "GradientSketches",
     "Groups",
     "KeptGradients",
     "MeanGradient",

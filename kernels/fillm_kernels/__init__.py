@@ -21,6 +21,7 @@ from fillm_kernels.masked_sophia import masked_sophia_
 from fillm_kernels.outer_sketch import outer_sketch
 from fillm_kernels.sample_moments import Moments, sample_moments
 from fillm_kernels.selection import Selection, select_bits, select_rows
+from fillm_kernels.sides import side_rows, side_sketch, tensorsketch_side
 from fillm_kernels.sketch import sketch
 from fillm_kernels.soir_sweep import SoirSweep, soir_sweep
 from fillm_kernels.top_mask import TopMask, top_mask
@@ -49,8 +50,11 @@ __all__ = [
     "sample_moments",
     "select_bits",
     "select_rows",
+    "side_rows",
+    "side_sketch",
     "sketch",
     "soir_sweep",
+    "tensorsketch_side",
     "top_mask",
     "weighted_outer_",
 ]

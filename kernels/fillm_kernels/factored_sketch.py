@@ -18,14 +18,10 @@ from torch import Tensor
 
 from fillm_kernels.arguments import accumulation_dtype, as_integer, as_tensor, check_offsets, check_ragged
 from fillm_kernels.dispatch import Backend, register, select, triton_backend
-from fillm_kernels.errors import ShapeError
 from fillm_kernels.products import ieee_products, product
-from fillm_kernels.seed_law import LARGEST_DIM, SIGN, START, BlockMap, below, cell, keys, negative, normal, tensor_seed
+from fillm_kernels.sides import SIDES, CountSketch, checked_dims, listed, projection_rows, sides_of, tensorsketch_side
 from fillm_kernels.sketch import sketch
 
-SIDES = {"factored": "gaussian", "factored-sjlt": "sjlt"}  # the sketch of either side
-KINDS = (*SIDES, "tensorsketch")
-NONZEROS = 4  # bins a coordinate goes into on either side of factored-sjlt, where that divides the dimension
 BLOCK_ENTRIES = 1 << 21  # entries of the sketched rows held at a time
 
 
@@ -59,44 +55,15 @@ def factored_sketch(
         DeviceError: if the tensors lie on different devices.
         BackendError: if `FILLM_BACKEND` asks for a backend that cannot run here.
     """
-    sides = [as_integer(dim, "dims") for dim in (dims if isinstance(dims, (list, tuple)) else [dims])]
-    if kind in SIDES and len(sides) == 1:
-        sides *= 2
     seed = as_integer(seed, "seed")
-    return _op(as_tensor(x, "x"), as_tensor(dy, "dy"), as_tensor(offsets, "offsets"), sides, kind, seed)
+    arrays = as_tensor(x, "x"), as_tensor(dy, "dy"), as_tensor(offsets, "offsets")
+    return _op(*arrays, listed(dims, kind), kind, seed)
 
 
 def _check(x: Tensor, dy: Tensor, offsets: Tensor, dims: list[int], kind: str, seed: int) -> int:
     """Numbers a sample becomes, after the checks that read no values."""
     check_ragged(x, dy, offsets)
-    if kind not in KINDS:
-        raise ShapeError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
-    if len(dims) != (1 if kind == "tensorsketch" else 2):
-        raise ShapeError(f"dims must be (k_out, k_in), or one k for tensorsketch; got {dims} for {kind}")
-    if min(dims) < 1 or math.prod(dims) > LARGEST_DIM:
-        raise ShapeError(f"dims must be at least 1 and their product at most 2^30; got {dims}")
-    if seed < 0:
-        raise ShapeError(f"seed must be in [0, 2^63); got {seed}")
-    return math.prod(dims)
-
-
-def sides_of(kind: str, seed: int, dims: list[int]) -> list[tuple[int, str, int, int]]:
-    """What `sketch` is given for dy and for x: (dim, kind, seed, nonzeros)."""
-    seeds = tensor_seed(seed, "out"), tensor_seed(seed, "in")
-    return [(k, SIDES[kind], one, math.gcd(k, NONZEROS)) for k, one in zip(dims, seeds, strict=True)]
-
-
-def _matrix(width: int, dim: int, kind: str, seed: int, nonzeros: int) -> Tensor:
-    """One side's projection, [width, dim], float64, entry by entry from the seed law; for the reference."""
-    coordinate = torch.arange(width)
-    if kind == "gaussian":
-        return normal(seed, kind, coordinate[:, None], torch.arange(dim)) / math.sqrt(dim)
-    law = BlockMap.of(kind, seed, dim, nonzeros)
-    matrix = torch.zeros(width, dim, dtype=torch.float64)
-    for chunk in range(law.chunks):
-        bins, bits = law.place(coordinate, chunk)
-        matrix[coordinate, bins] = (1 - 2 * bits).double() * law.scale
-    return matrix
+    return math.prod(checked_dims(dims, kind, seed))
 
 
 def _reference(x: Tensor, dy: Tensor, offsets: Tensor, dims: list[int], kind: str, seed: int) -> Tensor:
@@ -106,53 +73,19 @@ def _reference(x: Tensor, dy: Tensor, offsets: Tensor, dims: list[int], kind: st
         gradient = (dy[begin:end].double().T @ x[begin:end].double()).cpu()
         if kind == "tensorsketch":
             (rows, row_signs), (columns, column_signs) = (
-                tensorsketch_side(width, dims[0], seed, side) for side, width in enumerate(gradient.shape)
+                tensorsketch_side(torch.arange(width), dims[0], seed, side)
+                for side, width in zip(SIDES, gradient.shape, strict=True)
             )
             bins = (rows[:, None] + columns) % dims[0]
             signed = gradient * row_signs[:, None] * column_signs
             results[sample].index_add_(0, bins.flatten(), signed.flatten())
         else:
             left, right = (
-                _matrix(n, *side) for n, side in zip(gradient.shape, sides_of(kind, seed, dims), strict=True)
+                projection_rows(torch.arange(n), *side)
+                for n, side in zip(gradient.shape, sides_of(kind, seed, dims), strict=True)
             )
             results[sample] = (left.T @ gradient @ right).flatten()
     return results
-
-
-def tensorsketch_side(width: int, dim: int, seed: int, side: int) -> tuple[Tensor, Tensor]:
-    """Bins and signs of one side of a TensorSketch: of dy (side 0) or x (side 1).
-
-    Every coordinate gets a bin of its own hash. The rotated blocks of `sketch` would not do here: bins of two sides
-    add, and within a block i + o' and i' + o meet with certainty where i - i' = o - o'.
-
-    Returns:
-        [width] int64 in [0, dim), and [width] int64, +1 or -1.
-    """
-    coordinate = torch.arange(width)
-    bins = below(cell(keys(seed, "tensorsketch", START, side), coordinate, 0), dim)
-    return bins, 1 - 2 * negative(keys(seed, "tensorsketch", SIGN, side), coordinate, 0)
-
-
-class _Scatter:
-    """One side of a TensorSketch for rows of a matrix: bins filled one coordinate each at a time, so never two at once
-    (an `index_add_` on CUDA adds in an order of its own).
-    """
-
-    def __init__(self, width: int, dim: int, seed: int, side: int, device: torch.device) -> None:
-        bins, signs = tensorsketch_side(width, dim, seed, side)
-        order = bins.argsort(stable=True)
-        loads = bins.bincount(minlength=dim)
-        turn = torch.arange(width) - (loads.cumsum(0) - loads)[bins[order]]  # how many came into the bin before
-        turns = [order[turn == number] for number in range(int(loads.max()))]
-        self.turns = [(bins[some].to(device), some.to(device), signs[some].to(device)) for some in turns]
-        self.dim = dim
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        """[n, width] -> [n, dim], float32 or float64."""
-        out = torch.zeros(rows.shape[0], self.dim, dtype=accumulation_dtype(rows.dtype), device=rows.device)
-        for bins, coordinates, signs in self.turns:
-            out[:, bins] += rows[:, coordinates].to(out.dtype) * signs
-        return out
 
 
 def sample_groups(bounds: list[int], step: int) -> Iterator[tuple[int, int]]:
@@ -172,7 +105,9 @@ def _torch(x: Tensor, dy: Tensor, offsets: Tensor, dims: list[int], kind: str, s
     samples, dtype = len(bounds) - 1, accumulation_dtype(x.dtype)
     folded = kind == "tensorsketch"
     if folded:
-        sides = [_Scatter(part.shape[1], dims[0], seed, side, x.device) for side, part in enumerate((dy, x))]
+        sides = [
+            CountSketch(part.shape[1], dims[0], seed, side, x.device) for side, part in zip(SIDES, (dy, x), strict=True)
+        ]
         width, dtype = dims[0] // 2 + 1, dtype.to_complex()
     else:
         sides = [partial(_sketched, of=of) for of in sides_of(kind, seed, dims)]

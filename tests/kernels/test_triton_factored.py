@@ -7,8 +7,9 @@ import numpy
 import pytest
 import torch
 from fillm_kernels import BackendError, backends, dispatch, factored_sketch
-from fillm_kernels.factored_sketch import _matrix, _reference, tensorsketch_side
+from fillm_kernels.factored_sketch import _reference
 from fillm_kernels.self_check import SelfChecks
+from fillm_kernels.sides import SIDES, projection_rows, tensorsketch_side
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -65,7 +66,7 @@ def test_projections_follow_the_seed_law():
         projection.fill(matrix, dim, kind, 5, nonzeros, 3, 50, 0)
         want = torch.zeros(64, 64, dtype=torch.float64)
         scale = math.sqrt(dim if kind == "gaussian" else nonzeros)
-        want[:47, :dim] = _matrix(50, dim, kind, 5, nonzeros)[3:] * scale
+        want[:47, :dim] = projection_rows(torch.arange(3, 50), dim, kind, 5, nonzeros) * scale
         # A logarithm, a root and a polynomial of float32, each off by a few roundings; entries are below 6.
         assert_within(matrix[0].cpu(), want, 6 * 16 * U if kind == "gaussian" else 1e-15)
         parts = torch.full((3, 64, 64), torch.nan, dtype=torch.bfloat16, device=DEVICE)
@@ -86,7 +87,7 @@ def test_a_projection_made_in_pieces_gives_the_same_bits(monkeypatch):
 def test_bins_and_signs_of_a_tensorsketch_follow_the_seed_law():
     for side, dim in (0, 24), (1, 1), (1, 1 << 20):
         codes, starts = folding.table(300, dim, 2**62 + 7, side, torch.device(DEVICE))
-        bins, signs = tensorsketch_side(300, dim, 2**62 + 7, side)
+        bins, signs = tensorsketch_side(torch.arange(300), dim, 2**62 + 7, SIDES[side])
         coordinate = (codes >> 1 & 0xFFFFFFFF).cpu()
         assert torch.equal(bins.sort(stable=True).indices, coordinate)
         assert torch.equal(1 - 2 * (codes.cpu() & 1), signs[coordinate])

@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fillm_kernels.factored_sketch import BLOCK_ENTRIES, sample_groups, sides_of
+from fillm_kernels.factored_sketch import BLOCK_ENTRIES, sample_groups
+from fillm_kernels.sides import sides_of
 from fillm_kernels.triton.configurations import CompileCase, Configuration, launch_kernel
 from fillm_kernels.triton.projection import parts_of, project
 from fillm_kernels.triton.tensorsketch import count_sketch, multiply_spectra, table
