@@ -1,4 +1,4 @@
-"""Accumulators that turn per-sample gradients into what the methods need."""
+"""Accumulators that turn per-sample gradients into what the methods need, and the store that keeps sketches of them."""
 
 from fillm.statistics.accumulators import (
     Groups,
@@ -12,6 +12,9 @@ from fillm.statistics.accumulators import (
 )
 from fillm.statistics.influence import BRACKET_SLACK, Scalars, relative_width, uncertified
 from fillm.statistics.retain import EXPANSION_NUMEL, EXPANSION_TERMS, RetainMoments, WeightedSum
+from fillm.statistics.store import SketchStore, holds_store
+from fillm.statistics.store_format import StoreSettings
+from fillm.statistics.store_writer import StoredSketches
 
 __all__ = [
     "BRACKET_SLACK",
@@ -22,10 +25,14 @@ __all__ = [
     "MeanPower",
     "RetainMoments",
     "Scalars",
+    "SketchStore",
     "SquaredNorms",
     "StepDots",
+    "StoreSettings",
+    "StoredSketches",
     "WeightedSum",
     "accumulator_dtype",
+    "holds_store",
     "inner",
     "relative_width",
     "squared_norm",
