@@ -35,6 +35,10 @@ class RunFolderError(FillmError):
     """A run folder that exists, is damaged, or was made from something else."""
 
 
+class StoreError(FillmError):
+    """A sketch store that is damaged, in use, or was made from something else."""
+
+
 class InterruptedRun(FillmError):
     """Stopped by a signal at a point from which `--resume` continues."""
 

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -31,6 +31,27 @@ class Statistic(Protocol):
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Continues from `state()`."""
+        ...
+
+
+@runtime_checkable
+class StoredStatistic(Protocol):
+    """What a pass feeds and leaves to keep its own state, such as `fillm.statistics.StoredSketches`."""
+
+    def observe(self, name: str, gradients: PerSampleGradients, positions: Tensor) -> None:
+        """Takes one batch of one tensor."""
+        ...
+
+    def resume_point(self, batches: Sequence[Sequence[int]]) -> tuple[int, Tensor, dict[str, str]]:
+        """Number of batches done, losses of all samples (0 for those not done), and what there was no rule for."""
+        ...
+
+    def end_of_batch(self, positions: Sequence[int], losses: Tensor, fallback: Mapping[str, str]) -> None:
+        """Takes note that all tensors of a batch have been observed."""
+        ...
+
+    def close(self) -> None:
+        """The pass is over."""
         ...
 
 
@@ -65,7 +86,7 @@ class Passes:
         label: str,
         capture: Capture,
         samples: SampleSet,
-        statistic: Statistic,
+        statistic: Statistic | StoredStatistic,
         positions: Sequence[int] | None = None,
     ) -> None:
         """Feeds `statistic` every sample (or those at `positions`) once; continues where an interrupted run stopped."""
@@ -77,7 +98,9 @@ class Passes:
             counted = [samples[i].num_counted for i in chosen]
             plan.sort(key=lambda members: -sum(counted[i] for i in members))
         row = {"pass": stage, "samples": len(chosen), "tokens": sum(lengths), "batches": len(plan)}
-        finished = self.folder.load_stage(stage) if self.folder else None
+        stored = statistic if isinstance(statistic, StoredStatistic) else None
+        folder = self.folder if stored is None else None
+        finished = folder.load_stage(stage) if folder else None
         if finished is not None:
             tensors, meta = finished
             capture.fallback |= meta.pop("fallback")
@@ -86,36 +109,43 @@ class Passes:
             return
         losses = torch.zeros(len(samples), dtype=torch.float64)
         start, before = 0, 0.0
-        saved = self.folder.load_state() if self.folder else None
+        saved = folder.load_state() if folder else None
         if saved is not None and saved[0] == stage:
             _, start, tensors, meta = saved
             capture.fallback |= meta["fallback"]  # what was met before has to go on as it began
             losses, before = tensors.pop("losses"), meta["seconds"]
             statistic.load(tensors)
+        if stored is not None:
+            start, losses, fallback = stored.resume_point([[chosen[i] for i in members] for members in plan])
+            capture.fallback |= fallback
         # A pass too short to be saved is run again on the way to a later one's state, which must not be lost to it.
-        saves = self.folder is not None and (saved is None or saved[0] == stage) and statistic.state() is not None
+        saves = folder is not None and (saved is None or saved[0] == stage) and statistic.state() is not None
         begun = last_save = time.monotonic()
         with self.console.progress(label, len(chosen)) as bar:
             bar.skip(sum(len(members) for members in plan[:start]))
             for cursor, members in enumerate(plan[start:], start=start + 1):
                 batch = [chosen[i] for i in members]
                 losses[batch] = self._batch(capture, samples, batch, statistic)
+                if stored is not None:
+                    stored.end_of_batch(batch, losses[batch], capture.fallback)
                 bar.advance(len(batch), sum(lengths[i] for i in members), loss=float(losses[batch].mean()))
                 now = time.monotonic()
                 due = now - last_save >= self.checkpoint_seconds and cursor < len(plan)
                 stopped = self._interrupted()
                 if saves and (due or stopped):
                     state = {"losses": losses, **statistic.state()}
-                    self.folder.save_state(
+                    folder.save_state(
                         stage, cursor, state, {"seconds": before + now - begun, "fallback": capture.fallback}
                     )
                     last_save = now
                 if stopped:
                     raise InterruptedRun(f"stopped by {stopped} in the {label}; continue with --resume")
+        if stored is not None:
+            stored.close()
         seconds = round(before + time.monotonic() - begun, 3)
         measured = {"seconds": seconds, "peak_memory_bytes": peak_memory(capture.device)}
         if saves and seconds >= self.checkpoint_seconds:
-            self.folder.save_stage(
+            folder.save_stage(
                 stage, {"losses": losses, **statistic.state()}, {**measured, "fallback": capture.fallback}
             )
         self._finish(stage, {**row, **measured}, losses)
@@ -124,7 +154,9 @@ class Passes:
         self.losses[stage] = losses
         self.record.append(row)
 
-    def _batch(self, capture: Capture, samples: SampleSet, batch: list[int], statistic: Statistic) -> Tensor:
+    def _batch(
+        self, capture: Capture, samples: SampleSet, batch: list[int], statistic: Statistic | StoredStatistic
+    ) -> Tensor:
         """One batch, in halves if memory runs out; a tensor that has already been fed is not fed twice."""
         done: dict[str, set[int]] = {}
         accumulating = False

@@ -23,6 +23,7 @@ _PIECE_BYTES = 1 << 22
 
 
 SAVED = "what was saved before is good: see to that, then give --resume"
+ANEW = "start anew with --overwrite"
 NOTHING_SAVED = "nothing was saved: see to that, then start it again"
 
 
@@ -73,11 +74,11 @@ def write_json(path: Path, record: Mapping[str, Any]) -> None:
     sync(path.parent)
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path, remedy: str = ANEW) -> dict[str, Any] | None:
     """The record of a file that `write_json` wrote, or None if there is no such file.
 
     Raises:
-        RunFolderError: if it is not readable, not JSON, or not what was written.
+        RunFolderError: if it is not readable, not JSON, or not what was written; ends with `remedy`.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -87,7 +88,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunFolderError(f"{path}: damaged ({_reason(error)}); start anew with --overwrite") from None
+        raise RunFolderError(f"{path}: damaged ({_reason(error)}); {remedy}") from None
     return dict(record)
 
 
@@ -135,7 +136,7 @@ def load_pair(folder: Path, stem: str) -> tuple[dict[str, Tensor], dict[str, Any
         return None
     payload = folder / str(record.pop("file"))
     size, digest = record.pop("bytes"), record.pop("sha256")
-    check_file(payload, digest, size, "start anew with --overwrite")
+    check_file(payload, digest, size, ANEW)
     return load_file(payload), record
 
 
