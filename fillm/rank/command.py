@@ -26,7 +26,9 @@ from fillm.rank.plan import plan_run
 from fillm.rank.precision import warn_of_noise
 from fillm.rank.ranking import Ranking
 from fillm.rank.ranking_files import write_files
+from fillm.rank.sketch_choice import with_sketches_chosen
 from fillm.runs import RunFolder, run_identity, run_record
+from fillm.statistics import SketchStore, holds_store
 
 # Settings of the command that a function with a model in hand has no use for.
 _COMMAND_ONLY = {
@@ -79,6 +81,7 @@ def rank_parameters(
     config = from_mapping(RankConfig, {"method": method, **settings}, where="rank_parameters")
     check(dataclasses.replace(config, base_model=config.base_model or ("given" if base_model is not None else None)))
     console = Console() if progress else Console.silent()
+    config = with_sketches_chosen(config)
     # A spec given here is what the set is called.
     named = {w: data for w, data in (("forget", forget), ("retain", retain)) if isinstance(data, str)}
     sets = _samples(dataclasses.replace(config, **named), tokenizer, _read(config, forget, retain, console), console)
@@ -95,7 +98,7 @@ def run(config: RankConfig) -> None:
     """What `python -m fillm.rank` does."""
     check(config)
     console = Console()
-    config = _with_default_data(config)
+    config = with_sketches_chosen(_with_default_data(config))
     rows = _read(config, config.forget, config.retain, console)
     config = _with_default_model(config, console)
     tokenizer = None
@@ -149,10 +152,17 @@ def _needs(config: RankConfig, which: str) -> bool:
     return method not in WITHOUT_GRADIENTS and not (which == "retain" and method in FORGET_ALONE)
 
 
+def _from_store(config: RankConfig, retain: DataLike) -> bool:
+    """Whether the retain set is what a store holds: none was given, and there is one."""
+    return retain is None and config.store is not None and holds_store(config.store)
+
+
 def _read(config: RankConfig, forget: DataLike, retain: DataLike, console: Console) -> dict[str, list[Row]]:
     """The rows that the method needs, read and checked before any model is loaded."""
     reading = Reading(config, console.warn)
     given = {"forget": forget, "retain": retain}
+    if _from_store(config, retain):
+        del given["retain"]
     return {which: reading.rows(data, f"--{which}") for which, data in given.items() if _needs(config, which)}
 
 
@@ -197,7 +207,17 @@ def _rank(
     if sets:
         checks = _checks(capture, sets, config, console)
     empty = SampleSet([], "none")
-    job = Job(config, model, scope, capture, sets.get("forget", empty), sets.get("retain", empty), passes, base_model)
+    job = Job(
+        config,
+        model,
+        scope,
+        capture,
+        sets.get("forget", empty),
+        sets.get("retain", empty),
+        passes,
+        base_model,
+        str(fingerprints["model"]),
+    )
     with passes.stopping():
         scores = rank(job)
     _add_notes(scores, capture)
@@ -211,6 +231,7 @@ def _rank(
         "one_by_one": capture.alone or None,
         "fallback": dict(capture.fallback),
         "rounding_noise": dict(capture.noise),
+        **scores.record,
         "seconds": round(time.monotonic() - begun, 3),
     }
     if scores.visited_again:
@@ -222,7 +243,8 @@ def _rank(
         method=config.canonical_method,
         objective=config.objective,
         updates=scores.update or None,
-        samples=_sample_table(sets, passes),
+        samples=_sample_table(sets, passes, job.stored),
+        per_sample=scores.per_sample,
         settings=settings,
         record=record,
     )
@@ -249,14 +271,16 @@ def _add_notes(scores: Scores, capture: Capture) -> None:
         row["note"] = "; ".join(filter(None, [row.get("note", ""), how]))
 
 
-def _sample_table(sets: dict[str, SampleSet], passes: Passes) -> pa.Table:
-    columns: dict[str, list[Any]] = {"id": [], "set": [], "tokens": [], "loss": []}
+def _sample_table(sets: dict[str, SampleSet], passes: Passes, stored: SketchStore | None) -> pa.Table:
+    rows: list[tuple[str, str, int, float | None]] = []
     for which, samples in sets.items():
         losses = passes.losses.get(which)
         for position, sample in enumerate(samples):
-            columns["id"].append(sample.id)
-            columns["set"].append(which)
-            columns["tokens"].append(len(sample.input_ids))
-            columns["loss"].append(None if losses is None else float(losses[position]))
-    types = [pa.string(), pa.string(), pa.int64(), pa.float64()]
-    return pa.table({name: pa.array(values, t) for (name, values), t in zip(columns.items(), types, strict=True)})
+            loss = None if losses is None else float(losses[position])
+            rows.append((sample.id, which, len(sample.input_ids), loss))
+    if stored is not None and "retain" not in sets:
+        order = stored.positions.argsort().tolist()
+        rows += [(stored.ids[i], "retain", int(stored.tokens[i]), float(stored.losses[i])) for i in order]
+    names, types = ("id", "set", "tokens", "loss"), (pa.string(), pa.string(), pa.int64(), pa.float64())
+    columns = zip(*rows, strict=True) if rows else [[]] * len(names)
+    return pa.table({name: pa.array(list(c), t) for name, c, t in zip(names, columns, types, strict=True)})

@@ -8,6 +8,7 @@ from typing import Literal
 from fillm.config import flag_name, option
 from fillm.data import DEFAULT_TEMPLATE
 from fillm.errors import UsageError
+from fillm.rank.sketching import check_sketching
 
 Method = Literal[
     "soir", "soir-sum", "soir-per-sample", "first-order", "gradient", "memflex",
@@ -28,22 +29,17 @@ PUBLISHED_NAMES = {
     "fo-influence": "first-order",
     "param-deltas": "parameter-shift",
 }
-# What is described but not in this release, and what it waits for.
-_LATER = {
-    "first-order": "gradient sketches",
-    "soir-per-sample": "gradient sketches",
-    "woodbury": "gradient sketches",
-}
 WITH_UPDATE = ("soir", "soir-sum")  # methods that have a `u`
 # Options that only these methods look at.
 _OPTIONS_OF = {
-    "damping": WITH_UPDATE,
+    "damping": (*WITH_UPDATE, "soir-per-sample"),
     "tolerance": ("soir",),
     "base_model": ("parameter-shift",),
     "similarity": ("memflex",),
     "magnitude": ("memflex",),
     "mu": ("wagle",),
 }
+_WOODBURY_TOO = ("woodbury", "soir-per-sample")
 FORGET_ALONE = ("saliency", "gradient")  # methods that do not look at the retain set
 WITHOUT_GRADIENTS = ("parameter-shift", "random", "none")
 
@@ -76,12 +72,13 @@ class RankConfig:
     curvature: Literal["datainf", "woodbury", "diagonal"] = option("datainf", "inverse curvature applied")
     damping: float = option(0.1, "factor of the mean squared gradient entry, equation (1)", "X")
     damping_dimension: Literal["parameter", "sketch"] = option(
-        "parameter", "what the damping divides by (only parameter in this release)"
+        "parameter", "what the damping divides by: the tensor's size, or the sketch's, as published code does"
     )
     score: Literal["l2", "mean-abs"] | None = option(None, "size of the update (default: l2; mean-abs for soir-sum)")
     loss_reduction: Literal["mean", "sum"] = option("mean", "over a sample's answer tokens")
-    compression: Compression = option("none", "gradient sketch (only none in this release)")
-    sketch_dim: int = option(4096, "numbers a gradient is compressed to (not in this release)", "K")
+    compression: Compression = option("none", "gradient sketch; auto picks kind and size for --memory")
+    sketch_dim: int = option(4096, "numbers a gradient is compressed to; smaller tensors are kept as they are", "K")
+    sketch_dtype: Literal["float32", "bfloat16"] = option("float32", "type that sketches are stored in")
     objective: Objective = option(
         "forget", "forget: largest |u|; retain: least damage; trade-off: damage at equal gain"
     )
@@ -94,8 +91,10 @@ class RankConfig:
     similarity: float = option(0.92, "largest cosine of forget and retain gradient (memflex)", "X")
     magnitude: float = option(6e-4, "smallest mean forget gradient entry (memflex)", "X")
     mu: float = option(1e-3, "stand-in for the Hessian diagonal (wagle)", "X")
-    store: str | None = option(None, "folder of a sketch store (not in this release)", "DIR")
-    memory: str | None = option(None, "memory that --compression auto may use (not in this release)", "SIZE")
+    store: str | None = option(None, "folder of a sketch store to build, to add to, or to rank from", "DIR")
+    memory: str | None = option(
+        None, "memory for sketches (--compression auto) or exact Gram matrices (default: half of what is free)", "SIZE"
+    )
     groups: int = option(1, "process the layers in this many groups (only 1 in this release)", "N")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
     strict: bool = option(False, "make warnings about the data errors")
@@ -116,6 +115,17 @@ class RankConfig:
     def effective_score(self) -> str:
         """`score`, or the method's own."""
         return self.score or ("mean-abs" if self.canonical_method == "soir-sum" else "l2")
+
+    @property
+    def sketched(self) -> bool:
+        """Whether inner products come from sketches."""
+        return self.compression != "none" or self.store is not None
+
+    @property
+    def exact_gram(self) -> bool:
+        """Whether exact Gram matrices are needed."""
+        asks = self.canonical_method in ("soir-per-sample", "first-order") or self.curvature == "woodbury"
+        return asks and not self.sketched
 
     @property
     def needs_update(self) -> bool:
@@ -149,19 +159,12 @@ def check(config: RankConfig) -> None:
         UsageError: naming the option.
     """
     method = config.canonical_method
-    for option_name, value in (("--method", method), ("--curvature", config.curvature)):
-        if value in _LATER:
-            raise UsageError(f"{option_name} {value} needs {_LATER[value]}, which this release does not have yet")
-    if config.compression != "none" or config.store or config.damping_dimension != "parameter" or config.memory:
-        raise UsageError("--compression, --store, --memory and --damping-dimension need gradient sketches, which this "
-                         "release does not have yet; leave them out for the exact ranking")  # fmt: skip
-    if config.sketch_dim != 4096:
-        raise UsageError("--sketch-dim needs gradient sketches, which this release does not have yet; leave it out")
+    check_sketching(config)
     if not math.isfinite(config.similarity) or not math.isfinite(config.magnitude):
         raise UsageError("--similarity and --magnitude must be finite")
     if config.groups != 1:
         raise UsageError("--groups other than 1 is not in this release yet")
-    if config.curvature != "datainf" and method != "soir":
+    if config.curvature != "datainf" and method != "soir" and (config.curvature, method) != _WOODBURY_TOO:
         raise UsageError(f"--curvature {config.curvature} is a choice of --method soir, not of {method}")
     if config.objective != "forget" and method not in WITH_UPDATE:
         raise UsageError(
@@ -180,7 +183,7 @@ def check(config: RankConfig) -> None:
             )
     if method == "parameter-shift" and not config.base_model:
         raise UsageError("--method parameter-shift needs --base-model, the model before fine-tuning")
-    if method in ("random", "none", "memflex") and config.granularity != "tensor":
+    if method in ("random", "none", "memflex", "soir-per-sample", "first-order") and config.granularity != "tensor":
         raise UsageError(f"--method {method} ranks whole tensors; use --granularity tensor")
     if config.resume and config.overwrite:
         raise UsageError("--resume continues a run and --overwrite replaces it: give one")

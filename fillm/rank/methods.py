@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fillm.errors import ModelError, UsageError
 from fillm.models import TensorInfo
+from fillm.rank.gram_methods import rank_by_gram
 from fillm.rank.scoring import (
     Job,
     Scores,
@@ -35,6 +36,8 @@ def rank(job: Job) -> Scores:
             f"--granularity head: none of the {len(job.scope)} tensors in scope is split by attention head; "
             f"widen --include, or use --granularity row"
         )
+    if job.config.sketched or job.config.exact_gram:
+        return rank_by_gram(job)
     return _METHODS[job.config.canonical_method](job)
 
 

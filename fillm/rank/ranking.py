@@ -33,6 +33,8 @@ class Ranking:
         updates: `u` by tensor name, [*shape of the tensor], where it was computed, else None; of a loaded ranking it is
             read, and checked, when first asked for.
         samples: `id`, `set` (forget or retain), `tokens`, `loss` per sample, or None.
+        per_sample: with `soir-per-sample`, a ranking for every forget sample: `sample`, `rank`, `name`, `score`,
+            `score_low`, `score_high`, `note`; else None.
         settings: every setting of the run.
         record: what else is known of the run: versions, fingerprints, seconds.
     """
@@ -46,10 +48,11 @@ class Ranking:
         granularity: str,
         updates: Mapping[str, Tensor] | None = None,
         samples: pa.Table | None = None,
+        per_sample: pa.Table | None = None,
         settings: Mapping[str, Any] | None = None,
         record: Mapping[str, Any] | None = None,
     ) -> None:
-        self.table, self.updates, self.samples = table, updates, samples
+        self.table, self.updates, self.samples, self.per_sample = table, updates, samples, per_sample
         self.method, self.objective, self.granularity = method, objective, granularity
         self.settings, self.record = dict(settings or {}), dict(record or {})
 
@@ -64,6 +67,7 @@ class Ranking:
         objective: str,
         updates: Mapping[str, Tensor] | None = None,
         samples: pa.Table | None = None,
+        per_sample: pa.Table | None = None,
         settings: Mapping[str, Any] | None = None,
         record: Mapping[str, Any] | None = None,
     ) -> "Ranking":
@@ -81,6 +85,7 @@ class Ranking:
             objective: what the score stands for.
             updates: by tensor name.
             samples: `id`, `set`, `tokens`, `loss`.
+            per_sample: as the attribute.
             settings: plain values, for YAML.
             record: plain values, for YAML.
 
@@ -109,6 +114,7 @@ class Ranking:
             granularity=granularity,
             updates=updates,
             samples=None if samples is None else _checked_samples(samples),
+            per_sample=per_sample,
             settings=settings,
             record=record,
         )
@@ -183,6 +189,7 @@ class Ranking:
                 granularity=granularity,
                 updates=LazyTensors(folder, files) if "update.safetensors" in files else None,
                 samples=read_table(folder / "samples.parquet") if "samples.parquet" in files else None,
+                per_sample=read_table(folder / "per_sample.parquet") if "per_sample.parquet" in files else None,
                 settings=record.pop("settings"),
                 record=record,
             )

@@ -24,6 +24,8 @@ _REMEDY = "rank again, or copy the folder again from where it is whole"
 _UNITS = {
     "soir": "score |u| (weight per nat)",
     "soir-sum": "score mean |u|",
+    "soir-per-sample": "mean score |u| (weight per nat)",
+    "first-order": "score sum |<f, g>|",
     "saliency": "score sum |v| (nat per weight)",
     "memflex": "score mean |v| (nat per weight)",
     "wagle": "score (nat)",
@@ -77,6 +79,8 @@ def write_files(ranking: "Ranking", folder: Path) -> None:
         save_tensors(folder / "update.safetensors", ranking.updates)
     if ranking.samples is not None:
         write_table(ranking.samples, folder / "samples.parquet")
+    if ranking.per_sample is not None:
+        write_table(ranking.per_sample, folder / "per_sample.parquet")
     if len(ranking):
         _draw(ranking, folder / "heatmap.png")
     described = {
@@ -102,7 +106,7 @@ def write_table(table: pa.Table, path: Path) -> None:
         path,
         compression="zstd",
         compression_level=3,
-        use_dictionary=["kind", "note", "set"],
+        use_dictionary=["kind", "note", "set", "sample"],
         row_group_size=1 << 20,
         write_statistics=True,
         write_page_checksum=True,

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +16,7 @@ from fillm.rank.config import RankConfig
 from fillm.rank.passes import Passes
 from fillm.rank.soir import Influence
 from fillm.rank.units import gains, groups_of, numels, retain_changes, sizes
-from fillm.statistics import Groups, StepDots, squared_norm
+from fillm.statistics import Groups, SketchStore, StepDots, squared_norm
 
 
 @dataclass
@@ -30,6 +31,8 @@ class Job:
     retain: SampleSet
     passes: Passes
     base_model: nn.Module | None = None
+    model_fingerprint: str = ""
+    stored: SketchStore | None = None  # what the retain set's sketches were read from
 
 
 @dataclass
@@ -40,11 +43,15 @@ class Scores:
         rows: fields of the ranking's table, a dict per ranked unit; `tier` (0 unless said) sorts before the score.
         update: what `update.safetensors` holds.
         visited_again: retain samples that needed a further pass.
+        per_sample: a ranking for every forget sample, one after the other.
+        record: what else `run.yaml` is to say.
     """
 
     rows: list[dict[str, Any]]
     update: dict[str, Tensor] = field(default_factory=dict)
     visited_again: int = 0
+    per_sample: pa.Table | None = None
+    record: dict[str, Any] = field(default_factory=dict)
 
 
 def ranked_row(info: TensorInfo, score: float, **fields: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Accumulators that turn per-sample gradients into what the methods need, and the store that keeps sketches of them."""
+"""Accumulators that turn per-sample gradients into what the methods need."""
 
 from fillm.statistics.accumulators import (
     Groups,
@@ -6,11 +6,14 @@ from fillm.statistics.accumulators import (
     MeanPower,
     SquaredNorms,
     StepDots,
+    Together,
     accumulator_dtype,
     inner,
     squared_norm,
 )
+from fillm.statistics.estimates import BAR, Estimate, explained, mean_absolute, sketched_products, top_set_confidence
 from fillm.statistics.exact_gram import KeptGradients, TensorGram, held_tensors, tensor_gram
+from fillm.statistics.gram_form import DenseGram, Gram, InnerProducts, RowsGram, Step, datainf_step, woodbury_step
 from fillm.statistics.influence import BRACKET_SLACK, Scalars, relative_width, uncertified
 from fillm.statistics.retain import EXPANSION_NUMEL, EXPANSION_TERMS, RetainMoments, WeightedSum
 from fillm.statistics.sketches import GradientSketches
@@ -19,29 +22,43 @@ from fillm.statistics.store_format import StoreSettings
 from fillm.statistics.store_writer import StoredSketches
 
 __all__ = [
+    "BAR",
     "BRACKET_SLACK",
     "EXPANSION_NUMEL",
     "EXPANSION_TERMS",
+    "DenseGram",
+    "Estimate",
     "GradientSketches",
+    "Gram",
     "Groups",
+    "InnerProducts",
     "KeptGradients",
     "MeanGradient",
     "MeanPower",
     "RetainMoments",
+    "RowsGram",
     "Scalars",
     "SketchStore",
     "SquaredNorms",
+    "Step",
     "StepDots",
     "StoreSettings",
     "StoredSketches",
     "TensorGram",
+    "Together",
     "WeightedSum",
     "accumulator_dtype",
+    "datainf_step",
+    "explained",
     "held_tensors",
     "holds_store",
     "inner",
+    "mean_absolute",
     "relative_width",
+    "sketched_products",
     "squared_norm",
     "tensor_gram",
+    "top_set_confidence",
     "uncertified",
+    "woodbury_step",
 ]

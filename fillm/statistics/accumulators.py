@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,6 +112,37 @@ def first_not_finite(positions: Sequence[int], *scalars: Mapping[str, Tensor]) -
             if bad.numel():
                 return name, int(where[bad[0, 0]])
     return None
+
+
+class Together:
+    """Several statistics of one pass.
+
+    Args:
+        parts: by a name of their own, under which their states are kept.
+    """
+
+    def __init__(self, parts: Mapping[str, Any]) -> None:
+        self.parts = dict(parts)
+
+    def observe(self, name: str, gradients: PerSampleGradients, positions: Tensor) -> None:
+        """Adds a batch to each."""
+        for part in self.parts.values():
+            part.observe(name, gradients, positions)
+
+    def first_not_finite(self, positions: Sequence[int]) -> tuple[str, int] | None:
+        """What the first part that looks says."""
+        checks = (getattr(part, "first_not_finite", None) for part in self.parts.values())
+        return next((found for check in checks if check is not None and (found := check(positions))), None)
+
+    def state(self) -> dict[str, Tensor]:
+        """What a resumed run needs."""
+        return {f"{key}/{name}": t for key, part in self.parts.items() for name, t in part.state().items()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Continues from `state()`."""
+        for key, part in self.parts.items():
+            head = f"{key}/"
+            part.load({name.removeprefix(head): t for name, t in state.items() if name.startswith(head)})
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,7 @@ class SketchStore:
         Raises:
             StoreError: saying what differs.
         """
-        self._check_origin(model, settings, maps)
+        self.check_origin(model, settings, maps)
         known, total = self.manifest, self.manifest.samples
         if len(samples) < total:
             raise StoreError(
@@ -177,7 +177,12 @@ class SketchStore:
             return range(begin, total)
         return range(total, len(samples))
 
-    def _check_origin(self, model: str, settings: StoreSettings, maps: Mapping[str, MapOfTensor]) -> None:
+    def check_origin(self, model: str, settings: StoreSettings, maps: Mapping[str, MapOfTensor]) -> None:
+        """Refuses a store that was made from another model, with other settings, or without some of the tensors.
+
+        Raises:
+            StoreError: saying what differs.
+        """
         if found := differences({"model": self.manifest.model}, {"model": model}):
             raise StoreError(f"{self.path}: made from another model ({found}); give that, or another --store")
         if found := differences(vars(self.manifest.settings), vars(settings)):

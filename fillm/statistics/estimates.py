@@ -1,0 +1,149 @@
+"""From sketches of gradients to inner products, and from noisy answers of many tensors to estimates with error bars.
+
+A sketch is stretched to its gradient's exact length, so that it speaks of the angle alone. One tensor's answer may be noisier
+than the correction it tells of; the corrections of a model's tensors are of one size, though, and what is known of them
+together says how far to trust each (docs/method.md, "Compression").
+"""  # noqa: E501
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fillm.capture import SketchMap
+from fillm.statistics.gram_form import InnerProducts, RowsGram
+
+BAR = 1.9  # standard errors: holds 94 % of a normal variable
+LEAST_POOLED = 4  # tensors, below which there is nothing to learn from the others
+LEAST_SPREAD = 0.75  # of the mean correction: the least by which tensors are taken to differ
+
+
+def sketched_products(
+    to: SketchMap, rows: Tensor, q: Tensor, targets: Tensor, squares: Tensor, numel: int
+) -> InnerProducts:
+    """What sketches say of one tensor.
+
+    Args:
+        to: the map that made them.
+        rows: sketches of retain gradients, [n, k], float32 | bfloat16 | float64; may be a file's memory.
+        q: exact `|g_i|^2`, [n], float64.
+        targets: sketches of the right-hand sides, [m, k].
+        squares: exact `|v_j|^2`, [m], float64.
+        numel: `P_l`.
+    """
+    targets = targets.double()
+    if to.kind == "exact":
+        gram = RowsGram(rows, torch.ones_like(q))
+        primal = (rows.double(), targets.T) if numel <= len(rows) else None
+        return InnerProducts(numel, q, gram.times(targets.T), squares, gram, torch.zeros_like(squares), primal)
+    lengths = torch.cat([block.double().square().sum(1) for block in rows.split(1 << 12)]) if len(rows) else q
+    gram = RowsGram(rows, _stretch(q, lengths))
+    stretched = targets * _stretch(squares, targets.square().sum(1))[:, None]
+    cross = gram.times(stretched.T)
+    noise = torch.full_like(squares, 1.0 / to.dim)
+    if to.halves == 2:
+        # The halves' difference has the variance of their mean; it is no less than a plain sketch's.
+        first, second = (gram_half(gram, stretched, part) for part in (0, 1))
+        unit = (q[:, None] * squares).clamp(min=torch.finfo(torch.float64).tiny)
+        apart = torch.where(q[:, None] * squares > 0, (first - second).square() / unit, 0.0)
+        noise = torch.maximum(noise, apart.mean(0)) if len(rows) else noise
+    return InnerProducts(numel, q, cross, squares, gram, noise)
+
+
+def gram_half(gram: RowsGram, targets: Tensor, half: int) -> Tensor:
+    """The part of `R targets^T` that one half of the numbers gives: [m, k] -> [n, m]; the two add up to the whole."""
+    width = targets.shape[1] // 2
+    part = slice(half * width, (half + 1) * width)
+    return RowsGram(gram.rows[:, part], gram.scale).times(targets[:, part].T)
+
+
+def _stretch(exact: Tensor, found: Tensor) -> Tensor:
+    return torch.where(found > 0, (exact / found.clamp(min=torch.finfo(torch.float64).tiny)).sqrt(), 0.0)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Numbers known to some error, one per tensor and right-hand side; float64."""
+
+    value: Tensor
+    error: Tensor  # one standard error
+
+    def bounds(self, low: float, high: float) -> tuple[Tensor, Tensor]:
+        """`value` minus and plus `BAR` errors, within [low, high]."""
+        return (self.value - BAR * self.error).clamp(low, high), (self.value + BAR * self.error).clamp(low, high)
+
+
+def explained(value: Tensor, error: Tensor) -> Estimate:
+    """`1 - rest` of every tensor, each weighed against what all tensors say.
+
+    Of tensors whose inner products are exact nothing changes. The others are taken as draws around a common mean with a
+    common spread (moments of DerSimonian and Laird, 1986), and the estimate is the posterior mean, never below 0.
+
+    Args:
+        value: `1 - rest` as every tensor's own inner products have it, [L, m].
+        error: one standard error, [L, m].
+    """
+    noisy = error > 0
+    mean, spread = _pooled(value, error, noisy)
+    variance = error.square()
+    total = (spread + variance).clamp(min=torch.finfo(torch.float64).tiny)
+    best = torch.where(noisy, (value * spread + mean * variance) / total, value).clamp(0.0, 1.0)
+    left = torch.where(noisy, (spread * variance / total).sqrt(), 0.0)
+    return Estimate(best, left)
+
+
+def _pooled(value: Tensor, error: Tensor, noisy: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of the corrections across tensors, [L, m] or [1, m]; with few tensors, of each by itself."""
+    weight = torch.where(noisy, 1.0 / error.square().clamp(min=1e-24), 0.0)
+    count = noisy.sum(0)
+    if int(count.min()) < LEAST_POOLED:
+        return torch.zeros_like(value[:1]), (value.square() - error.square()).clamp(min=0.0)
+    total = weight.sum(0)
+    mean = (weight * value).sum(0) / total
+    excess = (weight * (value - mean).square()).sum(0) - (count - 1)
+    spread = (excess / (total - weight.square().sum(0) / total)).clamp(min=0.0)
+    weight = torch.where(noisy, 1.0 / (error.square() + spread), 0.0)
+    mean = ((weight * value).sum(0) / weight.sum(0)).clamp(min=0.0)
+    return mean[None], torch.maximum(spread, (LEAST_SPREAD * mean).square())[None]
+
+
+def mean_absolute(products: InnerProducts) -> Estimate:
+    """`(1/m) sum_j sum_i |d_ij|`, what `first-order` scores by: one number, [1].
+
+    Noise makes absolute values larger: by the root of what it does to squares, were both bell-shaped. The error allows
+    a quarter of that correction for other shapes.
+    """
+    cross = products.cross
+    total = cross.abs().sum()[None] / max(1, cross.shape[1])
+    square = float(cross.square().sum())
+    added = float((products.noise * products.squares).sum() * products.q.sum())
+    if square == 0.0 or added == 0.0:
+        return Estimate(total, torch.zeros_like(total))
+    part = min(added / square, 1.0)
+    kept = (1.0 - part) ** 0.5
+    weights = (products.q, products.noise * products.squares)
+    pairs = math.prod(float(w.sum() ** 2 / w.square().sum().clamp(min=1e-300)) for w in weights)  # that count
+    scatter = ((0.5 * part**2 + part * (1.0 - part)) / pairs) ** 0.5
+    return Estimate(total * kept, total * (0.25 * (1.0 - kept) + scatter))
+
+
+def top_set_confidence(value: Tensor, error: Tensor, count: int, draws: int = 2000) -> float:
+    """How likely the `count` largest of some scores are the right ones, were they known without error.
+
+    Args:
+        value: scores, [L]; infinite ones stay where they are.
+        error: standard errors, [L], 0 where a score is exact.
+        count: size of the set.
+        draws: of all scores, from independent normal distributions, with a fixed seed.
+
+    Returns:
+        The part of the draws that agree with `value`, in [0, 1].
+    """
+    if not bool(error.any()) or count >= value.numel():
+        return 1.0
+    generator = torch.Generator().manual_seed(0)
+    scores = value + error * torch.randn(draws, value.numel(), generator=generator, dtype=torch.float64)
+    best = scores.argsort(dim=1, descending=True, stable=True)[:, :count].sort(1).values
+    chosen = value.argsort(descending=True, stable=True)[:count].sort().values
+    return float((best == chosen).all(1).double().mean())

@@ -1,0 +1,265 @@
+"""The Gram form: everything that inner products of gradients answer, exact ones or a sketch's (docs/method.md (7)).
+
+With `c` such that `w = (1/n) sum_i c_i g_i` and `u = -(1/lambda) (v - w)`, all that is asked of `u` follows from
+`q_i = |g_i|^2`, `d_i = <g_i, v>`, `|v|` and the Gram matrix `K_ij = <g_i, g_j>` of the retain set:
+
+    lambda^2 |u|^2 = |v|^2 - 2 S + c^T K c / n^2,   S = (1/n) c . d,   s = <g, u> = -(1/lambda) (d - K c / n)
+
+DataInf has `c_i = d_i / (lambda + q_i)`, the true inverse `c = n (n lambda I + K)^-1 d`. Where the inner products come
+from a sketch, their noise adds a known amount to every quadratic form on average; it is taken off.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+BLOCK_ENTRIES = 1 << 22  # of rows that are widened to float64 at a time
+MOST_PAIRED = 256  # samples whose pairs say how alike retain gradients are, where only the noise depends on it
+
+
+class Gram(Protocol):
+    """Inner products of the retain gradients among themselves: a symmetric [n, n] matrix `K`, formed or not."""
+
+    def product(self, c: Tensor) -> Tensor:
+        """`K c`: [n, m] -> [n, m], float64."""
+        ...
+
+    def square(self, c: Tensor) -> Tensor:
+        """`c^T K c = |sum_i c_i g_i|^2` column by column: [n, m] -> [m], float64."""
+        ...
+
+    def part(self, samples: Tensor) -> Tensor:
+        """The rows and columns of some samples: [h] int64 -> [h, h], float64."""
+        ...
+
+
+@dataclass(frozen=True)
+class DenseGram:
+    """A Gram matrix that was computed: `matrix` [n, n], float64."""
+
+    matrix: Tensor
+
+    def product(self, c: Tensor) -> Tensor:
+        """Directly."""
+        return self.matrix @ c
+
+    def square(self, c: Tensor) -> Tensor:
+        """Directly; rounding leaves nothing below zero."""
+        return (c * (self.matrix @ c)).sum(0).clamp(min=0.0)
+
+    def part(self, samples: Tensor) -> Tensor:
+        """Directly."""
+        return self.matrix[samples][:, samples]
+
+
+@dataclass(frozen=True)
+class RowsGram:
+    """A Gram matrix given by vectors: `K = R R^T` with `rows` R [n, k], each times its entry of `scale` [n].
+
+    `R` may be a file's memory in a narrow type; some rows at a time are widened to float64.
+    """
+
+    rows: Tensor
+    scale: Tensor
+
+    def times(self, right: Tensor) -> Tensor:
+        """`R right`: [k, m] -> [n, m], float64."""
+        right = right.double()
+        parts = [block.double() @ right for block in self._blocks()]
+        return torch.cat(parts) * self.scale[:, None] if parts else right.new_zeros(0, right.shape[1])
+
+    def combined(self, c: Tensor) -> Tensor:
+        """`R^T c`: [n, m] -> [k, m], float64."""
+        weights = c.double() * self.scale[:, None]
+        out = torch.zeros(self.rows.shape[1], c.shape[1], dtype=torch.float64)
+        start = 0
+        for block in self._blocks():
+            out += block.double().T @ weights[start : start + block.shape[0]]
+            start += block.shape[0]
+        return out
+
+    def product(self, c: Tensor) -> Tensor:
+        """Through the k numbers of the combined vector; no [n, n] is formed."""
+        return self.times(self.combined(c))
+
+    def square(self, c: Tensor) -> Tensor:
+        """The combined vector's squared length."""
+        return self.combined(c).square().sum(0)
+
+    def part(self, samples: Tensor) -> Tensor:
+        """From the rows of these samples."""
+        some = self.rows[samples].double() * self.scale[samples, None]
+        return some @ some.T
+
+    def _blocks(self) -> tuple[Tensor, ...]:
+        return self.rows.split(max(1, BLOCK_ENTRIES // max(1, self.rows.shape[1]))) if len(self.rows) else ()
+
+
+@dataclass(frozen=True)
+class InnerProducts:
+    """What is known of one tensor's gradients; one column for every right-hand side `v`.
+
+    Attributes:
+        numel: `P_l`.
+        q: `|g_i|^2`, exact, [n], float64.
+        cross: `d_ij = <g_i, v_j>`, [n, m], float64.
+        squares: `|v_j|^2`, exact, [m], float64.
+        gram: of the retain gradients.
+        noise: variance of an entry of `cross` in units of `q_i |v_j|^2`, [m]; 0 where inner products are exact.
+        primal: the gradients [n, P] and the right-hand sides [P, m], float64, where they are at hand and P <= n.
+    """
+
+    numel: int
+    q: Tensor
+    cross: Tensor
+    squares: Tensor
+    gram: Gram
+    noise: Tensor
+    primal: tuple[Tensor, Tensor] | None = None
+
+    def damping(self, factor: float) -> float:
+        """`lambda`, equation (1) of docs/method.md."""
+        return factor * float(self.q.mean()) / self.numel if self.q.numel() else 0.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One curvature's answer for every right-hand side, all float64.
+
+    Attributes:
+        coefficients: `c`, [n, m].
+        along: `S = <v, w>`, [m]; noise taken off.
+        rest: `lambda^2 |u|^2 / |v|^2`, the part of v that the retain set leaves, [m]; noise taken off.
+        error: one standard error of `rest`, [m]; 0 where inner products are exact.
+        dots: `lambda <g_i, u>`, [n, m].
+        dots_noise: what noise adds to the mean square of `dots`, [m]; not taken off.
+        noise_share: what noise alone would have explained of v, [m]; already taken off.
+    """
+
+    coefficients: Tensor
+    along: Tensor
+    rest: Tensor
+    error: Tensor
+    dots: Tensor
+    dots_noise: Tensor
+    noise_share: Tensor
+
+
+def datainf_step(products: InnerProducts, lambda_: float) -> Step:
+    """The average of the inverses of rank-one curvatures, equation (2) (Kwon et al., arXiv 2310.00902).
+
+    Args:
+        products: of one tensor; n samples, m right-hand sides.
+        lambda_: above 0.
+    """
+    q, d, n = products.q, products.cross, max(1, products.q.numel())
+    weight = 1.0 / (lambda_ + q)
+    c = weight[:, None] * d
+    along = (c * d).sum(0) / n
+    length = products.gram.square(c) / n**2
+    # With E = diag(1/(lambda+q)) and Z = E^1/2 K E^1/2 the form is A = E^1/2 (2/n - Z/n^2) E^1/2. What it makes of the
+    # noise follows from the trace of Z, which is exact, and that of Z^2, which some samples tell.
+    trace = float((weight * q).sum())
+    spread = _trace_of_square(products, weight) if bool(products.noise.any()) else 0.0
+    overlap = 2.0 * trace / n - spread / n**2
+    pairs = min(4.0 * spread / n**2, max(overlap, 0.0))
+    pulled = products.gram.product(c).div_(n)  # <g_i, w>
+    slope = products.gram.square((2.0 * c - weight[:, None] * pulled) / n)  # A d, as a combination of gradients
+    left = (1.0 - 1.0 / n) ** 2 * float(q.mean()) if q.numel() else 0.0  # of mean q_i, for gradients far from parallel
+    return _finished(products, c, along, length, (trace / n, overlap, pairs, left), slope, pulled - d)
+
+
+def woodbury_step(products: InnerProducts, lambda_: float) -> Step:
+    """The true inverse of `(1/n) sum_i g_i g_i^T + lambda I`, in float64: in the primal where the tensor is small.
+
+    Args:
+        products: of one tensor; n samples, m right-hand sides.
+        lambda_: above 0.
+    """
+    if products.primal is not None:
+        return _primal(products, lambda_)
+    n = products.q.numel()
+    values, vectors = torch.linalg.eigh(products.gram.part(torch.arange(n)))
+    values = values.clamp(min=0.0)
+    kept = n * lambda_ / (n * lambda_ + values)  # of a direction, what the inverse leaves
+    inner = (vectors.T @ products.cross) / (n * lambda_ + values)[:, None]  # of c / n, along every eigenvector
+    c = n * (vectors @ inner)
+    along = (c * products.cross).sum(0) / max(1, n)
+    length = (inner.square() * values[:, None]).sum(0)
+    slope = (((1.0 + kept)[:, None] * inner).square() * values[:, None]).sum(0)  # A = 2 M - M K M
+    explained = 1.0 - kept.square()
+    traces = (
+        float((1.0 - kept).sum()),
+        float(explained.sum()),
+        float(explained.square().sum()),
+        float((kept.square() * values).sum()) / max(1, n),
+    )
+    return _finished(products, c, along, length, traces, slope, c * -lambda_)  # d - K c / n = lambda c
+
+
+def _primal(products: InnerProducts, lambda_: float) -> Step:
+    rows, v = products.primal
+    n = max(1, rows.shape[0])
+    matrix = rows.T @ rows / n
+    matrix.diagonal().add_(lambda_)
+    left = torch.linalg.solve(matrix, v)  # (F + lambda I)^-1 v = -u
+    c = rows @ left
+    along = (c * products.cross).sum(0) / n
+    rest = (lambda_ * left).square().sum(0) / products.squares.clamp(min=torch.finfo(torch.float64).tiny)
+    nothing = torch.zeros_like(rest)
+    return Step(c, along, torch.where(products.squares > 0, rest, 1.0), nothing, c * -lambda_, nothing, nothing)
+
+
+def _trace_of_square(products: InnerProducts, weight: Tensor) -> float:
+    """`tr Z^2` for `Z = E^1/2 K E^1/2`, its diagonal exact, its pairs from at most `MOST_PAIRED` samples.
+
+    A sketch adds its noise to every squared pair; that is taken off.
+    """
+    n = weight.numel()
+    if n < 2:
+        return float((weight * products.q).square().sum())
+    some = torch.linspace(0, n - 1, min(n, MOST_PAIRED), dtype=torch.float64).round().long().unique()
+    root = weight[some].sqrt()
+    pairs = products.gram.part(some) * root[:, None] * root
+    lengths = weight[some] * products.q[some]
+    h = some.numel()
+    apart = float(pairs.square().sum() - pairs.diagonal().square().sum())
+    apart -= float(products.noise.mean()) * float(lengths.sum() ** 2 - lengths.square().sum())
+    return float((weight * products.q).square().sum()) + max(apart, 0.0) * (n * (n - 1)) / (h * (h - 1))
+
+
+def _finished(
+    products: InnerProducts,
+    c: Tensor,
+    along: Tensor,
+    length: Tensor,
+    traces: tuple[float, float, float, float],
+    slope: Tensor,
+    dots: Tensor,
+) -> Step:
+    """Takes the noise's share off `1 - rest`, and says how far what is left may be off.
+
+    With noise of covariance `K |v|^2 noise` in `d`, a form `x = d^T A d / |v|^2` grows by `e (1 - x)`, where
+    `e = noise tr(A K)`, and has variance `2 noise^2 tr((A K)^2) + 4 noise d^T A K A d / |v|^2` times `(1 - x)^2`, since
+    all lengths are exact: as a squared correlation has. The mean square of `B d` grows by
+    `noise |v|^2 tr(B K B^T) / n`.
+
+    `traces` are `tr(A' K)` of the form `S = d^T A' d`, `tr(A K)`, `tr((A K)^2)` and `tr(B K B^T) / n`; `slope` is
+    `d^T A K A d`.
+    """
+    cross, overlap, pairs, through = traces
+    tiny = torch.finfo(torch.float64).tiny
+    square, noise = products.squares.clamp(min=tiny), products.noise
+    rest = torch.where(products.squares > 0, 1.0 + (length - 2.0 * along) / square, 1.0).clamp(min=0.0)
+    share = noise * overlap
+    left = (1.0 - share).clamp(min=tiny)
+    rest = torch.where(share < 1.0, rest / left, 1.0)
+    steep = (slope / square - noise * pairs).clamp(min=0.0)  # the noise adds to the slope too
+    variance = (2.0 * noise.square() * pairs + 4.0 * noise * steep) * rest.clamp(max=1.0).square() / left
+    error = torch.where(share < 1.0, variance.sqrt(), 1.0).clamp(max=1.0)
+    along = (along - noise * cross * square) / (1.0 - noise * cross).clamp(min=tiny)
+    along = torch.where(noise * cross < 1.0, along, 0.0).clamp(min=0.0)
+    residual = noise * products.squares * rest.clamp(max=1.0) * left
+    return Step(c, along, rest, error, dots, residual * through, share)
