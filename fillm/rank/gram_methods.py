@@ -3,12 +3,13 @@
 import math
 from collections.abc import Callable
 
+import fillm_kernels as fk
 import pyarrow as pa
 import torch
 from torch import Tensor
 
 from fillm.rank.gram_answers import Answer, answer, without_noise
-from fillm.rank.gram_sources import exact_products, sketched_products_of
+from fillm.rank.gram_sources import exact_products, sketch_sets, sketched_products_of
 from fillm.rank.scoring import Job, Scores, from_update, ranked_row
 from fillm.rank.soir import Influence, mean_gradient
 from fillm.rank.units import retain_changes
@@ -20,6 +21,8 @@ TOP_PART = 0.1  # of the tensors: the set that a confidence is stated for
 def rank_by_gram(job: Job) -> Scores:
     """Runs `soir`, `soir-per-sample`, `first-order` or `memflex` on inner products, sketched or exact."""
     config = job.config
+    if config.damping_dimension == "sketch":
+        return _published(job)
     with_update = config.save_update or config.granularity != "tensor" or config.effective_score != "l2"
     source = sketched_products_of(job) if config.sketched else exact_products(job)
     answers = without_noise([answer(one, config, keep_coefficients=with_update) for one in source])
@@ -29,6 +32,29 @@ def rank_by_gram(job: Job) -> Scores:
     if config.sketched:
         scores.record["sketch"] = _reliability(scores, ascending=config.objective != "forget")
     return scores
+
+
+def _published(job: Job) -> Scores:
+    """What published code makes of sketches: lengths are the sketches' own, and (1) divides by their size."""
+    sets, config, rows = sketch_sets(job), job.config, []
+    for info in job.scope:
+        sketches = sets.retain.sketches(info.name).float()
+        target = sets.forget.sketches(info.name).double().mean(0)
+        squares = sketches.double().square().sum(1)
+        found = fk.soir_sweep(sketches, target.float(), squares, config.damping, numel=config.sketch_dim)
+        size, lambda_ = float(target.norm()), float(found.damping)
+        rows.append(
+            ranked_row(
+                info,
+                float(found.score),
+                damping=lambda_,
+                mean_retain_sq_norm=float(squares.mean()),
+                forget_norm=size,
+                predicted_forget_gain=float(found.gain),
+                note="" if lambda_ > 0 else "no retain gradient" if size > 0 else "unused",
+            )
+        )
+    return Scores(rows)
 
 
 def _through_update(job: Job, answers: list[Answer]) -> Scores:
