@@ -23,7 +23,7 @@ from fillm.capture.gradients import DenseGradients, LookupGradients, OuterGradie
 BLOCK_BYTES = 64 << 20  # of rows of all samples' gradients, formed at a time
 PRODUCT_ENTRIES = 4096  # of a gradient, summed in float32 before float64 takes over
 STRIPS = 8  # of samples; what lies below the strips of the diagonal is mirrored: 9/16 of the work
-LEAST_STRIP = 32  # samples; narrower products leave the machine idle
+LEAST_STRIP = 128  # samples; narrower products take as long as what they save
 GHOST_TOKENS = 2048  # of batches that are joined before their pairs are taken
 LOOKUP_ROWS = 512  # summed embedding rows multiplied with each other at a time
 
@@ -187,9 +187,10 @@ def _of_rows(kept: Kept, count: int, shape: torch.Size) -> Tensor:
     rows, columns = row_layout(shape)
     height = max(1, BLOCK_BYTES // (max(1, count * columns) * dtype.itemsize))
     out = torch.zeros(count, count, dtype=torch.float64, device=empty.device)
+    space = torch.empty(count * min(height, rows) * columns, dtype=dtype, device=empty.device)
     for begin in range(0, rows, height):
         end = min(begin + height, rows)
-        block = torch.zeros(count, end - begin, columns, dtype=dtype, device=empty.device)
+        block = space[: count * (end - begin) * columns].zero_().view(count, end - begin, columns)
         for gradients, where in kept:
             block[where.to(block.device)] = gradients.leading_rows(begin, end).to(dtype)
         block = block.flatten(1)
