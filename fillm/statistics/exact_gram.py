@@ -10,6 +10,7 @@ to `sum_t |x_t| |dy_t|` of either sample in the place of `|g_i|`: more where a s
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import fillm_kernels as fk
 import torch
@@ -272,7 +273,7 @@ def _whole_ids(ids: Tensor) -> Iterator[slice]:
     """Blocks of about `LOOKUP_ROWS` sorted ids [U] that part no id."""
     ends = torch.unique_consecutive(ids, return_counts=True)[1].cumsum(0).tolist()
     begin = 0
-    for end, following in zip(ends, [*ends[1:], None], strict=True):
+    for end, following in zip_longest(ends, ends[1:]):
         if following is None or following - begin > LOOKUP_ROWS:
             yield slice(begin, end)
             begin = end
