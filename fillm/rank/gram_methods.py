@@ -86,7 +86,7 @@ def _left(answers: list[Answer]) -> list[tuple[Tensor, Tensor, Tensor]]:
         for row, one in enumerate(damped):
             parts = (taken.value[row], high[row], low[row])  # the more is explained, the less is left
             found[one.info.name] = tuple((1.0 - part).clamp(min=0.0).sqrt() for part in parts)
-            if bool((taken.error[row] == 0).all()):  # exact: a rest above 1 is no noise
+            if not bool(one.error.any()):  # exact: a rest above 1 is no noise
                 found[one.info.name] = (one.rest.sqrt(),) * 3
     flat = torch.zeros_like(answers[0].norms) if answers else torch.zeros(0)
     return [found.get(one.info.name, (flat, flat, flat)) for one in answers]

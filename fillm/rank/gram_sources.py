@@ -131,6 +131,9 @@ def stored_retain(job: Job, maps: Mapping[str, SketchMap]) -> SketchStore:
 
 def _read(job: Job, store: SketchStore) -> SketchStore:
     job.stored = store
+    losses = torch.zeros(store.manifest.samples, dtype=torch.float64)
+    losses[store.positions] = store.losses
+    job.passes.losses["retain"] = losses
     job.capture.fallback |= {name: why for name, why in store.fallback.items() if name in job.capture.parameters}
     return store
 
