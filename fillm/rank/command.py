@@ -116,6 +116,12 @@ def run(config: RankConfig) -> None:
         ranking = _rank(config, model, base, sets, console, folder)
         folder.finish(lambda path: write_files(ranking, path))
     console.top_table(ranking, rows=20)
+    if (sketch := ranking.record.get("sketch")) is not None:
+        console.say(
+            f"error bars: half of them within {sketch['median_relative_error_bar']:.2g} of the score, the widest "
+            f"{sketch['widest_relative_error_bar']:.2g}; the first {sketch['top_set']} are the right ones with "
+            f"probability {sketch['top_set_confidence']:.2f}"
+        )
     console.say(f"run folder: {Path(config.out)}")
 
 

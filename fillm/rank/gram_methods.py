@@ -23,7 +23,7 @@ def rank_by_gram(job: Job) -> Scores:
     config = job.config
     if config.damping_dimension == "sketch":
         return _published(job)
-    with_update = config.save_update or config.granularity != "tensor" or config.effective_score != "l2"
+    with_update = config.asks_for_update
     source = sketched_products_of(job) if config.sketched else exact_products(job)
     answers = without_noise([answer(one, config, keep_coefficients=with_update) for one in source])
     if with_update:

@@ -137,8 +137,9 @@ def _passes(config: RankConfig) -> list[tuple[str, str, int, bool]]:
         formed = int(config.sketched and config.compression in ONE_SIDED)
         mean = int(needs_mean(method) and not config.exact_gram)
         out = [("forget pass", "forget", formed + mean, True), ("retain pass", "retain", formed, True)]
-        if config.exact_gram and config.save_update:
+        if config.asks_for_update:  # sketches cannot be asked for it
             out += [("forget pass for v", "forget", 1, False), ("update pass", "retain", 1, False)]
+            out += [("damage pass", "retain", 1, False)] if config.objective != "forget" else []
         return out
     out = [("forget pass", "forget", 1, False)]
     if method in FORGET_ALONE:
