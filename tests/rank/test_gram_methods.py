@@ -190,8 +190,12 @@ def test_auto_picks_what_fits_and_says_why(capsys: pytest.CaptureFixture[str]) -
     numel = sum(parameter.numel() for parameter in build_family("llama").parameters())
     ranking = ranked(compression="auto", progress=True)
     assert ranking.settings["compression"] == "countsketch"
-    assert ranking.settings["sketch_dim"] == 4096
-    assert "compression auto: countsketch to 4096 numbers" in capsys.readouterr().err
+    # 1.9 / 2 * sqrt(8 / 6) / k is at most 1e-4 from 16384 = 2^14 on.
+    assert ranking.settings["sketch_dim"] == 16384
+    assert "compression auto: countsketch to 16384 numbers" in capsys.readouterr().err
+    assert ranked(compression="auto", method="first-order").settings["sketch_dim"] == 4096
+    # 1.9 / 2 * sqrt(2 * 6 / (1 - 6 / k)) / k is at most 5e-3 from 1024 on.
+    assert ranked(compression="auto", curvature="woodbury").settings["sketch_dim"] == 1024
     small = ranked(compression="auto", memory=f"{10 * numel}")
     assert 64 <= small.settings["sketch_dim"] < 4096
     with pytest.raises(UsageError, match=r"--memory 1000: sketches of 10 samples .* even at 64 numbers each"):
