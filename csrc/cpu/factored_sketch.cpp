@@ -15,7 +15,6 @@
 namespace fillm {
 namespace {
 
-constexpr int64_t kSigns = 32;             // blocks of coordinates that share a word of sign bits
 constexpr int64_t kBlockEntries = 1 << 21;  // projected entries held at a time
 constexpr int64_t kTilesAtOnce = 4, kStrip = 32;
 
@@ -28,39 +27,52 @@ const FactoredKernels& kernels_of(Dtype dtype, const char* instruction_set) {
     return index == 0 ? factored_generic_kernels()[dtype] : throw std::invalid_argument("no such kernels");
 }
 
-// What a side's coordinates are added to, [width][maps][chunks]: the seed law's BlockMap, each block hashed once.
-std::vector<Placement> placements_of(const FactoredSide& side, int64_t maps, uint32_t kind, int threads) {
-    const int64_t chunk = side.dim / side.chunks, group = kSigns * chunk, nonzeros = maps * side.chunks;
-    std::vector<Placement> table(static_cast<size_t>(side.rows.columns * nonzeros));
-    const int64_t groups = (side.rows.columns + group - 1) / group;
-    parallel(groups, std::max<int64_t>(1, 4096 / group), threads, [&](int64_t first, int64_t last) {
-        std::vector<uint32_t> words(static_cast<size_t>(chunk));
-        for (int64_t g = first; g < last; ++g) {
-            const int64_t end = std::min((g + 1) * group, side.rows.columns);
-            for (int64_t m = 0; m < maps; ++m) {
-                for (int64_t c = 0; c < side.chunks; ++c) {
-                    const Key sign = state_of(key_of(side.seeds[m], kind, kSign, static_cast<uint32_t>(c)),
-                                              static_cast<uint64_t>(g));
-                    const Key start = key_of(side.seeds[m], kind, kStart, static_cast<uint32_t>(c));
-                    for (int64_t k = 0; k < chunk; ++k)
-                        words[static_cast<size_t>(k)] = cell(sign, static_cast<uint32_t>(k));
-                    const int64_t base = m * padded_side(side.dim) + c * chunk;
-                    Placement* out = table.data() + m * side.chunks + c;
-                    for (int64_t q = g * group; q < end; q += chunk) {
-                        const int64_t block = q / chunk, stop = std::min(q + chunk, end);
-                        int64_t bin = below(cell(state_of(start, static_cast<uint64_t>(block)), 0),
-                                            static_cast<uint32_t>(chunk));
-                        for (int64_t at = q; at < stop; ++at, bin = bin + 1 == chunk ? 0 : bin + 1) {
-                            const uint32_t word = words[static_cast<size_t>(bin)];
-                            out[at * nonzeros] = {static_cast<uint32_t>(base + bin),
-                                                  word << (31 - block % kSigns) & 0x80000000u};
-                        }
-                    }
-                }
-            }
+// Maps of `dim` bins in `chunks` equal parts, one map a seed.
+struct NarrowMaps {
+    const uint64_t* seeds;
+    int64_t maps, dim, chunks;
+    uint32_t kind;
+};
+
+// Where coordinates [first, first + count) are added to, [count][maps][chunks]: the seed law's BlockMap, each block
+// hashed once.
+std::vector<Placement> placements_of(const NarrowMaps& of, int64_t first, int64_t count, int threads) {
+    const int64_t chunk = of.dim / of.chunks, group = kSigns * chunk, nonzeros = of.maps * of.chunks;
+    std::vector<Placement> table(static_cast<size_t>(count * nonzeros));
+    const int64_t last = first + count, low = first / group, groups = (last + group - 1) / group - low;
+    const auto place_group = [&](int64_t g, int64_t m, int64_t c, uint32_t* words) {
+        const Key start = key_of(of.seeds[m], of.kind, kStart, static_cast<uint32_t>(c));
+        const Key sign = state_of(key_of(of.seeds[m], of.kind, kSign, static_cast<uint32_t>(c)),
+                                  static_cast<uint64_t>(g));
+        for (int64_t k = 0; k < chunk; ++k) words[k] = cell(sign, static_cast<uint32_t>(k));
+        const int64_t base = m * padded_side(of.dim) + c * chunk, end = std::min((g + 1) * group, last);
+        Placement* out = table.data() + m * of.chunks + c;
+        for (int64_t at = std::max(g * group, first); at < end;) {
+            const int64_t block = at / chunk, stop = std::min((block + 1) * chunk, end);
+            const int64_t shift = 31 - block % kSigns;
+            int64_t bin = below(cell(state_of(start, static_cast<uint64_t>(block)), 0), static_cast<uint32_t>(chunk));
+            for (bin = (bin + at % chunk) % chunk; at < stop; ++at, bin = bin + 1 == chunk ? 0 : bin + 1)
+                out[(at - first) * nonzeros] = {static_cast<uint32_t>(base + bin), words[bin] << shift & 0x80000000u};
         }
+    };
+    parallel(groups, std::max<int64_t>(1, 4096 / group), threads, [&](int64_t from, int64_t to) {
+        std::vector<uint32_t> words(static_cast<size_t>(chunk));
+        for (int64_t g = from; g < to; ++g)
+            for (int64_t m = 0; m < of.maps; ++m)
+                for (int64_t c = 0; c < of.chunks; ++c) place_group(low + g, m, c, words.data());
     });
     return table;
+}
+
+template <class T>
+void add_rows(const T* rows, int64_t count, int64_t padded, int64_t dim, T* out) {
+    for (int64_t r = 0; r < count; ++r)
+        for (int64_t k = 0; k < dim; ++k) out[r * dim + k] += rows[r * padded + k];
+}
+
+template <class T>
+void scale_all(T* values, int64_t count, T scale) {
+    for (int64_t k = 0; k < count; ++k) values[k] *= scale;
 }
 
 double scale_of(const FactoredSide& side) {
@@ -80,7 +92,8 @@ void factored_sketch(const FactoredSketchArguments& arguments, const char* instr
     std::vector<Placement> placements[2];
     for (int s = 0; s < 2; ++s) {
         padded[s] = maps * padded_side(sides[s].dim);
-        placements[s] = placements_of(sides[s], maps, arguments.kind, arguments.threads);
+        const NarrowMaps of{sides[s].seeds, maps, sides[s].dim, sides[s].chunks, arguments.kind};
+        placements[s] = placements_of(of, 0, sides[s].rows.columns, arguments.threads);
     }
     std::fill_n(static_cast<unsigned char*>(arguments.out), arguments.samples * maps * k_out * k_in * item, 0);
 
@@ -124,6 +137,44 @@ void factored_sketch(const FactoredSketchArguments& arguments, const char* instr
             }
         });
     }
+}
+
+void sketch_narrow(const SketchArguments& arguments, int64_t piece, const char* instruction_set) {
+    const FactoredKernels& kernels = kernels_of(arguments.dtype, instruction_set);
+    const SketchMap& map = arguments.map;
+    const NarrowMaps of{&map.seed, 1, map.dim(), map.chunks, map.kind};
+    const int64_t dim = map.dim(), padded = padded_side(dim), lanes = kernels.lanes;
+    const int64_t last = arguments.offset + arguments.count;
+    const int64_t item = arguments.dtype == kFloat64 ? 8 : 4, tiles = (arguments.samples + lanes - 1) / lanes;
+    std::fill_n(static_cast<unsigned char*>(arguments.out), arguments.samples * dim * item, 0);
+    for (int64_t begin = arguments.offset; begin < last;) {
+        const int64_t end = std::min((begin / piece + 1) * piece, last);
+        const std::vector<Placement> placements = placements_of(of, begin, end - begin, arguments.threads);
+        parallel(tiles, kTilesAtOnce, arguments.threads, [&](int64_t from, int64_t to) {
+            const int64_t bytes = padded * lanes * item;
+            unsigned char* bins = static_cast<unsigned char*>(item_scratch(static_cast<size_t>(2 * bytes)));
+            unsigned char* projected = bins + bytes;
+            for (int64_t row = from * lanes; row < std::min(to * lanes, arguments.samples); row += lanes) {
+                const int64_t count = std::min(lanes, arguments.samples - row);
+                const int64_t at = row * arguments.stride + (begin - arguments.offset);
+                const void* values =
+                    static_cast<const unsigned char*>(arguments.values) + at * itemsize_of(arguments.dtype);
+                kernels.project({values, arguments.stride, end - begin, count, placements.data(), map.chunks, padded,
+                                 1.0, bins, projected});
+                if (item == 8) {
+                    add_rows(reinterpret_cast<const double*>(projected), count, padded, dim,
+                             static_cast<double*>(arguments.out) + row * dim);
+                } else {
+                    add_rows(reinterpret_cast<const float*>(projected), count, padded, dim,
+                             static_cast<float*>(arguments.out) + row * dim);
+                }
+            }
+        });
+        begin = end;
+    }
+    const int64_t all = arguments.samples * dim;
+    if (item == 8) scale_all(static_cast<double*>(arguments.out), all, arguments.scale);
+    else scale_all(static_cast<float*>(arguments.out), all, static_cast<float>(arguments.scale));
 }
 
 }  // namespace fillm

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "sketch.h"
 #include "types.h"
 
 namespace fillm {
@@ -69,5 +70,9 @@ struct FactoredSketchArguments {
 
 // `instruction_set` as listed by instruction_sets(), or "" for the fastest; throws std::invalid_argument.
 void factored_sketch(const FactoredSketchArguments& arguments, const char* instruction_set);
+
+// `sketch` of many rows by a map of one range and few bins a chunk, by the same kernels; pieces of coordinates, and so
+// all bits, are those of `sketch`.
+void sketch_narrow(const SketchArguments& arguments, int64_t piece, const char* instruction_set);
 
 }  // namespace fillm
