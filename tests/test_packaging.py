@@ -82,6 +82,7 @@ def test_wheel_holds_both_packages_and_the_extension_and_no_folder_called_kernel
     tops = {name.partition("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"fillm", "fillm_kernels"}
     assert modules(ROOT / "fillm") | modules(ROOT / "kernels" / "fillm_kernels") <= set(names)
+    assert "fillm_kernels/py.typed" in names
     assert [name for name in names if name.startswith("fillm_kernels/_C.") and name.endswith(".so")]
     if shutil.which("nvcc"):
         assert [name for name in names if name.startswith("fillm_kernels/_CUDA.") and name.endswith(".so")]
