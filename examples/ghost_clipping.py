@@ -77,7 +77,7 @@ def clipped_gradients(
     factors = (max_norm / norms.clamp(min=1e-12)).clamp(max=1.0)
     sums = {}
     for parameter, (rows, dy) in seen.items():
-        sums[parameter] = torch.zeros_like(parameter, requires_grad=False)
+        sums[parameter] = torch.zeros_like(parameter)
         fk.weighted_outer_(sums[parameter].view(dy.shape[1], -1), rows, dy, factors, offsets)
     return sums, norms
 
