@@ -28,7 +28,7 @@ def as_tensor(value: Any, name: str, *, written: bool = False) -> Tensor:
 
     Raises:
         DtypeError: if `value` is none of these, holds elements torch has no type for, is sparse or nested, or cannot be
-            written to.
+            written to; if a numpy array is masked or has a foreign byte order.
     """
     if isinstance(value, Tensor):
         if value.layout != torch.strided or value.is_nested:
@@ -40,13 +40,15 @@ def as_tensor(value: Any, name: str, *, written: bool = False) -> Tensor:
                 raise DtypeError(f"{name} is read-only or has negative strides; pass an array that can be written to")
             if any(stride < 0 for stride in value.strides):
                 value = np.ascontiguousarray(value)
+            if isinstance(value, np.ma.MaskedArray):
+                raise DtypeError(f"{name} is a masked array, whose mask no op knows; pass its data")
             with warnings.catch_warnings():
                 # torch warns that a read-only array could be written to through the tensor; inputs are never written.
                 warnings.simplefilter("ignore", UserWarning)
                 return torch.from_numpy(value)
         if hasattr(value, "__dlpack__"):
             return torch.from_dlpack(value)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:  # numpy's: a foreign byte order, strides between elements
         raise DtypeError(f"{name}: {error}") from error
     raise DtypeError(f"{name} is a {type(value).__name__}; pass a tensor, a numpy array or an object with __dlpack__")
 
