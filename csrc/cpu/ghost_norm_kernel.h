@@ -199,15 +199,12 @@ struct ExplicitScratch {
     alignas(64) T gradient[kNarrowBlock * columns];
 };
 
-// gradient [M, columns] += narrow[:, at : at + M]^T wide, over `tokens` packed tokens.
+// gradient [M, columns] += narrow[:, at : at + M]^T wide, over `tokens` packed tokens. Their sum is taken apart: one
+// running sum over all tokens of a long sample would lose its digits.
 template <class T, int M>
 void outer_tile(const T* narrow, const T* wide, int tokens, T* gradient) {
     constexpr int W = VectorOf<T>::width, V = kWideVectors;
-    Vector<T> sums[M][V];
-#pragma GCC unroll 8
-    for (int i = 0; i < M; ++i)
-#pragma GCC unroll 8
-        for (int j = 0; j < V; ++j) sums[i][j] = load(gradient + (i * V + j) * W);
+    Vector<T> sums[M][V] = {};
     for (int t = 0; t < tokens; ++t) {
         Vector<T> row[V];
 #pragma GCC unroll 8
@@ -224,7 +221,10 @@ void outer_tile(const T* narrow, const T* wide, int tokens, T* gradient) {
 #pragma GCC unroll 8
     for (int i = 0; i < M; ++i)
 #pragma GCC unroll 8
-        for (int j = 0; j < V; ++j) store(gradient + (i * V + j) * W, sums[i][j]);
+        for (int j = 0; j < V; ++j) {
+            T* entries = gradient + (i * V + j) * W;
+            store(entries, load(entries) + sums[i][j]);
+        }
 }
 
 template <class S, class T>

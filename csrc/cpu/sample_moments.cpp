@@ -19,6 +19,7 @@ namespace {
 
 constexpr int64_t kTokens = 2048;        // packed at a time, or one sample if it is longer
 constexpr int64_t kBlockColumns = 2048;  // columns of x packed at a time: 16 MiB of float32
+constexpr int64_t kDepth = 512;          // tokens in one running sum; more would lose digits of a long sample
 constexpr int64_t kItemPanels = 2;       // panels of rows of the gradients an item owns
 constexpr int64_t kSketchParts = 16;     // at most; as many threads can work on a sketch
 constexpr int64_t kSketchBytes = int64_t{128} << 20;  // of bins of all parts and samples in hand, but for one of each
@@ -57,6 +58,19 @@ MatmulArguments product_of(const MomentsArguments& g) {
     return product;
 }
 
+// tile = a b over `count` tokens of packed panels, kDepth at a time; `part` is as large as a tile.
+template <class T>
+void multiply(const MatmulKernels& matmul, const unsigned char* a, const unsigned char* b, int64_t count, void* tile,
+              void* part) {
+    matmul.multiply(a, b, std::min(count, kDepth), tile);
+    for (int64_t done = kDepth; done < count; done += kDepth) {
+        matmul.multiply(a + done * matmul.rows * sizeof(T), b + done * matmul.columns * sizeof(T),
+                        std::min(count - done, kDepth), part);
+        for (int64_t k = 0; k < int64_t{matmul.rows} * matmul.columns; ++k)
+            static_cast<T*>(tile)[k] += static_cast<const T*>(part)[k];
+    }
+}
+
 // `bins` are those of the item's part, [samples in hand, dim], or null.
 void form_rows(const MomentsArguments& g, const MomentsKernels& kernels, const SketchKernels& sketch,
                const MatmulArguments& product, const Chunk& chunk, int64_t item, const unsigned char* packed_x,
@@ -69,7 +83,8 @@ void form_rows(const MomentsArguments& g, const MomentsKernels& kernels, const S
     unsigned char* packed_dy = static_cast<unsigned char*>(item_scratch(static_cast<size_t>(kItemPanels * a_bytes)));
     for (int64_t row = row_begin, p = 0; row < row_end; row += matmul.rows, ++p)
         matmul.pack_a(product, row, chunk.begin, chunk.end, packed_dy + p * a_bytes);
-    alignas(64) unsigned char tile[14 * 2 * 64];
+    alignas(64) unsigned char tile[14 * 2 * 64], part[sizeof tile];
+    const auto form = g.computes == kFloat64 ? multiply<double> : multiply<float>;
     double no_dot = 0;
     SketchPlan plan{};
     if (bins) {
@@ -90,8 +105,8 @@ void form_rows(const MomentsArguments& g, const MomentsKernels& kernels, const S
             for (int64_t sample = chunk.first; sample < chunk.last; ++sample) {
                 const int64_t from = g.offsets[sample] - chunk.begin, count = g.offsets[sample + 1] - g.offsets[sample];
                 if (count == 0) continue;
-                matmul.multiply(packed_dy + p * a_bytes + from * matmul.rows * size,
-                                packed_x + q * b_bytes + from * matmul.columns * size, count, tile);
+                form(matmul, packed_dy + p * a_bytes + from * matmul.rows * size,
+                     packed_x + q * b_bytes + from * matmul.columns * size, count, tile, part);
                 task.norm = &shares.norms[static_cast<size_t>(item * g.samples + sample)];
                 task.dot = g.dots ? &shares.dots[static_cast<size_t>(item * g.samples + sample)] : &no_dot;
                 task.row_norms = g.row_norms ? g.row_norms + sample * g.outputs + row : nullptr;

@@ -28,7 +28,7 @@ def as_tensor(value: Any, name: str, *, written: bool = False) -> Tensor:
 
     Raises:
         DtypeError: if `value` is none of these, holds elements torch has no type for, is sparse or nested, or cannot be
-            written to.
+            written to; if a numpy array is masked or has a foreign byte order.
         DeviceError: if it lies where this torch cannot reach it.
     """
     if isinstance(value, Tensor):
@@ -46,6 +46,8 @@ def _from_numpy(value: np.ndarray, name: str, written: bool) -> Tensor:
     backwards = any(stride < 0 for stride in value.strides)
     if written and (not value.flags.writeable or backwards):
         raise DtypeError(f"{name} is read-only or has negative strides; pass an array that can be written to")
+    if isinstance(value, np.ma.MaskedArray):
+        raise DtypeError(f"{name} is a masked array, whose mask no op knows; pass its data")
     if not value.dtype.isnative:
         raise DtypeError(f"{name} is in the byte order of another machine; pass a copy in this one's")
     try:
@@ -53,7 +55,7 @@ def _from_numpy(value: np.ndarray, name: str, written: bool) -> Tensor:
             # torch warns that a read-only array could be written to through the tensor; inputs are never written.
             warnings.simplefilter("ignore", UserWarning)
             return torch.from_numpy(np.ascontiguousarray(value) if backwards else value)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:  # numpy's own: strides between elements
         raise DtypeError(f"{name}: {error}") from error
 
 

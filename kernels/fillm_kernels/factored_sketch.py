@@ -20,7 +20,7 @@ from fillm_kernels import native
 from fillm_kernels.arguments import accumulation_dtype, as_integer, as_tensor, check_offsets, check_ragged
 from fillm_kernels.dispatch import Backend, register, select, triton_backend
 from fillm_kernels.errors import ShapeError
-from fillm_kernels.products import ieee_products, product
+from fillm_kernels.products import ieee_products, product_by_entry
 from fillm_kernels.seed_law import KINDS as SEED_LAW_KINDS
 from fillm_kernels.sides import SIDES, CountSketch, checked_dims, listed, projection_rows, sides_of, tensorsketch_side
 from fillm_kernels.sketch import sketch
@@ -129,7 +129,8 @@ def _torch(x: Tensor, dy: Tensor, offsets: Tensor, dims: list[int], kind: str, s
                     left = torch.fft.rfft(left).mul_(torch.fft.rfft(right))
                 for sample in range(first, last):
                     rows = slice(max(bounds[sample] - begin, 0), max(bounds[sample + 1] - begin, 0))
-                    sums[sample] += left[rows].sum(0) if folded else product(left[rows].T, right[rows]).flatten()
+                    own = left[rows].sum(0) if folded else product_by_entry(left[rows].T, right[rows]).flatten()
+                    sums[sample] += own
     if not folded:
         return sums
     # The library of the CPU's FFT refuses an empty batch.

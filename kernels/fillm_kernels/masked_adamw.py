@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fillm_kernels.arguments import as_tensor, check_memory
+from fillm_kernels.arguments import as_integer, as_tensor, check_memory
 from fillm_kernels.dispatch import Backend, register, select, triton_backend
 from fillm_kernels.errors import ShapeError
-from fillm_kernels.masked_step import as_factor, as_state, check_step, native_step
+from fillm_kernels.masked_step import as_factor, as_rate, as_state, check_rates, check_step, native_step, value_of
 from fillm_kernels.selection import Places, Selection, as_selection, chosen_indices
 
 
@@ -26,7 +26,7 @@ def masked_adamw_(
     mask: Selection | Tensor | Any,
     *,
     step: int,
-    lr: float = 1e-3,
+    lr: Tensor | float = 1e-3,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 1e-2,
@@ -46,7 +46,8 @@ def masked_adamw_(
         mask: a `Selection`, bits [ceil(P / 8)] uint8 as `top_mask` gives them, or rows [R] int64. Bits and rows are
             turned into a selection at every call; make the selection once where steps repeat.
         step: number of this step, from 1.
-        lr: learning rate, schedule included; this and what follows mean what they mean in torch.optim.AdamW.
+        lr: learning rate, schedule included, a number or a scalar tensor (on the CPU, to spare a synchronisation);
+            torch.compile takes a number for a constant. This and what follows mean what they mean in torch.optim.AdamW.
         betas: decay rates of the two averages.
         eps: added to the root of the second one.
         weight_decay: decoupled, of masked weights only.
@@ -56,24 +57,20 @@ def masked_adamw_(
         `param`, as a tensor.
 
     Raises:
-        ShapeError: if sizes do not fit, `param` or state is not contiguous, or `step` is below 1.
+        ShapeError: if sizes do not fit, `param` or state is not contiguous, `step` is below 1, or a rate is negative.
         DtypeError, DeviceError: if dtypes or devices do not go together.
         BackendError: if `FILLM_BACKEND` asks for a backend that cannot run here.
     """
+    step = as_integer(step, "step")
     if step < 1:
         raise ShapeError(f"step counts from 1; got {step}")
+    check_rates(betas, eps, weight_decay)
     param, grad = as_tensor(param, "param", written=True), as_tensor(grad, "grad")
     first, second = as_state(state)
     selection = as_selection(mask, param).places()
-    scalars = [
-        1 - lr * weight_decay,
-        betas[0],
-        betas[1],
-        lr / (1 - betas[0] ** step),
-        (1 - betas[1] ** step) ** -0.5,
-        eps,
-    ]
-    _op(param.detach(), grad.detach(), first, second, *selection, as_factor(clip, param), scalars)
+    scalars = [weight_decay, *betas, eps]
+    factors = as_factor(clip, param), as_rate(lr)
+    _op(param.detach(), grad.detach(), first, second, *selection, *factors, step, scalars)
     return param
 
 
@@ -144,12 +141,17 @@ def _op(
     rows: Tensor | None,
     sizes: Sequence[int],
     clip: Tensor,
+    rate: Tensor,
+    step: int,
     scalars: Sequence[float],
 ) -> None:
     places = Places(bits, starts, rows, sizes)
     check_step(param, (grad,), (first, second), places)
     check_memory({"param": param, "state[0]": first, "state[1]": second}, {"grad": grad, "the mask": places.mask})
     run = select("masked_adamw_", param.device, param.dtype)
+    # Made of numbers here, not before: a graph of torch.compile then serves every step.
+    (decay, beta1, beta2, eps), lr = scalars, value_of(rate)
+    scalars = [1 - lr * decay, beta1, beta2, lr / (1 - beta1**step), (1 - beta2**step) ** -0.5, eps]
     run(param, grad, first, second, places, clip, scalars)
 
 
@@ -164,6 +166,8 @@ def _(
     rows: Tensor | None,
     sizes: Sequence[int],
     clip: Tensor,
+    rate: Tensor,
+    step: int,
     scalars: Sequence[float],
 ) -> None:
     check_step(param, (grad,), (first, second), Places(bits, starts, rows, sizes))

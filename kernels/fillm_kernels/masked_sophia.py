@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fillm_kernels.arguments import as_tensor, check_memory
 from fillm_kernels.dispatch import Backend, register, select, triton_backend
-from fillm_kernels.masked_step import as_factor, as_state, check_step, native_step
+from fillm_kernels.masked_step import as_factor, as_rate, as_state, check_rates, check_step, native_step, value_of
 from fillm_kernels.selection import Places, Selection, as_selection, chosen_indices
 
 
@@ -27,7 +27,7 @@ def masked_sophia_(
     mask: Selection | Tensor | Any,
     *,
     estimate: Tensor | Any | None = None,
-    lr: float = 1e-4,
+    lr: Tensor | float = 1e-4,
     betas: tuple[float, float] = (0.96, 0.99),
     gamma: float = 0.01,
     eps: float = 1e-12,
@@ -49,7 +49,8 @@ def masked_sophia_(
             turned into a selection at every call; make the selection once where steps repeat.
         estimate: the diagonal Hessian estimate of this step, not negative, shape and dtypes as `grad`, or None on the
             steps that keep the last one.
-        lr: learning rate, eta of the paper, schedule included.
+        lr: learning rate, eta of the paper, schedule included, a number or a scalar tensor (on the CPU, to spare a
+            synchronisation); torch.compile takes a number for a constant.
         betas: decay rates of gradient and Hessian averages.
         gamma: scale of the Hessian; the larger, the fewer updates are clipped.
         eps: least divisor.
@@ -61,7 +62,7 @@ def masked_sophia_(
         `param`, as a tensor.
 
     Raises:
-        ShapeError: if sizes do not fit, `param` or state is not contiguous.
+        ShapeError: if sizes do not fit, `param` or state is not contiguous, or a rate is negative.
         DtypeError, DeviceError: if dtypes or devices do not go together.
         BackendError: if `FILLM_BACKEND` asks for a backend that cannot run here.
     """
@@ -69,8 +70,10 @@ def masked_sophia_(
     first, second = as_state(state)
     selection = as_selection(mask, param).places()
     estimate = None if estimate is None else as_tensor(estimate, "estimate").detach()
-    scalars = [1 - lr * weight_decay, betas[0], betas[1], lr, gamma, eps]
-    _op(param.detach(), grad.detach(), first, second, estimate, *selection, as_factor(clip, param), scalars)
+    check_rates(betas, eps, weight_decay)
+    factors = as_factor(clip, param), as_rate(lr)
+    scalars = [weight_decay, *betas, gamma, eps]
+    _op(param.detach(), grad.detach(), first, second, estimate, *selection, *factors, scalars)
     return param
 
 
@@ -153,6 +156,7 @@ def _op(
     rows: Tensor | None,
     sizes: Sequence[int],
     clip: Tensor,
+    rate: Tensor,
     scalars: Sequence[float],
 ) -> None:
     places = Places(bits, starts, rows, sizes)
@@ -160,6 +164,8 @@ def _op(
     read = {"grad": grad, "estimate": estimate, "the mask": places.mask}
     check_memory({"param": param, "state[0]": first, "state[1]": second}, read)
     run = select("masked_sophia_", param.device, param.dtype)
+    (decay, beta1, beta2, gamma, eps), lr = scalars, value_of(rate)
+    scalars = [1 - lr * decay, beta1, beta2, lr, gamma, eps]
     run(param, grad, first, second, estimate, places, clip, scalars)
 
 
@@ -175,6 +181,7 @@ def _(
     rows: Tensor | None,
     sizes: Sequence[int],
     clip: Tensor,
+    rate: Tensor,
     scalars: Sequence[float],
 ) -> None:
     check_step(param, _values(grad, estimate), (first, second), Places(bits, starts, rows, sizes))

@@ -18,9 +18,34 @@ def as_factor(clip: Tensor | float, param: Tensor) -> Tensor:
     """A clip factor as the ops take it: scalar, float64, where the parameter lies."""
     if isinstance(clip, Tensor):
         if clip.numel() != 1 or not clip.is_floating_point():
-            raise ShapeError(f"clip must be one floating number; got {clip.dtype}, {list(clip.shape)}")
+            raise ShapeError(f"clip and lr must be one floating number; got {clip.dtype}, {list(clip.shape)}")
         return clip.detach().to(device=param.device, dtype=torch.float64).reshape(())
     return torch.full((), clip, dtype=torch.float64, device=param.device)
+
+
+def as_rate(lr: Tensor | float) -> Tensor:
+    """A learning rate as the ops take it: scalar, float64, on the CPU, so that reading it waits for no device."""
+    return as_factor(lr, torch.empty(0))
+
+
+def check_rates(betas: Sequence[float], eps: float, weight_decay: float) -> None:
+    """Refuse decay rates outside [0, 1), and an `eps` or a decay that is negative or NaN, with a `ShapeError`."""
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ShapeError(f"betas must lie in [0, 1); got {tuple(betas)}")
+    if not (eps >= 0 and weight_decay >= 0):
+        raise ShapeError(f"eps and weight_decay must not be negative; got {eps} and {weight_decay}")
+
+
+def value_of(rate: Tensor) -> float:
+    """The learning rate of a step.
+
+    Raises:
+        ShapeError: if it is negative or NaN.
+    """
+    lr = float(rate)
+    if not lr >= 0:
+        raise ShapeError(f"lr must not be negative; got {lr}")
+    return lr
 
 
 def as_state(state: Sequence[Tensor | Any]) -> tuple[Tensor, Tensor]:

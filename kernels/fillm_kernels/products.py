@@ -65,15 +65,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return torch.nn.functional.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
     out = x.new_empty(*x.shape[:-1], weight.shape[0])
-    if bias is not None:
-        bias = bias.contiguous()
+    _multiply(out.view(-1, weight.shape[0]), rows, weight.T, None if bias is None else bias.contiguous())
+    return out
+
+
+def _multiply(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
+    """Set out = a b + bias in the extension: out [M, N], a [M, K], b [K, N], bias [N], contiguous, or None."""
     native.extension.matmul_into(
-        m=rows.shape[0],
-        n=weight.shape[0],
-        k=weight.shape[1],
-        a=native.address(rows),
-        b=native.address(weight.T),
-        out=native.address(out.view(-1, weight.shape[0])),
+        m=a.shape[0],
+        n=b.shape[1],
+        k=a.shape[1],
+        a=native.address(a),
+        b=native.address(b),
+        out=native.address(out),
         k_rows=0,
         k_scale=0,
         bias=0 if bias is None else bias.data_ptr(),
@@ -82,7 +86,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         threads=torch.get_num_threads(),
         instruction_set="",
     )
-    return out
 
 
 def _suits_extension(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -94,6 +97,26 @@ def _suits_extension(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if any(t.dtype != x.dtype or t.device.type != "cpu" or t.layout != torch.strided for t in operands):
         return False
     return x.numel() * weight.shape[0] >= LEAST_WORK and (bias is None or bias.shape == weight.shape[:1])
+
+
+def product_by_entry(a: Tensor, b: Tensor) -> Tensor:
+    """`product` of matrices, where every entry has bits of its own row and column alone.
+
+    A library's product takes another order for another number of threads, and, where it is narrow, for another place of
+    a row. On the CPU the compiled extension sums every entry in the order of its terms.
+
+    Args:
+        a: [M, K], floating, any strides.
+        b: [K, N], of the same dtype.
+
+    Returns:
+        [M, N], float32 or float64.
+    """
+    if native.extension is None or a.device.type != "cpu":
+        return product(a, b)
+    out = a.new_empty(a.shape[0], b.shape[1], dtype=accumulation_dtype(a.dtype))
+    _multiply(out, a, b, None)
+    return out
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

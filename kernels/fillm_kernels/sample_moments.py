@@ -26,7 +26,7 @@ from fillm_kernels.arguments import (
 )
 from fillm_kernels.dispatch import Backend, register, select, triton_backend
 from fillm_kernels.errors import DeviceError, DtypeError, ShapeError
-from fillm_kernels.products import ieee_products, product
+from fillm_kernels.products import ieee_products, product, product_by_entry
 from fillm_kernels.rows import nonzero_rows
 from fillm_kernels.seed_law import KINDS, BlockMap
 from fillm_kernels.sketch import DENSE, check_map
@@ -145,7 +145,8 @@ def _check(
             raise DtypeError(f"{name} must be {wide}; got {matrix.dtype}")
         if matrix.device != x.device:
             raise DeviceError(f"{name} must lie where x does, {x.device}; got {matrix.device}")
-        if name != "v" and any(n > 1 and step == 0 for n, step in zip(matrix.shape, matrix.stride(), strict=True)):
+        spread = zip(matrix.shape, matrix.stride(), strict=True)
+        if name != "v" and min(matrix.shape) > 0 and any(n > 1 and step == 0 for n, step in spread):
             raise ShapeError(f"{name} is an expanded view whose entries share memory; pass memory of its own")
 
 
@@ -249,7 +250,7 @@ def sketch_formed(x: Tensor, dy: Tensor, offsets: Tensor, sketching: Sketching, 
                 for sample in range(group, last):
                     begin, end = bounds[sample], bounds[sample + 1]
                     if end > begin:
-                        formed[sample - group] = product(rows[begin:end].T, x[begin:end])
+                        formed[sample - group] = product_by_entry(rows[begin:end].T, x[begin:end])
                 sketches[group:last] += run(formed.flatten(1), *sketching, first * inputs)
     return sketches
 

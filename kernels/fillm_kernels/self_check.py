@@ -6,6 +6,7 @@ for the rest of the process and the next one runs.
 """
 
 import importlib
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,7 +24,9 @@ class SelfChecks:
 
     def __init__(self) -> None:
         self._done: set[tuple[str, str, torch.device, torch.dtype]] = set()
+        self._under_way = set(self._done)  # of the thread that checks
         self._failures: dict[tuple[str, str], str] = {}
+        self._checking = threading.RLock()  # a reference may itself call an op whose check is due
 
     def failure(self, op: str, backend: str) -> str | None:
         """Why a backend failed, with the figures, or None if it passed or was never used."""
@@ -57,10 +60,16 @@ class SelfChecks:
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if key in self._done or (op, backend) in self._failures or capturing:
             return
-        self._done.add(key)
-        if reason := _verdict(run, reference, module, device, dtype):
+        with self._checking:  # another thread's first call waits for the verdict
+            if key in self._done or key in self._under_way or (op, backend) in self._failures:
+                return
+            self._under_way.add(key)
+            reason = _verdict(run, reference, module, device, dtype)
             where = f"self-check on {device} in {str(dtype).removeprefix('torch.')}"
-            self._failures[op, backend] = f"{where}: {reason}"
+            if reason:
+                self._failures[op, backend] = f"{where}: {reason}"
+            self._done.add(key)
+        if reason:
             text = f"fillm_kernels: {op} does not use its {backend} backend; {where}: {reason}"
             warnings.warn(text, RuntimeWarning, stacklevel=6)
 

@@ -18,7 +18,7 @@ from fillm_kernels import native
 from fillm_kernels.arguments import FLOATS, accumulation_dtype, as_integer, as_tensor
 from fillm_kernels.dispatch import Backend, cuda_backend, register, select, triton_backend
 from fillm_kernels.errors import DtypeError, ShapeError
-from fillm_kernels.products import ieee_products, product
+from fillm_kernels.products import ieee_products, product_by_entry
 from fillm_kernels.seed_law import KINDS, LARGEST_DIM, SIGN, BlockMap, keys, negative, normal
 
 SKETCHES = tuple(kind for kind in KINDS if kind != "tensorsketch")
@@ -183,7 +183,7 @@ def project(g: Tensor, dim: int, kind: str, seed: int, offset: int) -> Tensor:
             else:
                 matrix = (1 - 2 * negative(keys(seed, kind, SIGN), coordinate, column)).to(dtype)
             for row in range(0, padded, ROWS):
-                out[row : row + ROWS] += product(piece[row : row + ROWS], matrix)
+                out[row : row + ROWS] += product_by_entry(piece[row : row + ROWS], matrix)
     return out[:samples] / math.sqrt(dim)
 
 

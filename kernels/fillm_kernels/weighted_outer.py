@@ -65,7 +65,7 @@ def _check(out: Tensor, x: Tensor, dy: Tensor, weights: Tensor | None, offsets: 
     check_ragged(x, dy, offsets)
     if out.ndim != 2 or out.shape[0] != dy.shape[1] or out.shape[1] != x.shape[1]:
         raise ShapeError(f"out must be [O, I] = [{dy.shape[1]}, {x.shape[1]}]; got {list(out.shape)}")
-    if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
+    if min(out.shape) > 0 and any(n > 1 and step == 0 for n, step in zip(out.shape, out.stride(), strict=True)):
         raise ShapeError("out is an expanded view whose entries share memory; pass a tensor with memory of its own")
     if out.dtype not in (torch.float32, torch.float64) or (x.dtype == torch.float64 and out.dtype != x.dtype):
         raise DtypeError(f"out must be float32 or float64 and no narrower than x ({x.dtype}); got {out.dtype}")

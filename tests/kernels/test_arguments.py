@@ -184,7 +184,7 @@ def test_what_is_written_may_share_memory_with_nothing():
         (lambda: fillm_kernels.masked_sophia_(w, w.clone(), tuple(state) * 2, bits), "two tensors; got 4"),
         (
             lambda: fillm_kernels.masked_sophia_(w, w.clone(), tuple(state), bits, clip=torch.ones(2)),
-            "clip must be one",
+            "clip and lr must be one",
         ),
     ):
         with pytest.raises(ShapeError, match=words):
@@ -193,3 +193,19 @@ def test_what_is_written_may_share_memory_with_nothing():
     # Views that lie between each other's entries are apart.
     fillm_kernels.sample_moments(x, dy, offsets, second=room[:, ::2], absolute=room[:, 1::2])
     assert bool((room[:, ::2] == 4 + 9).all()) and bool((room[:, 1::2] == 5).all())
+
+
+def test_numpy_arrays_that_torch_cannot_view_are_refused_by_name():
+    dy, offsets = np.ones((6, 4), np.float32), np.array([0, 6])
+    apart = np.zeros(6, dtype=[("a", "f4"), ("b", "u1")])["a"][:, None]
+    masked = np.ma.masked_array(np.ones((6, 3), np.float32), mask=True)
+    for x in (np.ones((6, 3), ">f4"), apart, masked):
+        with pytest.raises(DtypeError, match="^x"):
+            fillm_kernels.ghost_norm(x, dy, offsets)
+
+
+def test_an_empty_output_shares_no_memory_whatever_its_strides():
+    x, dy, offsets = torch.ones(2, 5), torch.ones(2, 0), torch.tensor([0, 2])
+    out = torch.zeros(1).as_strided((0, 5), (5, 0))
+    fillm_kernels.weighted_outer_(out, x, dy, None, offsets)
+    assert fillm_kernels.sample_moments(x, dy, offsets, second=out, absolute=out.clone()).squared_norms.tolist() == [0]

@@ -205,3 +205,20 @@ def test_scaling_by_a_power_of_two_scales_the_sketch_to_the_bit(one, lengths, ex
     x, dy, offsets = ragged(lengths, 19, 23)
     small = factored_sketch(x, dy, offsets, dims, kind, 3)
     assert torch.equal(factored_sketch(x, dy * 2.0**exponent, offsets, dims, kind, 3), small * 2.0**exponent)
+
+
+@pytest.mark.skipif(native.extension is None, reason="library sums and products have an order of their own")
+@pytest.mark.parametrize(("kind", "dims"), [("factored", (5, 6)), ("factored-sjlt", (8, 4))])
+def test_neither_threads_nor_neighbours_change_a_bit(kind, dims, monkeypatch):
+    monkeypatch.setenv("FILLM_BACKEND", "cpu")
+    x, dy, offsets = torch.randn(705, 67), torch.randn(705, 33), torch.tensor([0, 700, 700, 705])
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            results.append(factored_sketch(x, dy, offsets, dims, kind, 3))
+    finally:
+        torch.set_num_threads(before)
+    results.append(torch.cat([factored_sketch(x[a:b], dy[a:b], offsets[:2].clamp(max=b - a), dims, kind, 3)
+                              for a, b in ((0, 700), (700, 700), (700, 705))]))  # fmt: skip
+    assert all(torch.equal(result, results[0]) for result in results[1:])

@@ -18,7 +18,7 @@ from fillm_kernels.masked_adamw import _reference as adamw_reference
 from fillm_kernels.masked_norm import _cpu as norm_cpu
 from fillm_kernels.masked_sophia import _cpu as sophia_cpu
 from fillm_kernels.masked_sophia import _reference as sophia_reference
-from fillm_kernels.masked_step import as_factor
+from fillm_kernels.masked_step import as_factor, as_rate
 from fillm_kernels.top_mask import pack_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -254,11 +254,13 @@ def test_custom_ops_are_registered_as_torch_expects():
     ops = torch.ops.fillm_kernels
     for selection, _ in masks((7, 9))[2::3]:
         param, grad, estimate, first, second = numbers((7, 9), torch.bfloat16, selection)
-        factor, scalars = as_factor(1.0, param), [0.99, 0.9, 0.99, 0.01, 1.0, 1e-8]
+        factors, scalars = (as_factor(1.0, param), as_rate(0.01)), [0.99, 0.9, 0.99, 1e-8]
         torch.library.opcheck(ops.masked_squares.default, (grad, *selection.places()))
-        step = (*selection.places(), factor, scalars)
-        torch.library.opcheck(ops.masked_adamw_.default, (param, grad, first, second, *step))
-        torch.library.opcheck(ops.masked_sophia_.default, (param, grad, first, second, estimate, *step))
+        step = (*selection.places(), *factors)
+        torch.library.opcheck(ops.masked_adamw_.default, (param, grad, first, second, *step, 3, scalars))
+        torch.library.opcheck(
+            ops.masked_sophia_.default, (param, grad, first, second, estimate, *step, [*scalars, 1.0])
+        )
 
 
 def test_compiles_as_one_graph():
@@ -292,3 +294,43 @@ def test_a_step_on_a_mask_is_the_step_on_all_where_the_mask_is_set(entries, frac
     masked_adamw_(masked, grad, states[1], part, step=1)
     assert torch.equal(masked, torch.where(chosen, full, param))
     assert torch.equal(states[1][1], states[0][1][chosen])
+
+
+def test_one_graph_serves_every_step_of_a_schedule():
+    """The limit of torch.compile, eight graphs, is an error where a whole graph is asked for."""
+    selection = masks((7, 9))[3][0]
+    param, grad, _, first, second = numbers((7, 9), torch.float32, selection)
+
+    def train(param, grad, first, second, step, lr):
+        masked_adamw_(param, grad, (first, second), selection, step=step, lr=lr)
+        masked_sophia_(param, grad, (first, second), selection, lr=lr)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(train, fullgraph=True, backend="aot_eager")
+    one, other = [[t.clone() for t in (param, grad, first, second)] for _ in range(2)]
+    for step in range(1, 13):
+        lr = torch.tensor(0.1 / step)
+        compiled(*one, step, lr)
+        train(*other, step, lr.item())
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("step", [lambda *a, **k: masked_adamw_(*a, step=1, **k), masked_sophia_])
+@pytest.mark.parametrize(
+    ("rates", "words"),
+    [
+        ({"betas": (1.0, 0.9)}, "betas"),
+        ({"betas": (0.9, 1.1)}, "betas"),
+        ({"betas": (torch.nan, 0.9)}, "betas"),
+        ({"eps": -1e-8}, "eps"),
+        ({"weight_decay": torch.nan}, "weight_decay"),
+        ({"lr": -0.1}, "lr must not be negative"),
+        ({"lr": torch.tensor(torch.nan)}, "lr must not be negative"),
+    ],
+)
+def test_rates_out_of_range_are_refused_and_nothing_is_changed(step, rates, words):
+    param, bits = torch.ones(8), torch.tensor([255], dtype=torch.uint8)
+    state = select_bits(bits, 8).new_state(param)
+    with pytest.raises(ShapeError, match=words):
+        step(param, torch.ones(8), state, bits, **rates)
+    assert bool((param == 1).all()) and not state[0].any()

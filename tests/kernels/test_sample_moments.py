@@ -3,7 +3,7 @@ import itertools
 
 import pytest
 import torch
-from fillm_kernels import DeviceError, DtypeError, ShapeError, dispatch, native, sample_moments
+from fillm_kernels import DeviceError, DtypeError, ShapeError, dispatch, ghost_norm, native, sample_moments
 from fillm_kernels.sample_moments import _cpu, _op
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -228,3 +228,25 @@ def test_outputs_that_share_memory_are_refused():
     x, dy, offsets, _, second, _ = inputs([3, 0, 8], (9, 7), torch.float32)
     with pytest.raises(ShapeError, match="second and absolute share memory"):
         sample_moments(x, dy, offsets, None, second, second)
+
+
+@pytest.mark.skipif(native.extension is None, reason="a property of the C++ kernels")
+def test_a_long_sample_of_equal_signs_keeps_its_digits(monkeypatch):
+    """One running sum of float32 over 200,000 equal terms is off by 1e-3: every addition rounds the same way."""
+    monkeypatch.setenv("FILLM_BACKEND", "cpu")
+    rows, widths = 200_000, (7, 5)
+    x, dy = (torch.full((rows, width), 0.1) for width in widths)
+    entry = rows * float(x[0, 0]) * float(dy[0, 0])
+    second, absolute = torch.zeros(2, *reversed(widths))
+    offsets = torch.tensor([0, rows])
+    moments = sample_moments(x, dy, offsets, torch.ones(5, 7), second, absolute)
+    # 512 terms a sum, then the sums: each addition is off by at most 2^-24 of what has been summed.
+    bound = (512 + rows / 512) * 2**-24
+    for got, want, power in (
+        (moments.squared_norms, 35 * entry**2, 2),
+        (ghost_norm(x, dy, offsets, form="explicit"), 35 * entry**2, 2),
+        (moments.dots, 35 * entry, 1),
+        (second, entry**2, 2),
+        (absolute, entry, 1),
+    ):
+        assert float((got.double() / want - 1).abs().max()) <= power * bound

@@ -1,7 +1,9 @@
 import dataclasses
 import importlib
+import itertools
 import pkgutil
 import re
+import threading
 import warnings
 
 import pytest
@@ -14,9 +16,11 @@ from fillm_kernels.top_mask import pack_bits, unpack_bits
 from tests.kernels.ragged import triton_device
 
 triton_norm = pytest.importorskip("fillm_kernels.triton.ghost_norm")
+Configuration = importlib.import_module("fillm_kernels.triton.configurations").Configuration
 DEVICE = triton_device()
 X, OFFSETS = torch.ones(2, 3, device=DEVICE), torch.tensor([0, 2])
 OPS = {
+    "sketch": "sketch",
     "ghost_norm": "ghost_norm",
     "ghost_dot": "ghost_dot",
     "ghost_gram": "ghost_gram",
@@ -61,8 +65,61 @@ def test_every_kernel_passes(op, dtype, monkeypatch):
     monkeypatch.setitem(dispatch._registry[op], "reference", spy)
     for _ in range(3):
         assert dispatch.select(op, DEVICE, dtype) is dispatch._registry[op]["triton"].run
-    assert len(calls) == (3 if op == "factored_sketch" else 1)  # once each kind, or once
+    module = importlib.import_module(f"fillm_kernels.triton.{OPS[op]}")
+    cases = module.small_case(dtype, torch.device("cpu"))
+    assert len(calls) == (len(cases) if isinstance(cases, list) else 1)
     assert dispatch._self_checks.failure(op, "triton") is None
+
+
+def test_the_check_meets_every_kernel_and_every_configuration_of_a_layer(monkeypatch):
+    """What it never launched would be believed unseen."""
+    package = importlib.import_module("fillm_kernels.triton")
+    names = [module.name for module in pkgutil.iter_modules(package.__path__)]
+    modules = [importlib.import_module(f"fillm_kernels.triton.{name}") for name in names]
+    met = set()
+    for module in modules:
+        if launch := vars(module).get("launch_kernel"):
+
+            def spy(kernel, programs, configuration, *arguments, launch=launch, **constants):
+                met.update({kernel.fn.__name__, id(configuration)} if programs else ())
+                launch(kernel, programs, configuration, *arguments, **constants)
+
+            monkeypatch.setattr(module, "launch_kernel", spy)
+    for op, dtype in itertools.product(OPS, (torch.float32, torch.bfloat16)):
+        module = importlib.import_module(f"fillm_kernels.triton.{OPS[op]}")
+        cases = module.small_case(dtype, torch.device(DEVICE))
+        for case in cases if isinstance(cases, list) else [cases]:
+            module.launch(*case)
+    kernels = {case.kernel.fn.__name__ for module in modules for case in getattr(module, "compile_cases", list)()}
+    assert len(kernels) > 20 and kernels <= met
+    for name in ("ghost_norm", "ghost_dot", "ghost_gram", "weighted_outer", "sample_moments"):
+        own = vars(importlib.import_module(f"fillm_kernels.triton.{name}"))
+        missed = [label for label, value in own.items() if isinstance(value, Configuration) and id(value) not in met]
+        assert missed == [], name
+
+
+def test_a_thread_that_comes_during_a_check_waits_for_its_verdict(preferred, monkeypatch):
+    inside, launch = threading.Event(), triton_norm.launch
+    turned_away = []
+
+    def broken(*arguments):
+        inside.set()
+        other.join(0.5)  # it ends at once if it does not wait
+        return launch(*arguments) * 0
+
+    def come():
+        inside.wait()
+        turned_away.append(dispatch.select("ghost_norm", DEVICE, torch.float32) is not broken_run)
+
+    broken_run = dispatch._registry["ghost_norm"]["triton"].run
+    monkeypatch.setattr(triton_norm, "small_case", lambda *a: (X, X, OFFSETS, "gram"))
+    monkeypatch.setattr(triton_norm, "launch", broken)
+    other = threading.Thread(target=come)
+    other.start()
+    with pytest.warns(RuntimeWarning, match="off from the reference"):
+        dispatch.select("ghost_norm", DEVICE, torch.float32)
+    other.join()
+    assert turned_away == [True]
 
 
 def test_a_kernel_that_is_off_leaves_the_op_to_the_next_backend_with_one_warning(preferred, monkeypatch):
@@ -120,7 +177,7 @@ def test_forced_backend_that_is_off_is_an_error_with_the_figures(monkeypatch):
 
 def test_every_case_of_a_list_is_judged(monkeypatch):
     small, launch = triton_norm.small_case, triton_norm.launch
-    monkeypatch.setattr(triton_norm, "small_case", lambda *a: [small(*a), (X, X, OFFSETS, "gram")])
+    monkeypatch.setattr(triton_norm, "small_case", lambda *a: [small(*a)[0], (X, X, OFFSETS, "gram")])
     monkeypatch.setattr(triton_norm, "launch", lambda x, *rest: launch(x, *rest) * (1.5 if x.shape == X.shape else 1))
     monkeypatch.setenv("FILLM_BACKEND", "triton")
     with pytest.warns(RuntimeWarning, match="off from the reference by 5.0e-01"), pytest.raises(BackendError):

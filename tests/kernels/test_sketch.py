@@ -267,3 +267,20 @@ def test_a_backend_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setenv("FILLM_BACKEND", "vulkan")
     with pytest.raises(BackendError, match="sketch has no such backend"):
         sketch(torch.ones(1, 1), 4)
+
+
+@pytest.mark.skipif(native.extension is None, reason="library products have an order of their own")
+@pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_bits_of_a_row_of_a_dense_kind_depend_on_nothing_else(dtype, kind, monkeypatch):
+    """Narrow products of a library take another order for another place of a row, or another number of threads."""
+    monkeypatch.setenv("FILLM_BACKEND", "cpu")
+    g, before = torch.randn(20, 300).to(dtype), torch.get_num_threads()
+    for dim in (1, 3, 5, 6, 60):
+        whole = sketch(g, dim, kind, 5)
+        try:
+            for threads, size in ((1, 1), (2, 3), (3, 17), (7, 20)):
+                torch.set_num_threads(threads)
+                assert torch.equal(torch.cat([sketch(part, dim, kind, 5) for part in g.split(size)]), whole)
+        finally:
+            torch.set_num_threads(before)

@@ -1,8 +1,9 @@
 """Triton kernel of `ghost_dot`: tiles of dy v, multiplied by x while they are in registers.
 
 A program forms rows x columns of dy v and reduces them to one number a row at once, so the [N, I] product is never
-written. Where v is float32 beside bfloat16 rows, it is cut into three bfloat16 parts that together hold all 24 bits of
-its significand: three passes on the matrix units with exact products, in the place of one on the slow float32 path.
+written. Where tiles are few, output features are dealt out as well: sums over some of them add up to the whole. Where v
+is float32 beside bfloat16 rows, it is cut into three bfloat16 parts that together hold all 24 bits of its significand:
+three passes on the matrix units with exact products, in the place of one on the slow float32 path.
 """
 
 from collections.abc import Iterator
@@ -27,13 +28,15 @@ from fillm_kernels.triton.tiles import cut, multiply, ragged_case, sum_segments,
 
 # untimed; chosen by `python -m fillm_kernels.compile_check`, bfloat16, registers / KiB of shared memory, no spill:
 #              sm_80       sm_90       sm_100      gfx942
-#   HALF       180 / 64    122 / 96    137 / 96    136 / 64
-#   SPLIT       99 / 32     77 / 52     76 / 52    113 / 32    with 128 features sm_80 spilled (51 LDL and STL)
-#   ODD         80 / 16     74 / 16     64 / 16     56 / 16    at odd widths and strides HALF takes 255 on sm_90
+#   HALF       184 / 64    124 / 96    142 / 96    136 / 64
+#   SPLIT      100 / 32     73 / 52     78 / 52    113 / 32    with 128 features sm_80 spilled (51 LDL and STL)
+#   ODD         80 / 16     78 / 16     64 / 16     56 / 16    at odd widths and strides HALF takes 255 on sm_90
 HALF = Configuration({"BLOCK_T": 128, "BLOCK_I": 128, "BLOCK_K": 64, "GROUP": 8}, num_warps=8, num_stages=3)
 SPLIT = Configuration({"BLOCK_T": 128, "BLOCK_I": 64, "BLOCK_K": 32, "GROUP": 8}, num_warps=8, num_stages=3)
 ODD = Configuration({"BLOCK_T": 64, "BLOCK_I": 64, "BLOCK_K": 32, "GROUP": 8}, num_warps=8, num_stages=2)
 FLOAT = Configuration({"BLOCK_T": 64, "BLOCK_I": 64, "BLOCK_K": 16, "GROUP": 8}, num_warps=4, num_stages=2)
+ENOUGH_PROGRAMS = 132  # one for every multiprocessor of the largest GPUs
+FEWEST_STEPS = 8  # of BLOCK_K output features, of a program: beside them reading x is little
 
 
 def shipped(dtype: torch.dtype, v_dtype: torch.dtype, aligned: bool) -> tuple[Configuration, bool, bool]:
@@ -54,6 +57,7 @@ def dot_kernel(
     rows,
     inputs,
     outputs,
+    share,
     x_stride,
     dy_stride,
     v_stride,
@@ -64,19 +68,21 @@ def dot_kernel(
     SPLIT_V: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """One tile of rows x input features: sum over its features of (dy v) * x, one number a row."""
+    """One tile of rows x input features, `share` of the output features: the sum of (dy v) * x, one number a row."""
     down, across = tl.cdiv(rows, BLOCK_T), tl.cdiv(inputs, BLOCK_I)
+    part = tl.program_id(0) // (down * across)
+    tile = tl.program_id(0) % (down * across)
     # Programs that run at the same time share rows of dy and columns of v: GROUP row tiles, column by column.
-    group = tl.program_id(0) // (GROUP * across)
+    group = tile // (GROUP * across)
     height = tl.minimum(down - group * GROUP, GROUP)
-    within = tl.program_id(0) % (GROUP * across)
+    within = tile % (GROUP * across)
     row = ((group * GROUP + within % height) * BLOCK_T).to(tl.int64) + tl.arange(0, BLOCK_T)
     block = within // height
     feature = block * BLOCK_I + tl.arange(0, BLOCK_I)
     kept = (feature < inputs)[None, :]
     inside = tl.minimum(row, rows - 1)[:, None]
     total = tl.zeros((BLOCK_T, BLOCK_I), dtype=tl.float32)
-    for begin in range(0, outputs, BLOCK_K):
+    for begin in range(part * share, tl.minimum((part + 1) * share, outputs), BLOCK_K):
         out = begin + tl.arange(0, BLOCK_K)
         dy = tl.load(dy_ptr + inside * dy_stride + out[None, :], mask=(out < outputs)[None, :], other=0.0)
         entries = v_ptr + out.to(tl.int64)[:, None] * v_stride + feature[None, :]
@@ -89,7 +95,8 @@ def dot_kernel(
         else:
             total = multiply(dy, v, total, WIDEN)
     x = tl.load(x_ptr + inside * x_stride + feature[None, :], mask=kept, other=0.0).to(tl.float32)
-    tl.store(shares_ptr + row * across + block, tl.sum(tl.where(kept, total * x, 0.0), 1), mask=row < rows)
+    place = (row * tl.cdiv(outputs, share) + part) * across + block
+    tl.store(shares_ptr + place, tl.sum(tl.where(kept, total * x, 0.0), 1), mask=row < rows)
 
 
 def launch(x: Tensor, dy: Tensor, v: Tensor, offsets: Tensor) -> Tensor:
@@ -101,22 +108,31 @@ def launch(x: Tensor, dy: Tensor, v: Tensor, offsets: Tensor) -> Tensor:
     configuration, split, widened = shipped(x.dtype, v.dtype, is_aligned((x, dy, v)))
     down = triton.cdiv(rows, configuration.constants["BLOCK_T"])
     across = triton.cdiv(inputs, configuration.constants["BLOCK_I"])
-    shares = torch.empty(rows, across, dtype=torch.float32, device=x.device)
-    sizes = (rows, inputs, outputs, x.stride(0), dy.stride(0), v.stride(0))
+    block = configuration.constants["BLOCK_K"]
+    steps = triton.cdiv(outputs, block)
+    # Whole steps, so that no feature is taken twice.
+    share = block * triton.cdiv(steps, max(1, min(ENOUGH_PROGRAMS // (down * across), steps // FEWEST_STEPS)))
+    parts = triton.cdiv(outputs, share)
+    shares = torch.empty(rows, parts * across, dtype=torch.float32, device=x.device)
+    sizes = (rows, inputs, outputs, share, x.stride(0), dy.stride(0), v.stride(0))
     constants = {"SPLIT_V": split, "WIDEN": widened or widen()}
-    launch_kernel(dot_kernel, down * across, configuration, x, dy, v, shares, *sizes, **constants)
+    launch_kernel(dot_kernel, parts * down * across, configuration, x, dy, v, shares, *sizes, **constants)
     return sum_segments(shares, to_device(offsets, x.device)).sum(1)
 
 
-def small_case(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """More than one tile each way, for the check at first use; v in float32, as accumulators are."""
-    x, dy, offsets = ragged_case([5, 0, 130, 1], 136, 40, dtype, device)
-    return x, dy, torch.randn(40, 136, generator=torch.Generator().manual_seed(1)).to(device), offsets
+def small_case(dtype: torch.dtype, device: torch.device) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """More than one tile each way, for the check at first use: aligned widths and others, v in float32 and as x."""
+    cases = []
+    for inputs, outputs in ((144, 48), (136, 40)):
+        x, dy, offsets = ragged_case([5, 0, 130, 1], inputs, outputs, dtype, device)
+        v = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(1)).to(device)
+        cases += [(x, dy, v.to(v_dtype), offsets) for v_dtype in dict.fromkeys((torch.float32, dtype))]
+    return cases
 
 
 def compile_cases() -> Iterator[CompileCase]:
     """Every configuration above, for every pair of element types."""
-    sizes = dict.fromkeys(("rows", "inputs", "outputs", "x_stride", "dy_stride", "v_stride"), "i32")
+    sizes = dict.fromkeys(("rows", "inputs", "outputs", "share", "x_stride", "dy_stride", "v_stride"), "i32")
     for dtype, aligned in product(DTYPES, (True, False)):
         for v_dtype in dict.fromkeys((dtype, torch.float32)):
             configuration, split, widened = shipped(dtype, v_dtype, aligned)

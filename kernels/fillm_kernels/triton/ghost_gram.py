@@ -128,10 +128,12 @@ def launch(x1: Tensor, dy1: Tensor, offsets1: Tensor, x2: Tensor, dy2: Tensor, o
     return sum_segments(by_first.T.contiguous(), samples2).T
 
 
-def small_case(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    """Short, long and empty samples, for the check at first use."""
-    first = ragged_case([5, 0, 150, 1], 72, 40, dtype, device)
-    return *first, *ragged_case([140, 9], 72, 40, dtype, device)
+def small_case(dtype: torch.dtype, device: torch.device) -> list[tuple[Tensor, ...]]:
+    """Short, long and empty samples, at aligned and other widths, for the check at first use."""
+    return [
+        (*ragged_case([5, 0, 150, 1], *widths, dtype, device), *ragged_case([140, 9], *widths, dtype, device))
+        for widths in ((80, 48), (72, 40))
+    ]
 
 
 def compile_cases() -> Iterator[CompileCase]:

@@ -218,10 +218,13 @@ def launch(x: Tensor, dy: Tensor, offsets: Tensor, form: str) -> Tensor:
     return sum_segments(shares, bounds)[:, 0]
 
 
-def small_case(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor, str]:
-    """Packed, paired and empty samples, for the check at first use."""
-    x, dy, offsets = ragged_case([5, 0, 40, 150, 1], 72, 40, dtype, device)
-    return x, dy, offsets, "gram"
+def small_case(dtype: torch.dtype, device: torch.device) -> list[tuple[Tensor, Tensor, Tensor, str]]:
+    """Packed, paired and empty samples, in both forms and at aligned and other widths, for the check at first use."""
+    return [
+        (*ragged_case([5, 0, 40, 150, 1], inputs, outputs, dtype, device), form)
+        for inputs, outputs in ((80, 48), (72, 40))
+        for form in ("gram", "explicit")
+    ]
 
 
 def compile_cases() -> Iterator[CompileCase]:

@@ -7,9 +7,9 @@ in fixed order; entries go to their bins of a sketch as integers (outer_sketch.p
 program, and no entry of any G_b is ever written, but for the parts of long samples of small layers (steps.py).
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import product
 from typing import Any
 
 import torch
@@ -32,8 +32,8 @@ from fillm_kernels.triton.configurations import (
 )
 from fillm_kernels.triton.outer_sketch import SketchTarget, add_tile, sketch_target, tile_places
 from fillm_kernels.triton.sketch import launch as launch_sketch
-from fillm_kernels.triton.steps import plan, plan_parts
-from fillm_kernels.triton.tiles import multiply, ragged_case, sum_segments, to_device, unit_rows
+from fillm_kernels.triton.steps import FEW_TILES, plan, plan_parts
+from fillm_kernels.triton.tiles import add_in_order, multiply, ragged_case, to_device, unit_rows
 
 # untimed; chosen by `python -m fillm_kernels.compile_check`, most registers / KiB of shared memory; no spill, nor with
 # Triton 3.6 on sm_90:
@@ -318,21 +318,20 @@ def _visit(
     )  # fmt: skip
     for out, apart in zip((second, absolute), targets, strict=True):
         if out is not None and apart is not out:
-            out += _in_order(apart).view_as(out).to(out.dtype)
+            add_in_order(out, apart)
 
 
-def _in_order(matrices: Tensor) -> Tensor:
-    """Sum of matrices, [G, O, I] -> [O I], float64, first to last."""
-    flat = matrices.flatten(1)
-    return sum_segments(flat, torch.tensor([0, len(flat)], device=flat.device))[0]
+def small_case(dtype: torch.dtype, device: torch.device) -> list[tuple[object, ...]]:
+    """More than one tile and several samples, for the check at first use: in every configuration, and in parts."""
 
+    def case(inputs: int, long: int, full: bool, sketched: bool) -> tuple[object, ...]:
+        x, dy, offsets = ragged_case([5, 0, long, 1], inputs, 48, dtype, device)
+        generator = torch.Generator().manual_seed(1)
+        matrices = [torch.rand(48, inputs, generator=generator).to(device) if full else None for _ in range(3)]
+        return x, dy, offsets, *matrices, True, 0.5, Sketching(24, "oporp", 3, 4) if sketched else None
 
-def small_case(dtype: torch.dtype, device: torch.device) -> tuple[object, ...]:
-    """More than one tile, several samples and everything asked, for the check at first use."""
-    x, dy, offsets = ragged_case([5, 0, 70, 1], 136, 40, dtype, device)
-    generator = torch.Generator().manual_seed(1)
-    v, second, absolute = (torch.rand(40, 136, generator=generator).to(device) for _ in range(3))
-    return x, dy, offsets, v, second, absolute, True, 0.5, Sketching(24, "oporp", 3, 4)
+    aligned = [case(80, 70, full, sketched) for full, sketched in itertools.product((False, True), repeat=2)]
+    return [*aligned, case(72, 70, False, False), case(72, FEW_TILES[0][1] + 8, True, True)]
 
 
 def compile_cases() -> Iterator[CompileCase]:
@@ -350,7 +349,7 @@ def compile_cases() -> Iterator[CompileCase]:
     sizes = ("inputs", "outputs", "x_stride", "dy_stride")
     strides = ("v_stride", "second_stride", "absolute_stride", "group_stride")
     counts = ("tiles", "groups", "seed_low", "seed_high", "dim", "width", "ranges")
-    for dtype, aligned, name in product(DTYPES, (True, False), asked):
+    for dtype, aligned, name in itertools.product(DTYPES, (True, False), asked):
         rows = {"x_ptr": POINTERS[dtype], "dy_ptr": POINTERS[dtype]}
         tables = {"steps_ptr": "*i64", "groups_ptr": "*i64", "bins_ptr": "*i64"}
         reals = ("parts", "v", "second", "absolute", "norms", "dots", "row_norms", "up")

@@ -161,10 +161,10 @@ def _dense_kernel(
     tl.store(target, sums, mask=(sample < samples)[:, None] & (column < dim)[None, :])
 
 
-def small_case(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, int, str, int, int, int]:
-    """Several chunks, blocks cut at both ends and more than one group of them, for the check at first use."""
-    g = torch.randn(3, 1500, generator=torch.Generator().manual_seed(0))
-    return g.to(device, dtype), 60, "sjlt", 5, 4, 7
+def small_case(dtype: torch.dtype, device: torch.device) -> list[tuple[Tensor, int, str, int, int, int]]:
+    """Several chunks, blocks cut at both ends and more than one group of them; the dense kinds; for the first use."""
+    g = torch.randn(3, 1500, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    return [(g, 60, "sjlt", 5, 4, 7), *((g[:, :70], 40, kind, 5, 4, 7) for kind in ("rademacher", "gaussian"))]
 
 
 def compile_cases() -> Iterator[CompileCase]:

@@ -105,6 +105,12 @@ def sum_segments(values: Tensor, bounds: Tensor) -> Tensor:
     return sums
 
 
+def add_in_order(out: Tensor, matrices: Tensor) -> None:
+    """Add [G, O, I] to out [O, I], any strides: summed first to last in float64, rounded once."""
+    flat = matrices.flatten(1)
+    out += sum_segments(flat, torch.tensor([0, len(flat)], device=flat.device))[0].view_as(out).to(out.dtype)
+
+
 def to_device(table: Tensor, device: torch.device) -> Tensor:
     """A small host table on the device, without waiting for work that is under way there."""
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
