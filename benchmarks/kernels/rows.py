@@ -22,6 +22,7 @@ def save(path: Path | None, rows: Sequence[Mapping[str, Any]]) -> None:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     columns = list(dict.fromkeys([*(name for row in rows for name in row), *made]))
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, restval="")
         writer.writeheader()

@@ -1,5 +1,6 @@
 #include "instruction_sets.h"
 
+#include <cstdlib>
 #include <stdexcept>
 
 namespace fillm {
@@ -22,10 +23,14 @@ int instruction_sets(const char* names[3]) {
 int instruction_set_index(const std::string& wanted) {
     const char* names[3];
     const int available = instruction_sets(names);
-    if (wanted.empty()) return available - 1;
+    // What a caller asks for wins over the environment, and the environment over the widest there is.
+    const char* environment = std::getenv("FILLM_INSTRUCTION_SET");
+    const std::string chosen = wanted.empty() && environment ? environment : wanted;
+    if (chosen.empty()) return available - 1;
     for (int i = 0; i < available; ++i)
-        if (wanted == names[i]) return i;
-    throw std::invalid_argument("this build on this processor has no instruction set '" + wanted + "'");
+        if (chosen == names[i]) return i;
+    throw std::invalid_argument((wanted.empty() ? "FILLM_INSTRUCTION_SET: " : "") +
+                                ("this build on this processor has no instruction set '" + chosen + "'"));
 }
 
 bool on_amd() {

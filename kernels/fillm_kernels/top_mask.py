@@ -48,12 +48,14 @@ def top_mask(scores: Sequence[Tensor | Any], budget: int) -> TopMask:
         `bits` and `threshold`. Among equal scores the lowest (tensor, flat index) comes first.
 
     Raises:
-        ShapeError: if `budget` is negative or more than there are scores, or `scores` is empty.
+        ShapeError: if `budget` is negative or more than there are scores, or `scores` is empty or no list.
         NotANumberError: if a score is NaN; names the tensor and the flat index.
         DtypeError: if dtypes differ or are not floating.
         DeviceError: if the tensors lie on different devices.
         BackendError: if `FILLM_BACKEND` asks for a backend that cannot run here.
     """
+    if isinstance(scores, Tensor):  # whose rows would pass for tensors
+        raise ShapeError("scores must be a list of tensors; put a single one into a list")
     tensors = [as_tensor(tensor, f"scores[{t}]") for t, tensor in enumerate(scores)]
     *bits, threshold = _op(tensors, as_integer(budget, "budget"))
     return TopMask(bits, threshold)

@@ -93,6 +93,21 @@ def test_unknown_instruction_set_is_refused():
         _cpu(X, X, OFFSETS, "auto", "avx9000")
 
 
+@pytest.mark.skipif(native.extension is None, reason="the extension is not built")
+def test_the_environment_chooses_the_instruction_set(monkeypatch):
+    from fillm_kernels.ghost_norm import _cpu as cpu_norm
+
+    x, dy, offsets = torch.randn(40, 33), torch.randn(40, 17), torch.tensor([0, 15, 40])
+    for name in native.instruction_sets():
+        with monkeypatch.context() as patch:
+            patch.setenv("FILLM_INSTRUCTION_SET", name)
+            found = ghost_norm(x, dy, offsets)
+        assert torch.equal(found, cpu_norm(x, dy, offsets, "auto", name).float())
+    monkeypatch.setenv("FILLM_INSTRUCTION_SET", "sse9")
+    with pytest.raises(ValueError, match="FILLM_INSTRUCTION_SET: this build on this processor has no instruction set"):
+        ghost_norm(x, dy, offsets)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_rows_that_matter(dtype):
     dy = torch.zeros(300, 301, dtype=dtype)

@@ -217,3 +217,8 @@ def test_a_billion_scores_take_less_than_64_mib_beside_their_bits():
     assert int(extra) < 64 << 20
     # Rising 0..999 over and over (but for the last, shorter run of each 2^20): one in a thousand of each value.
     assert float(threshold) == 876
+
+
+def test_a_tensor_is_no_list_of_tensors():
+    with pytest.raises(ShapeError, match="scores must be a list of tensors; put a single one into a list"):
+        top_mask(torch.rand(3, 4), 2)
