@@ -25,10 +25,15 @@ def rank_by_gram(job: Job) -> Scores:
     answers = without_noise([answer(one, config, keep_coefficients=with_update) for one in source])
     if with_update:
         return _through_update(job, answers)
-    scores = _METHODS[config.canonical_method](job, answers)
+    scores = scores_of(job, answers)
     if config.sketched:
         scores.record["sketch"] = _reliability(scores, ascending=config.objective != "forget")
     return scores
+
+
+def scores_of(job: Job, answers: list[Answer]) -> Scores:
+    """From what the inner products of every tensor say to the scores of the job's method, with their bounds."""
+    return _METHODS[job.config.canonical_method](job, answers)
 
 
 def _through_update(job: Job, answers: list[Answer]) -> Scores:
