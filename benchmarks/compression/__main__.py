@@ -7,10 +7,9 @@ samples; then both sets sketched with every kind and size, and the same methods 
 leaves the less telling ones for last; what there was no time for is left out and named.
 """
 
-import dataclasses
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,26 +17,19 @@ import torch
 from benchmarks.compression.measures import Row
 from benchmarks.compression.pictures import draw
 from benchmarks.compression.results import drop_parts, provenance, read_part, write_all, write_part
+from benchmarks.compression.schedule import rows_in_time
 from benchmarks.compression.settings import (
-    LARGEST_DENSE,
     PROGRAM,
     RETAIN_COUNTS,
     SIZES,
     CompressionConfig,
     check,
 )
-from benchmarks.compression.study import Studied, reference_rows, sketch_rows, study_exactly
+from benchmarks.compression.study import reference_rows, study_exactly
 from benchmarks.compression.table import tables
 from benchmarks.compression.timing import TIMED_SIZES, time_sketches, timed_pairs
 from benchmarks.compression.workloads import Planned, load, model_name, parts_folder, planned, retain_counts
-from benchmarks.end_to_end.workload import spread
-from fillm.capture.sketching import DENSE
 from fillm.config import run_command
-from fillm.rank.gram_sources import sketch_sets
-
-ALWAYS = 4096  # the size that is measured even if there is no time
-PROBED = 4  # samples of a set that tell how long a dense kind takes
-LARGEST_GROWTH = 1.5  # of what a kind took the last time, at most, at another size
 
 
 def bench(config: CompressionConfig) -> list[Row]:
@@ -53,7 +45,7 @@ def bench(config: CompressionConfig) -> list[Row]:
     check(config)
     if config.threads:
         torch.set_num_threads(config.threads)
-    plans, out, made = planned(config), Path(config.out), provenance()
+    plans, out, made = planned(config), Path(config.out), provenance(config)
     rows, left, weights = [], 60.0 * config.minutes, sum(plan.weight for plan in plans)
     for plan in plans:
         path = parts_folder(config.out) / f"{plan.name}.parquet"
@@ -88,7 +80,7 @@ def measure(plan: Planned, config: CompressionConfig, seconds: float) -> list[Ro
         timed = [size for size in TIMED_SIZES if config.sizes is None or size in sizes] if not config.quick else sizes
         pairs = timed_pairs(config.chosen_kinds, timed) if timed else []
         rows += time_sketches(work, job, pairs, config.rounds, config.timed_samples, say)
-    rows += _sketched(studied, config, sizes, deadline, say)
+    rows += rows_in_time(studied, config, sizes, deadline, say)
     about = {
         "workload": plan.name,
         "model": model_name(work),
@@ -100,38 +92,6 @@ def measure(plan: Planned, config: CompressionConfig, seconds: float) -> list[Ro
         "retain_samples": len(job.retain),
     }
     return [about | row for row in rows]
-
-
-def _sketched(
-    studied: Studied, config: CompressionConfig, sizes: Sequence[int], deadline: float, say: Callable[[str], None]
-) -> list[Row]:
-    rows, took, left_out = [], {}, []
-    for size in sizes:
-        for kind in config.chosen_kinds:
-            if kind in DENSE and size > LARGEST_DENSE:
-                continue
-            begun = time.monotonic()
-            if config.chosen_sizes is None and (size != ALWAYS or kind in DENSE):
-                expected = _dense_seconds(studied, kind, size) if kind in DENSE else LARGEST_GROWTH * took.get(kind, 0)
-                if time.monotonic() + expected > deadline:
-                    left_out.append(f"{kind} {size}")
-                    continue
-            rows += sketch_rows(studied, kind, size, say)
-            took[kind] = time.monotonic() - begun
-    if left_out:
-        say(f"no time for {', '.join(left_out)}; give --minutes more")
-    return rows
-
-
-def _dense_seconds(studied: Studied, kind: str, size: int) -> float:
-    """What both passes would take, from a few samples."""
-    job = studied.job
-    forget, retain = spread(job.forget, 1), spread(job.retain, PROBED)
-    config = dataclasses.replace(job.config, compression=kind, sketch_dim=size)
-    begun = time.monotonic()
-    sketch_sets(dataclasses.replace(job, config=config, forget=forget, retain=retain))
-    part = (len(forget) + len(retain)) / (len(job.forget) + len(job.retain))
-    return (time.monotonic() - begun) / part
 
 
 def _say(line: str) -> None:

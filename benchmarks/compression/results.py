@@ -10,13 +10,16 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import fillm_kernels
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import transformers
 
 from benchmarks.compression.measures import Row
+from benchmarks.compression.settings import PROGRAM, CompressionConfig
 from benchmarks.end_to_end.results import commit, processor
+from benchmarks.end_to_end.settings import command_line
 from fillm.errors import UsageError
 
 TEXT = ("workload", "model", "forget", "retain", "method", "kind", "storage")
@@ -41,15 +44,17 @@ QUOTED_SIZES = (0, 256, 4096, 65536, None)  # of the CSV; None is exact
 SETTINGS = b"settings"
 
 
-def provenance() -> dict[str, str]:
-    """Where and when: kept in the Parquet file's metadata and in the CSV's last columns."""
+def provenance(config: CompressionConfig) -> dict[str, str]:
+    """Where, when and how: kept in the Parquet file's metadata and in the CSV's last columns."""
     return {
         "cpu": processor(),
         "threads": str(torch.get_num_threads()),
+        "backends": " ".join(f"{op}:{found['used']['cpu']}" for op, found in fillm_kernels.backends().items()),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command_line(config, PROGRAM),
     }
 
 

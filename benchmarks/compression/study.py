@@ -24,7 +24,6 @@ from benchmarks.compression.answers import (
     without_cross_terms,
 )
 from benchmarks.compression.measures import Row, cross_errors, cross_measures, score_measures
-from benchmarks.end_to_end.variants import plain
 from benchmarks.end_to_end.workload import Workload
 from fillm.rank.gram_answers import Answer
 from fillm.rank.gram_passes import exact_grams
@@ -94,9 +93,16 @@ def reference_rows(studied: Studied) -> list[Row]:
     return rows
 
 
-def sketch_rows(studied: Studied, kind: str, size: int, say: Callable[[str], None]) -> list[Row]:
-    """Sketches both sets once, and asks every method for every number of samples and both storage types."""
-    plain_seconds = _seconds(lambda: plain(studied.work, PLAIN_TOKENS))
+def sketch_rows(studied: Studied, kind: str, size: int, plain_seconds: float, say: Callable[[str], None]) -> list[Row]:
+    """Sketches both sets once, and asks every method for every number of samples and both storage types.
+
+    Args:
+        studied: the exact side.
+        kind: of the sketches.
+        size: `k`.
+        plain_seconds: what plain forward + backward over both sets took.
+        say: told how long it took.
+    """
     config = dataclasses.replace(studied.job.config, compression=kind, sketch_dim=size)
     job = dataclasses.replace(studied.job, config=config)
     begun = time.perf_counter()
@@ -155,9 +161,3 @@ def _measured(studied: Studied, answers: Answers, ask: Ask, sketched: np.ndarray
     scored = answers.scored(studied.job, ask)
     ascending = "objective" in METHODS[ask[0]]
     return {"method": ask[0], "n": ask[1]} | score_measures(scored, studied.scored[ask], sketched, ascending)
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    begun = time.perf_counter()
-    run()
-    return time.perf_counter() - begun

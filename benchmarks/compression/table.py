@@ -10,6 +10,12 @@ HEAD = (
     "kind", "k", "d 99 %", "d ok", "K", "soir", "covered", "woodbury", "covered", "bar/err", "first-order",
     "per-sample", "damage", "Spearman w.", "MB", "x plain",
 )  # fmt: skip
+LEGEND = """Largest relative error of a score over all tensors; soir-per-sample over all forget samples too.
+Of the tensors that are sketched: d 99 %, the error of <g_i, v> in |g_i||v| that 99 of 100 samples stay below;
+d ok, the part of them within 3/sqrt(k); K, the error of <g_i, g_j> of different samples (Frobenius, median tensor);
+covered, the part whose exact score lies within its error bar; bar/err, the median bar over the median error.
+x plain: both passes over plain forward + backward, the median of the rounds where they were timed, else of one run.
+MB: the retain set's sketches and squared norms."""
 TABLE_SIZES = (256, 4096, 65536)
 
 
@@ -35,7 +41,7 @@ def tables(rows: Sequence[Row], sizes: Iterable[int] = TABLE_SIZES) -> str:
             f"{first['forget_samples']} forget and {n} retain samples"
         )
         texts.append(title + "\n" + _aligned(lines) + _published(here))
-    return "\n\n".join(texts)
+    return "\n\n".join([*texts, LEGEND])
 
 
 def _line(kind: str, size: int | None, rows: list[Row], times: dict[tuple[str, int], float]) -> list[str]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import benchmarks.compression.__main__ as command
+from benchmarks.compression import schedule
 from benchmarks.compression.answers import Answers, Scored, ask_tensor, asks_for, collect, published_source
 from benchmarks.compression.measures import (
     kendall,
@@ -148,7 +149,7 @@ def test_lengths_alone_are_the_forget_gradient_over_lambda(studied):
 
 
 def test_a_sketch_larger_than_every_tensor_loses_nothing(studied):
-    rows = sketch_rows(studied, "factored", 8192, lambda line: None)
+    rows = sketch_rows(studied, "factored", 8192, 1.0, lambda line: None)
     for row in rows:
         if row["storage"] == "float32" and row["method"] in METHODS:
             assert row["sketched_tensors"] == 0
@@ -257,15 +258,23 @@ def test_other_settings_are_measured_again(monkeypatch, tmp_path, quick):
 
 def test_what_there_is_no_time_for_is_named(monkeypatch):
     config = CompressionConfig(kinds="sjlt,gaussian,tensorsketch")
-    monkeypatch.setattr(command, "sketch_rows", lambda studied, kind, size, say: [{"kind": kind, "k": size}])
-    monkeypatch.setattr(command, "_dense_seconds", lambda *_: 1e9)
+    rows_of = lambda studied, kind, size, plain_seconds, say: [{"kind": kind, "k": size}]  # noqa: E731
+    monkeypatch.setattr(schedule, "sketch_rows", rows_of)
+    monkeypatch.setattr(schedule, "_plain_seconds", lambda studied: 1.0)
+    monkeypatch.setattr(schedule, "_dense_seconds", lambda *_: 1e9)
     said = []
-    rows = command._sketched(None, config, SIZES, -1e9, said.append)
+    rows = schedule.rows_in_time(None, config, SIZES, -math.inf, said.append)
     assert rows == [{"kind": "sjlt", "k": 4096}, {"kind": "tensorsketch", "k": 4096}]
-    assert "gaussian 256, " in said[0]
-    assert "gaussian 1024" not in said[0]
-    rows = command._sketched(None, config, SIZES, math.inf, said.append)
-    assert len(rows) == 2 * 13 + 4
+    assert "gaussian 256, " in said.pop()
+    rows = schedule.rows_in_time(None, config, SIZES, math.inf, said.append)
+    assert len(rows) == 2 * len(SIZES) + 4  # dense kinds to 512
+    assert not said
+    asked = dataclasses.replace(config, sizes="64,1024")
+    rows = schedule.rows_in_time(None, asked, asked.chosen_sizes, -math.inf, said.append)
+    assert [(row["kind"], row["k"]) for row in rows] == [
+        ("sjlt", 64), ("gaussian", 64), ("tensorsketch", 64), ("sjlt", 1024), ("tensorsketch", 1024)
+    ]  # fmt: skip
+    assert not said
 
 
 @pytest.mark.parametrize(
