@@ -15,9 +15,10 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-
-
+PACKAGE = ROOT / "kernels" / "fillm_kernels"
 CUDA = os.environ.get("FILLM_CUDA", "AUTO")
+if CUDA not in ("AUTO", "ON", "OFF"):
+    sys.exit(f"FILLM_CUDA must be AUTO, ON or OFF; got {CUDA!r}")
 
 
 class CMakeBuild(build_ext):
@@ -26,6 +27,9 @@ class CMakeBuild(build_ext):
     def build_extension(self, extension: Extension) -> None:
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
         cuda = extension.name.endswith("_CUDA")
+        # What an earlier build left must not be taken for what this one makes, least of all where it makes nothing.
+        for left in (target, PACKAGE / target.name) if self.editable_mode else (target,):
+            left.unlink(missing_ok=True)
         try:
             self._build(Path(self.build_temp).resolve(), target, cuda)
         except (OSError, ImportError, subprocess.CalledProcessError) as error:

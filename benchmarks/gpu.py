@@ -20,8 +20,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import fillm_kernels as fk
 import torch
-from fillm_kernels import BackendError
 
 from benchmarks.gpu_ranking import ranking_rows
 from benchmarks.kernels.gpu_calls import Call, Case, backend_of, excess_of, name_of
@@ -71,7 +71,7 @@ def guarded(row: Row, work: Callable[[], Row]) -> Row:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return {**row, "verdict": f"left out: out of memory: {_one_line(error)}"}
-    except BackendError as error:  # FILLM_BACKEND asks for what the op does not have, or for what was found wrong
+    except fk.BackendError as error:  # FILLM_BACKEND asks for what the op does not have, or for what was found wrong
         found = "FAILED" if "self-check" in str(error) else "left out"
         return {**row, "verdict": f"{found}: {_one_line(error)}"}
     except Exception as error:  # whatever a compiler or a driver raises
@@ -166,12 +166,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=9.0, help="begin nothing that would end much later")
     parser.add_argument("--seed", type=int, help="of the inputs; fresh ones at every run without")
     options = parser.parse_args(argv)
+    wanted = {name for name in options.only.split(",") if name}
+    known = [*fk.backends(), "outer_sketch", "peers", "rank"]
+    if unknown := wanted - set(known):
+        parser.error(f"--only {', '.join(sorted(unknown))}: not among {', '.join(known)}")
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("there is no CUDA device; --device cpu --shrink 64 tries it without one")
     if options.shrink < 1:
         parser.error("--shrink must be at least 1")
-    clock = Clock(options.minutes)
-    device, wanted = torch.device(options.device), {name for name in options.only.split(",") if name}
+    clock, device = Clock(options.minutes), torch.device(options.device)
     if device.type == "cuda":
         device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)

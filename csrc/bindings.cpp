@@ -24,4 +24,5 @@ PYBIND11_MODULE(_C, module) {
     fillm::bind_masked_step(module);
     fillm::bind_soir_sweep(module);
     fillm::bind_sketch(module);
+    fillm::bind_factored_sketch(module);
 }

@@ -8,7 +8,9 @@ each with a seed of its own, add up to the sketch of the whole gradient. Then
 
     tau(test, i) = phi_test (Phi^T Phi)^-1 phi_i
 
-for the rows phi_i of the store Phi, one model of TRAK's ensemble and without its factor of the training loss.
+for the rows phi_i of the store Phi: one model of TRAK's ensemble. TRAK takes gradients of log(p / (1 - p)), p the
+probability of the label, and a factor 1 - p_i of each training sample; here stand gradients of the loss itself, which
+for a sample of one row are -(1 - p) times TRAK's.
 """
 
 import tempfile

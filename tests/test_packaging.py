@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -81,6 +82,7 @@ def test_wheel_holds_both_packages_and_the_extension_and_no_folder_called_kernel
     tops = {name.partition("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"fillm", "fillm_kernels"}
     assert modules(ROOT / "fillm") | modules(ROOT / "kernels" / "fillm_kernels") <= set(names)
+    assert "fillm_kernels/py.typed" in names
     assert [name for name in names if name.startswith("fillm_kernels/_C.") and name.endswith(".so")]
     if shutil.which("nvcc"):
         assert [name for name in names if name.startswith("fillm_kernels/_CUDA.") and name.endswith(".so")]
@@ -127,6 +129,31 @@ def test_without_a_compiler_the_install_goes_on_and_says_so(checkout: Path, tmp_
         names = archive.namelist()
     assert "fillm_kernels/ghost_norm.py" in names
     assert not [name for name in names if name.endswith(".so")]
+
+
+def test_an_option_that_does_not_exist_ends_the_build(checkout: Path) -> None:
+    command = [sys.executable, "setup.py", "build_ext"]
+    environment = {**os.environ, "FILLM_CUDA": "maybe"}
+    done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "FILLM_CUDA must be AUTO, ON or OFF; got 'maybe'\n"
+
+
+@pytest.mark.parametrize("kind", ["wheel", "editable"])
+def test_what_an_earlier_build_left_is_not_shipped(kind: str, checkout: Path, tmp_path: Path) -> None:
+    library = checkout / "build" / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+    built = (checkout / "kernels" if kind == "editable" else library) / "fillm_kernels"
+    built.mkdir(parents=True, exist_ok=True)
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    for name in ("_C", "_CUDA"):
+        (built / f"{name}{suffix}").write_bytes(b"of another version")
+    dead = str(tmp_path / "no-such-compiler")
+    code = f"from setuptools import build_meta; build_meta.build_{kind}({str(tmp_path)!r})"
+    run("-c", code, cwd=checkout, CXX=dead, CC=dead, FILLM_CUDA="OFF")
+    [wheel] = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert not [name for name in archive.namelist() if name.endswith(".so")]
+    assert not list(built.glob("*.so"))
 
 
 @pytest.mark.parametrize(

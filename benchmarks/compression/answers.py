@@ -13,14 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fillm.capture import SketchMap
 from fillm.models import TensorInfo
 from fillm.rank.config import RankConfig
 from fillm.rank.gram_answers import Answer, answer, without_noise
-from fillm.rank.gram_methods import scores_of
-from fillm.rank.gram_sources import Sketched, TensorProducts, products_of_gram, products_of_sketches
+from fillm.rank.gram_methods import published_scores, scores_of
+from fillm.rank.gram_sources import (
+    RetainSketches,
+    Sketched,
+    TensorProducts,
+    products_of_gram,
+    products_of_sketches,
+)
 from fillm.rank.scoring import Job
-from fillm.statistics import DenseGram, InnerProducts, RowsGram, TensorGram
+from fillm.statistics import DenseGram, TensorGram
 
 # What is asked of `python -m fillm.rank` for each method; `damage` ranks by equation (8), smallest first.
 METHODS: dict[str, dict[str, str]] = {
@@ -168,18 +173,26 @@ def sketched_source(info: TensorInfo, sets: Sketched, dtype: torch.dtype) -> Sou
     return source
 
 
-def published_source(info: TensorInfo, sets: Sketched) -> Source:
-    """The published way: lengths are the sketches' own, and the damping is divided by the sketch's size."""
-    to: SketchMap = sets.maps[info.name]
-    rows, v = sets.retain.sketches(info.name), sets.forget.sketches(info.name).double().mean(0)[None]
+def published(job: Job, sets: Sketched, n: int) -> Scored:
+    """Scores the published way, of the first samples: lengths are the sketches' own, the damping divided by `k`."""
+    rows = published_scores(job, dataclasses.replace(sets, retain=_First(sets.retain, n))).rows
+    value = np.array([[row["score"]] for row in rows], dtype=float)
+    return Scored(value, value, value)
 
-    def source(mean: bool, n: int) -> TensorProducts:
-        some = rows[:n].double()
-        q, square = some.square().sum(1), v.square().sum(1)
-        gram = RowsGram(rows[:n], torch.ones(n, dtype=torch.float64))
-        return TensorProducts(info, InnerProducts(to.dim, q, some @ v.T, square, gram, torch.zeros(1).double()))
 
-    return source
+@dataclass(frozen=True)
+class _First:
+    """`RetainSketches` of the first samples."""
+
+    whole: RetainSketches
+    n: int
+
+    @property
+    def q(self) -> Mapping[str, Tensor]:
+        return {name: q[: self.n] for name, q in self.whole.q.items()}
+
+    def sketches(self, name: str) -> Tensor:
+        return self.whole.sketches(name)[: self.n]
 
 
 def asks_for(counts: Sequence[int], size: int | None = None, methods: Sequence[str] = tuple(METHODS)) -> list[Ask]:

@@ -18,7 +18,7 @@ from benchmarks.compression.answers import (
     asks_for,
     collect,
     exact_source,
-    published_source,
+    published,
     sketched_source,
     storages,
     without_cross_terms,
@@ -34,6 +34,7 @@ from fillm.rank.scoring import Job
 PLAIN_TOKENS = 1024  # a batch, of the one plain run beside every pass; `timing` looks for the fastest
 NORM_BYTES = 8  # of an exact squared norm
 BYTES = {"float32": 4, "bfloat16": 2}
+PUBLISHED = "soir, published"
 INNER = "inner products"  # in the place of a method, in rows about the cross terms themselves
 
 
@@ -126,7 +127,7 @@ def sketch_rows(studied: Studied, kind: str, size: int, plain_seconds: float, sa
                 studied.kept |= {(info.name, storage, ask): one for ask, one in known.items()}
             collect(found, known)
         rows += [base | {"storage": storage} | row for row in _rows(studied, sets, found, cross, asks, storage)]
-    rows += [base | {"storage": "float32"} | row for row in _published_rows(studied, sets)]
+    rows += [base | {"storage": "float32"} | row for row in _published_rows(studied, job, sets)]
     say(f"{kind} {size}: passes {seconds:.1f} s, {seconds / plain_seconds:.2f} of plain; "
         f"all {time.perf_counter() - begun:.1f} s")  # fmt: skip
     return rows
@@ -147,14 +148,14 @@ def _rows(
     return rows
 
 
-def _published_rows(studied: Studied, sets: Sketched) -> list[Row]:
+def _published_rows(studied: Studied, job: Job, sets: Sketched) -> list[Row]:
     """Everything sketched, damping over the sketch's size; a method of its own, since no other is published."""
-    answers = Answers()
-    asks = asks_for(studied.counts, methods=("soir",))
-    for info in studied.job.scope:
-        collect(answers, ask_tensor(studied.job, asks, published_source(info, sets)))
-    none = np.zeros(len(studied.job.scope), dtype=bool)
-    return [_measured(studied, answers, ask, none) | {"method": "soir, published"} for ask in asks]
+    none, rows = np.zeros(len(job.scope), dtype=bool), []
+    for n in studied.counts:
+        found = published(job, sets, n)
+        row = {"method": PUBLISHED, "n": n} | score_measures(found, studied.scored["soir", n], none, ascending=False)
+        rows.append(row)
+    return rows
 
 
 def _measured(studied: Studied, answers: Answers, ask: Ask, sketched: np.ndarray) -> Row:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 from benchmarks.compression.measures import Row
-from benchmarks.compression.study import INNER
+from benchmarks.compression.study import INNER, PUBLISHED
 
 HEAD = (
     "kind", "k", "d 99 %", "d ok", "K", "soir", "covered", "woodbury", "covered", "bar/err", "first-order",
@@ -77,7 +77,7 @@ def _line(kind: str, size: int | None, rows: list[Row], times: dict[tuple[str, i
 
 def _published(rows: Sequence[Row]) -> str:
     """The published way's fall: its rank correlation beside ours, from the same sketches."""
-    found = [row for row in rows if row["method"] == "soir, published"]
+    found = [row for row in rows if row["method"] == PUBLISHED]
     ours = {(row["kind"], row["k"]): row for row in rows if row["method"] == "soir"}
     if not found:
         return ""

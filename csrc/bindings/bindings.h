@@ -31,5 +31,6 @@ void bind_top_mask(py::module_& module);
 void bind_masked_step(py::module_& module);
 void bind_soir_sweep(py::module_& module);
 void bind_sketch(py::module_& module);
+void bind_factored_sketch(py::module_& module);
 
 }  // namespace fillm

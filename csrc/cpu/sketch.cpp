@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "factored_sketch.h"
 #include "instruction_sets.h"
 #include "parallel.h"
 
@@ -17,6 +18,8 @@ namespace {
 // A piece is this many times `dim` long, so that writing and adding its bins is a few per cent of reading it.
 constexpr int64_t kPieceDims = 64;
 constexpr int64_t kBinsAtOnce = 4096;
+// Runs shorter than this leave vectors along them half empty; with this many rows, the lanes are better given to rows.
+constexpr int64_t kNarrow = 16, kNarrowDim = 4096, kRows = 16;
 
 template <class T>
 void add_pieces(const SketchArguments& arguments, int64_t pieces, const T* slots) {
@@ -60,6 +63,8 @@ void sketch(const SketchArguments& arguments, const char* instruction_set) {
     const int64_t dim = map.dim(), group = kSigns * map.width;
     // Pieces begin where a word of sign bits does, at multiples of `length` counted from coordinate 0.
     const int64_t length = (kPieceDims * dim + group - 1) / group * group;
+    if (map.ranges == 1 && map.width < kNarrow && dim <= kNarrowDim && arguments.samples >= kRows)
+        return sketch_narrow(arguments, length, instruction_set);
     const int64_t first = arguments.offset / length, last = (arguments.offset + arguments.count + length - 1) / length;
     const int64_t pieces = arguments.count > 0 ? last - first : 0;
     const size_t item = arguments.dtype == kFloat64 ? 8 : 4;

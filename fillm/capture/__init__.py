@@ -3,10 +3,11 @@
 from fillm.capture.engine import Capture, batch_one_gradients, frozen
 from fillm.capture.gradients import PerSampleGradients, norms_and_dots
 from fillm.capture.losses import LossReduction, sample_losses
-from fillm.capture.sketching import SketchMap, check_sketch
+from fillm.capture.sketching import ONE_SIDED, SketchMap, check_sketch
 from fillm.capture.verification import Verification, verify
 
 __all__ = [
+    "ONE_SIDED",
     "Capture",
     "LossReduction",
     "PerSampleGradients",

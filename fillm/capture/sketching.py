@@ -137,8 +137,7 @@ def flattened(gradients: HasSamples, count: int) -> Tensor:
 def sketch_outer(x: Tensor, dy: Tensor, offsets: Tensor, to: SketchMap) -> Tensor:
     """Sketches of `G_b = dy_b^T x_b`: x [N, I], dy [N, O], offsets [B + 1] -> [B, dim]."""
     if to.kind in TWO_SIDED:
-        halves = [fk.factored_sketch(x, dy, offsets, to.half_dims, to.kind, seed) for seed in to.half_seeds()]
-        return torch.cat(halves, 1) / math.sqrt(len(halves))
+        return fk.factored_sketch(x, dy, offsets, to.half_dims, to.kind, to.half_seeds()) / math.sqrt(to.halves)
     return fk.outer_sketch(x, dy, offsets, to.dim, to.kind, to.seed, nonzeros=to.nonzeros)
 
 

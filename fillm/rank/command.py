@@ -26,7 +26,7 @@ from fillm.rank.plan import plan_run
 from fillm.rank.precision import warn_of_noise
 from fillm.rank.ranking import Ranking
 from fillm.rank.ranking_files import write_files
-from fillm.rank.sketch_choice import with_sketches_chosen
+from fillm.rank.sketch_choice import chosen_for_memory, with_sketches_chosen
 from fillm.runs import RunFolder, run_identity, run_record
 from fillm.statistics import SketchStore, holds_store
 
@@ -116,6 +116,12 @@ def run(config: RankConfig) -> None:
         ranking = _rank(config, model, base, sets, console, folder)
         folder.finish(lambda path: write_files(ranking, path))
     console.top_table(ranking, rows=20)
+    if (sketch := ranking.record.get("sketch")) is not None:
+        console.say(
+            f"error bars: half of them within {sketch['median_relative_error_bar']:.2g} of the score, the widest "
+            f"{sketch['widest_relative_error_bar']:.2g}; the first {sketch['top_set']} are the right ones with "
+            f"probability {sketch['top_set_confidence']:.2f}"
+        )
     console.say(f"run folder: {Path(config.out)}")
 
 
@@ -196,6 +202,10 @@ def _rank(
     for which, samples in sets.items():
         check_fits_model(samples, model, f"--{which}")
     scope = select_tensors(catalogue(model), config.include, config.exclude)
+    counts = [len(sets[which]) if which in sets else 0 for which in ("forget", "retain")]
+    config, choice = chosen_for_memory(config, scope, sum(counts), counts[1])
+    if choice:
+        console.note(choice)
     fingerprints = {"model": model_fingerprint(model), **{which: s.fingerprint for which, s in sets.items()}}
     if folder is not None:
         # The order of a sum depends on the number of threads, and with it the last bits.

@@ -128,14 +128,17 @@ class RankConfig:
         return asks and not self.sketched
 
     @property
+    def asks_for_update(self) -> bool:
+        """Whether something is asked for that inner products with `u` do not tell."""
+        return self.save_update or self.granularity != "tensor" or self.effective_score != "l2"
+
+    @property
     def needs_update(self) -> bool:
         """Whether `u` itself is needed, not only its norm."""
         return self.canonical_method in WITH_UPDATE and (
             self.canonical_method == "soir-sum"
-            or self.save_update
-            or self.granularity != "tensor"
+            or self.asks_for_update
             or self.objective != "forget"
-            or self.effective_score != "l2"
             or self.curvature == "diagonal"
         )
 

@@ -119,6 +119,22 @@ class Costs:
                 total += min(tokens * tokens * (inputs + outputs), 2.0 * tokens * inputs * outputs)
         return total
 
+    def gram_matrices(self, sets: Sequence[Sequence[BatchShape]]) -> tuple[int, float]:
+        """Bytes of the gradients that exact Gram matrices keep, in the smaller of two forms, and FLOP of the products.
+
+        Of `n` samples of `N` tokens together: factors of `N (I + O)` numbers, or `n I O` entries; by ghost Gram matrix
+        `2 N^2 (I + O)` FLOP, or `2 N I O` to form the gradients and `2 n^2 I O` to multiply them.
+        """
+        shapes = [shape for batches in sets for shape in batches]
+        samples = sum(shape.rows for shape in shapes)
+        kept, flop = 0.0, 0.0
+        for inputs, outputs, use, is_head in self.scoped_shapes:
+            tokens = use * sum(shape.answered if is_head else shape.rows * shape.width for shape in shapes)
+            kept += 4.0 * min(tokens * (inputs + outputs), float(samples * inputs * outputs))
+            formed = 2.0 * tokens * inputs * outputs + 2.0 * samples**2 * inputs * outputs
+            flop += min(2.0 * tokens**2 * (inputs + outputs), formed)
+        return int(kept), flop
+
 
 def accumulator_bytes(scope: Sequence[TensorInfo], itemsize: int, expanded: bool = False) -> int:
     """Bytes of one accumulator a tensor; with `expanded`, of the weighted sums and their higher terms.

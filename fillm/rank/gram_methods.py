@@ -3,12 +3,13 @@
 import math
 from collections.abc import Callable
 
+import fillm_kernels as fk
 import pyarrow as pa
 import torch
 from torch import Tensor
 
 from fillm.rank.gram_answers import Answer, answer, without_noise
-from fillm.rank.gram_sources import exact_products, sketched_products_of
+from fillm.rank.gram_sources import Sketched, exact_products, sketch_sets, sketched_products_of
 from fillm.rank.scoring import Job, Scores, from_update, ranked_row
 from fillm.rank.soir import Influence, mean_gradient
 from fillm.rank.units import retain_changes
@@ -20,7 +21,9 @@ TOP_PART = 0.1  # of the tensors: the set that a confidence is stated for
 def rank_by_gram(job: Job) -> Scores:
     """Runs `soir`, `soir-per-sample`, `first-order` or `memflex` on inner products, sketched or exact."""
     config = job.config
-    with_update = config.save_update or config.granularity != "tensor" or config.effective_score != "l2"
+    if config.damping_dimension == "sketch":
+        return published_scores(job, sketch_sets(job))
+    with_update = config.asks_for_update
     source = sketched_products_of(job) if config.sketched else exact_products(job)
     answers = without_noise([answer(one, config, keep_coefficients=with_update) for one in source])
     if with_update:
@@ -34,6 +37,29 @@ def rank_by_gram(job: Job) -> Scores:
 def scores_of(job: Job, answers: list[Answer]) -> Scores:
     """From what the inner products of every tensor say to the scores of the job's method, with their bounds."""
     return _METHODS[job.config.canonical_method](job, answers)
+
+
+def published_scores(job: Job, sets: Sketched) -> Scores:
+    """What published code makes of sketches: lengths are the sketches' own, and (1) divides by their size."""
+    config, rows = job.config, []
+    for info in job.scope:
+        sketches = sets.retain.sketches(info.name).float()
+        target = sets.forget.sketches(info.name).double().mean(0)
+        squares = sketches.double().square().sum(1)
+        found = fk.soir_sweep(sketches, target.float(), squares, config.damping, numel=config.sketch_dim)
+        size, lambda_ = float(target.norm()), float(found.damping)
+        rows.append(
+            ranked_row(
+                info,
+                float(found.score),
+                damping=lambda_,
+                mean_retain_sq_norm=float(squares.mean()),
+                forget_norm=size,
+                predicted_forget_gain=float(found.gain),
+                note="" if lambda_ > 0 else "no retain gradient" if size > 0 else "unused",
+            )
+        )
+    return Scores(rows)
 
 
 def _through_update(job: Job, answers: list[Answer]) -> Scores:
@@ -65,7 +91,7 @@ def _left(answers: list[Answer]) -> list[tuple[Tensor, Tensor, Tensor]]:
         for row, one in enumerate(damped):
             parts = (taken.value[row], high[row], low[row])  # the more is explained, the less is left
             found[one.info.name] = tuple((1.0 - part).clamp(min=0.0).sqrt() for part in parts)
-            if bool((taken.error[row] == 0).all()):  # exact: a rest above 1 is no noise
+            if not bool(one.error.any()):  # exact: a rest above 1 is no noise
                 found[one.info.name] = (one.rest.sqrt(),) * 3
     flat = torch.zeros_like(answers[0].norms) if answers else torch.zeros(0)
     return [found.get(one.info.name, (flat, flat, flat)) for one in answers]

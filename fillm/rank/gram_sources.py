@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fillm.capture import SketchMap
+from fillm.errors import UsageError
 from fillm.models import TensorInfo
 from fillm.rank.config import RankConfig
 from fillm.rank.gram_passes import exact_grams
@@ -75,7 +76,9 @@ def sketch_sets(job: Job) -> Sketched:
         info.name: SketchMap.of(config.compression, config.sketch_dim, info.name, info.shape, config.seed)
         for info in job.scope
     }
-    mean = MeanGradient(job.capture.parameters, len(job.forget)) if needs_mean(config.canonical_method) else None
+    _check_room(config, maps, len(job.retain))
+    wants_mean = needs_mean(config.canonical_method) and config.damping_dimension == "parameter"
+    mean = MeanGradient(job.capture.parameters, len(job.forget)) if wants_mean else None
     forget = GradientSketches(maps, len(job.forget))
     parts = {"sketches": forget} if mean is None else {"sketches": forget, "mean": mean}
     job.passes.run("forget", "forget pass", job.capture, job.forget, Together(parts))
@@ -85,6 +88,16 @@ def sketch_sets(job: Job) -> Sketched:
         retain = GradientSketches(maps, len(job.retain), dtype=getattr(torch, config.sketch_dtype))
         job.passes.run("retain", "retain pass", job.capture, job.retain, retain)
     return Sketched(maps, retain, forget, None if mean is None else mean.mean)
+
+
+def _check_room(config: RankConfig, maps: Mapping[str, SketchMap], retain: int) -> None:
+    """The true inverse fits a number to every retain sample: fewer numbers than samples say nothing of the rest."""
+    short = [to.dim for to in maps.values() if to.kind != "exact" and to.dim < retain]
+    if config.curvature == "woodbury" and short:
+        raise UsageError(
+            f"--curvature woodbury: sketches of {short[0]} numbers cannot tell {retain} retain samples apart; give "
+            f"--sketch-dim {retain} or more (8 times as much for small errors), or --num-retain {short[0]} or less"
+        )
 
 
 def store_settings(config: RankConfig) -> StoreSettings:
@@ -100,13 +113,14 @@ def store_settings(config: RankConfig) -> StoreSettings:
 
 def stored_retain(job: Job, maps: Mapping[str, SketchMap]) -> SketchStore:
     """The store of the settings, built, continued, added to, or read as it is where it holds all that is asked for."""
-    path, settings = job.config.store, store_settings(job.config)
+    config, path, settings = job.config, job.config.store, store_settings(job.config)
     if holds_store(path):
         store = SketchStore.open(path)
         if not len(job.retain):  # no retain set was given: what is stored is the retain set
             store.check_origin(job.model_fingerprint, settings, maps)
             if not store.complete:
                 job.passes.console.warn(f"{path} is not finished: ranking from the {store.rows} samples that it holds")
+            _check_room(config, maps, store.rows)
             return _read(job, store)
         if not len(store.check(job.model_fingerprint, settings, job.retain, maps)):
             job.passes.console.note(f"{path} holds all {store.rows} retain samples: no retain pass")
@@ -118,6 +132,9 @@ def stored_retain(job: Job, maps: Mapping[str, SketchMap]) -> SketchStore:
 
 def _read(job: Job, store: SketchStore) -> SketchStore:
     job.stored = store
+    losses = torch.zeros(store.manifest.samples, dtype=torch.float64)
+    losses[store.positions] = store.losses
+    job.passes.losses["retain"] = losses
     job.capture.fallback |= {name: why for name, why in store.fallback.items() if name in job.capture.parameters}
     return store
 
@@ -139,13 +156,17 @@ def products_of_sketches(sets: Sketched, scope: Iterable[TensorInfo]) -> Iterato
         yield TensorProducts(info, sketched_products(sets.maps[name], rows, q, targets, squares, info.numel), size)
 
 
+def memory_budget(config: RankConfig) -> int:
+    """Bytes for the gradients that exact Gram matrices keep: `--memory`, or half of what is free."""
+    return parse_size(config.memory) if config.memory else free_memory() // 2
+
+
 def exact_products(job: Job) -> Iterator[TensorProducts]:
     """Inner products of every tensor in scope, from Gram matrices in the gradients' own precision."""
     config = job.config
-    budget = parse_size(config.memory) if config.memory else free_memory() // 2
     mean = needs_mean(config.canonical_method)
     infos = {info.name: info for info in job.scope}
-    for gram in exact_grams(job.passes, job.capture, job.forget, job.retain, budget):
+    for gram in exact_grams(job.passes, job.capture, job.forget, job.retain, memory_budget(config)):
         yield TensorProducts(infos[gram.name], products_of_gram(gram, mean))
 
 

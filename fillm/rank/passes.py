@@ -99,6 +99,7 @@ class Passes:
             plan.sort(key=lambda members: -sum(counted[i] for i in members))
         row = {"pass": stage, "samples": len(chosen), "tokens": sum(lengths), "batches": len(plan)}
         stored = statistic if isinstance(statistic, StoredStatistic) else None
+        # What keeps its own state would only be held twice, and from two moments.
         folder = self.folder if stored is None else None
         finished = folder.load_stage(stage) if folder else None
         if finished is not None:

@@ -6,6 +6,7 @@ import fillm_kernels
 from fillm_kernels.ghost_norm import BLOCK_ENTRIES
 from torch import nn
 
+from fillm.capture import ONE_SIDED
 from fillm.data import SampleSet, check_fits_model
 from fillm.models import TensorInfo, catalogue, resolve_device, select_tensors
 from fillm.rank.activations import saved_activation_bytes
@@ -18,9 +19,12 @@ from fillm.rank.costs import (
     batch_shapes,
     estimated_activation_bytes,
 )
+from fillm.rank.gram_sources import memory_budget, needs_mean
 from fillm.rank.machine import measured_rate, resident_bytes
 from fillm.rank.plan_lines import PassPlan, Plan
+from fillm.rank.sketch_choice import chosen_for_memory, sketch_bytes
 from fillm.rank.unloaded_model import meta_model
+from fillm.statistics.store_writer import BLOCK_BYTES
 
 _LOGIT_COPIES = 3  # logits, their rows with an answer in float32, and the softmax; in the backward as many gradients
 _SCALAR_BYTES = 16  # q and d, float64
@@ -55,6 +59,8 @@ def plan(
     if config.canonical_method in WITHOUT_GRADIENTS:
         sets = {}
     everything = catalogue(model)
+    counts = [len(sets[which]) if which in sets else 0 for which in ("forget", "retain")]
+    config, choice = chosen_for_memory(config, scope, sum(counts), counts[1])
     costs = Costs.of(model, everything, scope)
     shapes = {which: batch_shapes(s, config.tokens_per_batch, config.layout) for which, s in sets.items()}
     passes = [
@@ -62,10 +68,16 @@ def plan(
         for name, which, products, ghost in _passes(config)
         if which in sets
     ]
-    memory, notes = {"weights": sum(p.numel() * p.element_size() for p in model.parameters())}, []
+    memory = {"weights": sum(p.numel() * p.element_size() for p in model.parameters())}
+    notes = [choice] if choice else []
     if config.canonical_method == "parameter-shift":
         memory["weights of the base model"] = memory["weights"]
     memory |= _accumulators(config, scope, model, sets)
+    if config.exact_gram and sets:
+        kept, flop = costs.gram_matrices(list(shapes.values()))
+        memory["gradients kept, a group of tensors at a time"] = min(kept, memory_budget(config))
+        samples, tokens = sum(counts), sum(one.tokens for one in passes[: len(sets)])
+        passes.append(PassPlan("Gram matrices", samples, tokens, 0, {"Gram matrices": flop}))
     every = [shape for batches in shapes.values() for shape in batches]
     if every:
         memory["activations"], counted = _activations(model, everything, every, config.gradient_checkpointing)
@@ -77,7 +89,9 @@ def plan(
         if device_type == "cpu":
             memory["allocator slack"] = int(_SLACK * (memory["activations"] + logits))
         notes.append(f"activations are {'counted on the graph' if counted else 'estimated from shapes'}")
-        if config.canonical_method == "soir" and not config.needs_update:
+        if config.exact_gram:
+            notes.append("exact Gram matrices: a pass over each set for every group of tensors whose gradients fit")
+        elif config.canonical_method == "soir" and not (config.needs_update or config.sketched):
             notes.append("a pass over what the bracket does not certify comes on top")
     if program_bytes:
         memory["program"] = program_bytes
@@ -118,6 +132,15 @@ def _passes(config: RankConfig) -> list[tuple[str, str, int, bool]]:
     method = config.canonical_method
     if method in WITHOUT_GRADIENTS:
         return []
+    if config.sketched or config.exact_gram:
+        # The sparse and dense kinds form tiles of every gradient; two-sided ones project its factors.
+        formed = int(config.sketched and config.compression in ONE_SIDED)
+        mean = int(needs_mean(method) and not config.exact_gram)
+        out = [("forget pass", "forget", formed + mean, True), ("retain pass", "retain", formed, True)]
+        if config.asks_for_update:  # sketches cannot be asked for it
+            out += [("forget pass for v", "forget", 1, False), ("update pass", "retain", 1, False)]
+            out += [("damage pass", "retain", 1, False)] if config.objective != "forget" else []
+        return out
     out = [("forget pass", "forget", 1, False)]
     if method in FORGET_ALONE:
         return out
@@ -153,6 +176,10 @@ def _accumulators(
         return {}
     itemsize = max(4, next(iter(model.parameters())).element_size())
     plain = accumulator_bytes(scope, itemsize)
+    if config.sketched:
+        return _sketch_memory(config, scope, sets, plain)
+    if config.exact_gram:
+        return {"Gram matrix of a tensor, twice": 16 * sum(len(some) for some in sets.values()) ** 2}
     if config.canonical_method == "gradient":
         return {"mean absolute forget gradient": plain}
     if config.canonical_method == "fisher-ratio":
@@ -169,6 +196,21 @@ def _accumulators(
         out["update u"] = plain
     if config.objective != "forget" and config.granularity == "element":
         out["step moments per weight"] = 2 * plain
+    return out
+
+
+def _sketch_memory(
+    config: RankConfig, scope: Sequence[TensorInfo], sets: Mapping[str, SampleSet], mean: int
+) -> dict[str, int]:
+    size = 2 if config.sketch_dtype == "bfloat16" else 4
+    out = {"mean forget gradient v": mean} if needs_mean(config.canonical_method) else {}
+    out["sketches of the forget set"] = sketch_bytes(scope, config.sketch_dim, len(sets["forget"]), 4)
+    retain = len(sets["retain"]) if "retain" in sets else 0
+    if config.store is None:
+        out["sketches of the retain set"] = sketch_bytes(scope, config.sketch_dim, retain, size)
+    else:
+        most = max((min(info.numel, config.sketch_dim) for info in scope), default=0)
+        out["a block of the store"] = BLOCK_BYTES + size * most
     return out
 
 

@@ -16,7 +16,7 @@ from fillm.statistics.gram_form import InnerProducts, RowsGram
 
 BAR = 1.9  # standard errors: holds 94 % of a normal variable
 LEAST_POOLED = 4  # tensors, below which there is nothing to learn from the others
-LEAST_SPREAD = 0.75  # of the mean correction: the least by which tensors are taken to differ
+LEAST_SPREAD = 0.9  # of the mean correction: the least by which tensors are taken to differ
 
 
 def sketched_products(
@@ -85,27 +85,36 @@ def explained(value: Tensor, error: Tensor) -> Estimate:
         error: one standard error, [L, m].
     """
     noisy = error > 0
-    mean, spread = _pooled(value, error, noisy)
+    mean, unsure, spread = _pooled(value, error, noisy)
     variance = error.square()
     total = (spread + variance).clamp(min=torch.finfo(torch.float64).tiny)
-    best = torch.where(noisy, (value * spread + mean * variance) / total, value).clamp(0.0, 1.0)
-    left = torch.where(noisy, (spread * variance / total).sqrt(), 0.0)
-    return Estimate(best, left)
+    best = torch.where(noisy, (value * spread + mean * variance) / total, value).clamp(max=1.0)
+    left = spread * variance / total + unsure * (variance / total).square()
+    return Estimate(torch.where(noisy, best.clamp(min=0.0), best), torch.where(noisy, left.sqrt(), 0.0))
 
 
-def _pooled(value: Tensor, error: Tensor, noisy: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of the corrections across tensors, [L, m] or [1, m]; with few tensors, of each by itself."""
+def _pooled(value: Tensor, error: Tensor, noisy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean of the corrections across tensors, its variance, and theirs, [1, m]; with few tensors, of each by itself."""
     weight = torch.where(noisy, 1.0 / error.square().clamp(min=1e-24), 0.0)
     count = noisy.sum(0)
     if int(count.min()) < LEAST_POOLED:
-        return torch.zeros_like(value[:1]), (value.square() - error.square()).clamp(min=0.0)
+        nothing = torch.zeros_like(value[:1])
+        return nothing, nothing, torch.maximum(value.square() - error.square(), 0.25 * error.square())
     total = weight.sum(0)
     mean = (weight * value).sum(0) / total
     excess = (weight * (value - mean).square()).sum(0) - (count - 1)
     spread = (excess / (total - weight.square().sum(0) / total)).clamp(min=0.0)
     weight = torch.where(noisy, 1.0 / (error.square() + spread), 0.0)
-    mean = ((weight * value).sum(0) / weight.sum(0)).clamp(min=0.0)
-    return mean[None], torch.maximum(spread, (LEAST_SPREAD * mean).square())[None]
+    total = weight.sum(0)
+    mean = _not_negative((weight * value).sum(0) / total, total.rsqrt())
+    return mean[None], 1.0 / total[None], torch.maximum(spread, (LEAST_SPREAD * mean).square())[None]
+
+
+def _not_negative(mean: Tensor, error: Tensor) -> Tensor:
+    """What a number is on average that was found to be `mean` with a normal error, and cannot be below 0."""
+    at = (mean / error).clamp(min=-30.0)
+    density = torch.exp(-0.5 * at.square()) / math.sqrt(2.0 * math.pi)
+    return error * (at + density / torch.special.ndtr(at).clamp(min=torch.finfo(torch.float64).tiny))
 
 
 def mean_absolute(products: InnerProducts) -> Estimate:

@@ -10,6 +10,7 @@ to `sum_t |x_t| |dy_t|` of either sample in the place of `|g_i|`: more where a s
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import fillm_kernels as fk
 import torch
@@ -23,7 +24,7 @@ from fillm.capture.gradients import DenseGradients, LookupGradients, OuterGradie
 BLOCK_BYTES = 64 << 20  # of rows of all samples' gradients, formed at a time
 PRODUCT_ENTRIES = 4096  # of a gradient, summed in float32 before float64 takes over
 STRIPS = 8  # of samples; what lies below the strips of the diagonal is mirrored: 9/16 of the work
-LEAST_STRIP = 32  # samples; narrower products leave the machine idle
+LEAST_STRIP = 128  # samples; narrower products take as long as what they save
 GHOST_TOKENS = 2048  # of batches that are joined before their pairs are taken
 LOOKUP_ROWS = 512  # summed embedding rows multiplied with each other at a time
 
@@ -187,9 +188,10 @@ def _of_rows(kept: Kept, count: int, shape: torch.Size) -> Tensor:
     rows, columns = row_layout(shape)
     height = max(1, BLOCK_BYTES // (max(1, count * columns) * dtype.itemsize))
     out = torch.zeros(count, count, dtype=torch.float64, device=empty.device)
+    space = torch.empty(count * min(height, rows) * columns, dtype=dtype, device=empty.device)
     for begin in range(0, rows, height):
         end = min(begin + height, rows)
-        block = torch.zeros(count, end - begin, columns, dtype=dtype, device=empty.device)
+        block = space[: count * (end - begin) * columns].zero_().view(count, end - begin, columns)
         for gradients, where in kept:
             block[where.to(block.device)] = gradients.leading_rows(begin, end).to(dtype)
         block = block.flatten(1)
@@ -271,7 +273,7 @@ def _whole_ids(ids: Tensor) -> Iterator[slice]:
     """Blocks of about `LOOKUP_ROWS` sorted ids [U] that part no id."""
     ends = torch.unique_consecutive(ids, return_counts=True)[1].cumsum(0).tolist()
     begin = 0
-    for end, following in zip(ends, [*ends[1:], None], strict=True):
+    for end, following in zip_longest(ends, ends[1:]):
         if following is None or following - begin > LOOKUP_ROWS:
             yield slice(begin, end)
             begin = end

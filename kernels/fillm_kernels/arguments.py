@@ -29,26 +29,56 @@ def as_tensor(value: Any, name: str, *, written: bool = False) -> Tensor:
     Raises:
         DtypeError: if `value` is none of these, holds elements torch has no type for, is sparse or nested, or cannot be
             written to.
+        DeviceError: if it lies where this torch cannot reach it.
     """
     if isinstance(value, Tensor):
         if value.layout != torch.strided or value.is_nested:
             raise DtypeError(f"{name} is sparse or nested; pass an ordinary tensor")
         return value
+    if isinstance(value, np.ndarray):
+        return _from_numpy(value, name, written)
+    if hasattr(value, "__dlpack__"):
+        return _from_dlpack(value, name, written)
+    raise DtypeError(f"{name} is a {type(value).__name__}; pass a tensor, a numpy array or an object with __dlpack__")
+
+
+def _from_numpy(value: np.ndarray, name: str, written: bool) -> Tensor:
+    backwards = any(stride < 0 for stride in value.strides)
+    if written and (not value.flags.writeable or backwards):
+        raise DtypeError(f"{name} is read-only or has negative strides; pass an array that can be written to")
+    if not value.dtype.isnative:
+        raise DtypeError(f"{name} is in the byte order of another machine; pass a copy in this one's")
     try:
-        if isinstance(value, np.ndarray):
-            if written and (not value.flags.writeable or any(stride < 0 for stride in value.strides)):
-                raise DtypeError(f"{name} is read-only or has negative strides; pass an array that can be written to")
-            if any(stride < 0 for stride in value.strides):
-                value = np.ascontiguousarray(value)
-            with warnings.catch_warnings():
-                # torch warns that a read-only array could be written to through the tensor; inputs are never written.
-                warnings.simplefilter("ignore", UserWarning)
-                return torch.from_numpy(value)
-        if hasattr(value, "__dlpack__"):
-            return torch.from_dlpack(value)
+        with warnings.catch_warnings():
+            # torch warns that a read-only array could be written to through the tensor; inputs are never written.
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.from_numpy(np.ascontiguousarray(value) if backwards else value)
     except TypeError as error:
         raise DtypeError(f"{name}: {error}") from error
-    raise DtypeError(f"{name} is a {type(value).__name__}; pass a tensor, a numpy array or an object with __dlpack__")
+
+
+class _Writable:
+    """An array asked for by the first DLPack, which cannot say "read-only": its owner refuses instead.
+
+    torch takes no notice of the flag by which later ones say it, and would write there.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __dlpack__(self, *, max_version: tuple[int, int] | None = None, **options: Any) -> Any:
+        return self._value.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self._value.__dlpack_device__()
+
+
+def _from_dlpack(value: Any, name: str, written: bool) -> Tensor:
+    try:
+        return torch.from_dlpack(_Writable(value) if written else value)
+    except (AssertionError, BufferError, RuntimeError, TypeError) as error:  # of its owner, or a torch without CUDA
+        on_cpu = int(value.__dlpack_device__()[0]) == 1
+        raise (DtypeError if on_cpu else DeviceError)(f"{name}: {error}") from error
 
 
 def as_integer(value: Any, name: str) -> int:

@@ -9,6 +9,7 @@ compiled too (cuda_check.py).
 import argparse
 import csv
 import importlib
+import importlib.util
 import pkgutil
 import re
 import subprocess
@@ -232,6 +233,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if interpreted():
         parser.error("TRITON_INTERPRET=1 replaces the compiler; unset it")
+    if importlib.util.find_spec("triton") is None:
+        parser.error("triton is not installed; pip install 'triton>=3.6' (no GPU is needed)")
     every = [case for case in cases() if options.kernel in case.name]
     if lacking := cuda_check.missing(options.cuda_sources):
         print(f"CUDA C++ kernels are left out: {lacking}", flush=True)

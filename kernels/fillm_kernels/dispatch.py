@@ -48,7 +48,7 @@ class Backend:
         if devices and device not in devices:
             return f"runs on {', '.join(devices)} tensors only, not on {device}"
         if self.needs_triton and importlib.util.find_spec("triton") is None:
-            return "triton is not installed; pip install 'fillm[gpu]'"
+            return "triton is not installed; pip install 'triton>=3.6'"
         if self.needs_cuda:
             return native.cuda_refusal()
         return native.refusal if self.needs_extension else None

@@ -8,7 +8,7 @@ sample. E <S G, S H> = <G, H>; docs/method.md section 5, docs/kernels/factored_s
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -16,9 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fillm_kernels import native
 from fillm_kernels.arguments import accumulation_dtype, as_integer, as_tensor, check_offsets, check_ragged
 from fillm_kernels.dispatch import Backend, register, select, triton_backend
+from fillm_kernels.errors import ShapeError
 from fillm_kernels.products import ieee_products, product
+from fillm_kernels.seed_law import KINDS as SEED_LAW_KINDS
 from fillm_kernels.sides import SIDES, CountSketch, checked_dims, listed, projection_rows, sides_of, tensorsketch_side
 from fillm_kernels.sketch import sketch
 
@@ -31,7 +34,7 @@ def factored_sketch(
     offsets: Tensor | Any,
     dims: int | Sequence[int],
     kind: str = "factored",
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
 ) -> Tensor:
     """Sketch every per-sample weight gradient G_b = dy_b^T x_b from both sides, without forming one.
 
@@ -43,11 +46,11 @@ def factored_sketch(
         offsets: first row of each sample and N at the end, [B + 1], int64.
         dims: (k_out, k_in); one k for `tensorsketch`, and for the others if both sides are to have it.
         kind: `factored` (Gaussian sides), `factored-sjlt` (sparse sides) or `tensorsketch`.
-        seed: the map's seed, in [0, 2^63).
+        seed: the map's seed, in [0, 2^63), or the seeds of several maps, whose sketches come side by side.
 
     Returns:
-        [B, k_out * k_in] (row-major, k_out slowest), or [B, k] for `tensorsketch`; float32 (float64 for float64), in
-        loss per unit of weight; not differentiable.
+        [B, k_out * k_in] (row-major, k_out slowest), or [B, k] for `tensorsketch`, as often as there are seeds; float32
+        (float64 for float64), in loss per unit of weight; not differentiable.
 
     Raises:
         ShapeError: if N differs, offsets do not run from 0 to N, dims or seed are out of range, or `kind` is unknown.
@@ -55,15 +58,17 @@ def factored_sketch(
         DeviceError: if the tensors lie on different devices.
         BackendError: if `FILLM_BACKEND` asks for a backend that cannot run here.
     """
-    seed = as_integer(seed, "seed")
+    seeds = [as_integer(one, "seed") for one in (seed if isinstance(seed, (list, tuple)) else [seed])]
     arrays = as_tensor(x, "x"), as_tensor(dy, "dy"), as_tensor(offsets, "offsets")
-    return _op(*arrays, listed(dims, kind), kind, seed)
+    return _op(*arrays, listed(dims, kind), kind, seeds)
 
 
-def _check(x: Tensor, dy: Tensor, offsets: Tensor, dims: list[int], kind: str, seed: int) -> int:
+def _check(x: Tensor, dy: Tensor, offsets: Tensor, dims: list[int], kind: str, seeds: list[int]) -> int:
     """Numbers a sample becomes, after the checks that read no values."""
     check_ragged(x, dy, offsets)
-    return math.prod(checked_dims(dims, kind, seed))
+    if not seeds:
+        raise ShapeError("seed must be one seed or several; got none")
+    return sum(math.prod(checked_dims(dims, kind, seed)) for seed in seeds)
 
 
 def _reference(x: Tensor, dy: Tensor, offsets: Tensor, dims: list[int], kind: str, seed: int) -> Tensor:
@@ -136,24 +141,67 @@ def _sketched(rows: Tensor, of: tuple[int, str, int, int]) -> Tensor:
     return sketch(rows, dim, kind, seed, nonzeros=nonzeros)
 
 
+Run = Callable[[Tensor, Tensor, Tensor, list[int], str, int], Tensor]
+
+
+def for_each_seed(run: Run) -> Callable[[Tensor, Tensor, Tensor, list[int], str, list[int]], Tensor]:
+    """A backend that knows one map, one map after the other."""
+
+    def runs(x: Tensor, dy: Tensor, offsets: Tensor, dims: list[int], kind: str, seeds: list[int]) -> Tensor:
+        return torch.cat([run(x, dy, offsets, dims, kind, seed) for seed in seeds], 1)
+
+    return runs
+
+
+def _cpu(
+    x: Tensor,
+    dy: Tensor,
+    offsets: Tensor,
+    dims: list[int],
+    kind: str,
+    seeds: list[int],
+    instruction_set: str = "",
+) -> Tensor:
+    """C++ (csrc/cpu/factored_sketch.cpp) for sparse sides, all maps in one visit of x and dy; torch for the others."""
+    if kind != "factored-sjlt":
+        return for_each_seed(_torch)(x, dy, offsets, dims, kind, seeds)
+    x, dy = (part if part.stride(1) == 1 or part.shape[1] <= 1 else part.contiguous() for part in (x, dy))
+    out = torch.empty(offsets.shape[0] - 1, len(seeds) * math.prod(dims), dtype=accumulation_dtype(x.dtype))
+    sides = list(zip(*(sides_of(kind, seed, dims) for seed in seeds), strict=True))  # by side, then by seed
+    native.extension.factored_sketch(
+        **{
+            name: (part.data_ptr(), part.stride(0), part.shape[1], maps[0][0], maps[0][3], [one[2] for one in maps])
+            for name, part, maps in zip(("dy", "x"), (dy, x), sides, strict=True)
+        },
+        offsets=offsets.data_ptr(),
+        samples=out.shape[0],
+        kind=SEED_LAW_KINDS.index("sjlt"),
+        out=out.data_ptr(),
+        dtype=native.DTYPE_CODES[str(x.dtype).removeprefix("torch.")],
+        threads=torch.get_num_threads(),
+        instruction_set=instruction_set,
+    )
+    return out
+
+
 @torch.library.custom_op("fillm_kernels::factored_sketch", mutates_args=())
-def _op(x: Tensor, dy: Tensor, offsets: Tensor, dims: list[int], kind: str, seed: int) -> Tensor:
-    _check(x, dy, offsets, dims, kind, seed)
+def _op(x: Tensor, dy: Tensor, offsets: Tensor, dims: list[int], kind: str, seeds: list[int]) -> Tensor:
+    _check(x, dy, offsets, dims, kind, seeds)
     host = check_offsets(offsets, x.shape[0])
-    result = select("factored_sketch", x.device, x.dtype)(x.detach(), dy.detach(), host, dims, kind, seed)
+    result = select("factored_sketch", x.device, x.dtype)(x.detach(), dy.detach(), host, dims, kind, seeds)
     return result.to(device=x.device, dtype=accumulation_dtype(x.dtype))
 
 
 @_op.register_fake
-def _(x: Tensor, dy: Tensor, offsets: Tensor, dims: list[int], kind: str, seed: int) -> Tensor:
-    numbers = _check(x, dy, offsets, dims, kind, seed)
+def _(x: Tensor, dy: Tensor, offsets: Tensor, dims: list[int], kind: str, seeds: list[int]) -> Tensor:
+    numbers = _check(x, dy, offsets, dims, kind, seeds)
     return x.new_empty(offsets.shape[0] - 1, numbers, dtype=accumulation_dtype(x.dtype))
 
 
 register(
     "factored_sketch",
-    cpu=Backend(_torch, devices=("cpu",), needs_extension=True),
+    cpu=Backend(_cpu, devices=("cpu",), needs_extension=True),
     triton=triton_backend("factored_sketch"),
-    torch=Backend(_torch),
-    reference=Backend(_reference),
+    torch=Backend(for_each_seed(_torch)),
+    reference=Backend(for_each_seed(_reference)),
 )

@@ -51,7 +51,8 @@ def _check(x: Tensor, dy: Tensor, v: Tensor, offsets: Tensor) -> None:
     if v.ndim != 2 or v.shape[0] != dy.shape[1] or v.shape[1] != x.shape[1]:
         raise ShapeError(f"v must be [O, I] = [{dy.shape[1]}, {x.shape[1]}]; got {list(v.shape)}")
     if v.dtype not in (x.dtype, accumulation_dtype(x.dtype)):
-        raise DtypeError(f"v must be {x.dtype} or {accumulation_dtype(x.dtype)}; got {v.dtype}")
+        allowed = " or ".join(dict.fromkeys(str(dtype) for dtype in (x.dtype, accumulation_dtype(x.dtype))))
+        raise DtypeError(f"v must be {allowed}; got {v.dtype}")
     if v.device != x.device:
         raise DeviceError(f"v must lie where x does, {x.device}; got {v.device}")
 

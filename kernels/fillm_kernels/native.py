@@ -11,7 +11,7 @@ from fillm_kernels.errors import BackendError
 
 extension: ModuleType | None
 try:
-    from fillm_kernels import _C as extension
+    extension = importlib.import_module("fillm_kernels._C")
 except ImportError as error:
     extension = None
     refusal: str | None = f"the compiled extension fillm_kernels._C is missing or does not load ({error})"

@@ -158,3 +158,10 @@ def test_without_a_gpu_it_says_how_to_try_it(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         gpu.main(["--out", str(tmp_path)])
     assert stopped.value.code == 2 and "--device cpu" in capsys.readouterr().err
+
+
+def test_a_name_that_does_not_exist_is_refused_before_anything_runs(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        gpu.main([*SMALL, "--only", "sketch,skecth", "--out", str(tmp_path / "out")])
+    assert stopped.value.code == 2 and "--only skecth: not among" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

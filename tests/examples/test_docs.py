@@ -1,6 +1,7 @@
 """The worked examples of docs/kernels run as shown, and print what the page says they print."""
 
 import contextlib
+import csv
 import io
 import re
 from pathlib import Path
@@ -51,3 +52,25 @@ def test_links_lead_somewhere(path):
     for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
         if not target.startswith("http"):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def measured_rows() -> list[tuple[str, str, str, str]]:
+    """The table of docs/kernels.md of what was measured: file, case, milliseconds and what stands beside them."""
+    text = (DOCS.parent / "kernels.md").read_text(encoding="utf-8").partition("| measured in |")[2].partition("\n\n")[0]
+    rows, file = [], ""
+    for line in text.splitlines()[2:]:
+        named, case, milliseconds, beside = (cell.strip() for cell in line.strip("|").split("|"))
+        file = re.search(r"\(([^)]+)\)", named)[1] if named else file
+        rows.append((file, case, milliseconds, beside))
+    return rows
+
+
+@pytest.mark.parametrize(("file", "case", "milliseconds", "beside"), measured_rows())
+def test_a_measured_figure_is_that_of_the_committed_file(file, case, milliseconds, beside):
+    with (DOCS.parent / file).open(newline="", encoding="utf-8") as opened:
+        [row] = [r for r in csv.DictReader(opened) if case in (r.get("layer"), r.get("shape"), r.get("case"))]
+    row |= dict(call.rsplit(" ", 1) for call in filter(None, row.get("baseline / op", "").split(", ")))
+    shown = {"milliseconds": milliseconds, **dict(re.findall(r"`([^`]+)` ([\d.]+)", beside))}
+    for column, figure in shown.items():
+        digits = len(figure.replace(".", "").lstrip("0"))
+        assert float(f"{float(row[column]):.{digits}g}") == float(figure), f"{column}: {row[column]}"

@@ -19,6 +19,10 @@ from examples.projected_gradients import gradients_one_by_one, projected, scores
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def squares(output, target):
+    return (output - target).square().sum(1)
+
+
 @pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "examples").glob("*.py")))
 def test_every_script_runs(script):
     path = os.pathsep.join([str(ROOT / "kernels"), str(ROOT)])
@@ -32,24 +36,37 @@ def test_every_script_runs(script):
 
 
 def test_clipped_sum_is_that_of_gradients_taken_one_by_one():
-    model = nn.Sequential(nn.Linear(7, 9, bias=False), nn.Tanh(), nn.Linear(9, 2, bias=False)).double()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, 2, bias=False), nn.Linear(2, 2)).double()
+    model[3].weight.requires_grad_(False)  # neither counted nor summed, and still frozen afterwards
     x, target, offsets = torch.randn(11, 7).double(), torch.randn(11, 2).double(), torch.tensor([0, 1, 5, 5, 11])
-
-    def losses_of(output, target):
-        return (output - target).square().sum(1)
-
-    sums, norms = clipped_gradients(model, x, losses_of, target, offsets, max_norm=3.0)
-    want = {layer: torch.zeros_like(layer.weight) for layer in sums}
+    sums, norms = clipped_gradients(model, x, squares, target, offsets, max_norm=3.0)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert {id(parameter) for parameter in sums} == {id(parameter) for parameter in trained} and len(trained) == 4
+    want = [torch.zeros_like(parameter) for parameter in trained]
     for sample, (begin, end) in enumerate(itertools.pairwise(offsets.tolist())):
-        loss = losses_of(model(x[begin:end]), target[begin:end]).sum()
-        gradients = torch.autograd.grad(loss, [layer.weight for layer in sums])
+        gradients = torch.autograd.grad(squares(model(x[begin:end]), target[begin:end]).sum(), trained)
         norm = torch.sqrt(sum(g.square().sum() for g in gradients))
         assert float(norms[sample]) == pytest.approx(float(norm), rel=1e-10)
-        for layer, gradient in zip(sums, gradients, strict=True):
-            want[layer] += gradient * min(1.0, 3.0 / max(float(norm), 1e-12))
-    for layer, total in sums.items():
-        torch.testing.assert_close(total, want[layer])
-    assert float(norms.max()) > 3.0  # something was clipped
+        for total, gradient in zip(want, gradients, strict=True):
+            total += gradient * min(1.0, 3.0 / max(float(norm), 1e-12))
+    for parameter, total in zip(trained, want, strict=True):
+        torch.testing.assert_close(sums[parameter], total)
+        assert parameter.grad is None
+    assert float(norms.max()) > 3.0 > float(norms.min())  # some were clipped
+
+
+def test_a_gradient_that_would_escape_the_clipping_is_refused():
+    layer = nn.Linear(4, 4)
+    tied = nn.Sequential(layer, nn.Linear(4, 4))
+    tied[1].weight = layer.weight
+    for model, words in (
+        (nn.Sequential(layer, nn.LayerNorm(4)), "1.weight does not belong"),
+        (tied, "0.weight does not belong to exactly one"),
+        (nn.Sequential(layer, layer), "runs twice"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            clipped_gradients(model, torch.ones(3, 4), squares, torch.ones(3, 4), torch.tensor([0, 3]), 1.0)
 
 
 def test_fisher_diagonal_squares_before_it_sums():
@@ -57,10 +74,6 @@ def test_fisher_diagonal_squares_before_it_sums():
     fisher = fisher_diagonal(layer, x, dy, torch.tensor([0, 3, 4, 9]))
     parts = [dy[a:b].T @ x[a:b] for a, b in ((0, 3), (3, 4), (4, 9))]
     torch.testing.assert_close(fisher, sum(part.square() for part in parts) / 3)
-
-
-def squares(output, target):
-    return (output - target).square().sum(1)
 
 
 def test_projected_gradients_are_sketches_of_exact_ones_whatever_the_blocks():

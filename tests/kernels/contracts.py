@@ -130,7 +130,8 @@ def factored_contract(kind: str, *dims: int) -> Contract:
         f"factored_sketch {kind}", "factored_sketch", fk.factored_sketch,
         lambda shape, dtype: {**ragged(shape, dtype), "dims": dims, "kind": kind, "seed": 2**40 + 3},
         lambda a: [two_sided(kind, a["seed"], dims, of(a))],
-        roundoff=0.0 if kind == "factored-sjlt" else INEXACT, thread_proof=False, many_programs=True,
+        roundoff=0.0 if kind == "factored-sjlt" else INEXACT, thread_proof=kind == "factored-sjlt",
+        many_programs=True,
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ every_contract = pytest.mark.parametrize("contract", CONTRACTS, ids=lambda contr
 class Foreign:
     """An array of another library: nothing but the protocol."""
 
-    def __init__(self, tensor: Tensor) -> None:
+    def __init__(self, tensor: Tensor | np.ndarray) -> None:
         self._tensor = tensor
 
     def __dlpack__(self, **options: Any) -> Any:
@@ -39,11 +39,32 @@ def test_numpy_arrays_and_dlpack_objects_are_read_and_written_where_they_are(con
         written = [part for name in contract.written for part in flat(tensors[name])]
         assert_is(flat(returned) + written, answer, contract)
     for name in contract.written:
-        locked = changed(copy(given), lambda _, t: t.numpy().copy())
-        for array in locked[name] if isinstance(locked[name], tuple) else [locked[name]]:
-            array.flags.writeable = False
-        with pytest.raises(DtypeError, match="read-only"):
-            contract.call(**locked)
+        for wrap, words in ((lambda array: array, "is read-only"), (Foreign, "Cannot export readonly")):
+            locked = changed(copy(given), lambda _, t, wrap=wrap: wrap(read_only(t)))
+            with pytest.raises(DtypeError, match=words):
+                contract.call(**{**copy(given), name: locked[name]})
+
+
+def read_only(tensor: Tensor) -> np.ndarray:
+    array = tensor.numpy().copy()
+    array.flags.writeable = False
+    return array
+
+
+def test_arrays_of_another_byte_order_or_out_of_reach_are_named():
+    x, offsets = np.ones((2, 3), np.float32), np.array([0, 2])
+
+    class Elsewhere(Foreign):
+        def __dlpack_device__(self) -> tuple[int, int]:
+            return 2, 0  # DLPack's code of CUDA
+
+    with pytest.raises(DtypeError, match="^dy is in the byte order of another machine"):
+        fillm_kernels.ghost_norm(x, x.astype(x.dtype.newbyteorder()), offsets)
+    with pytest.raises(DtypeError, match="^x: can't convert"):
+        fillm_kernels.ghost_norm(x.astype(object), x, offsets)
+    if not torch.cuda.is_available():
+        with pytest.raises(DeviceError, match="^x: "):
+            fillm_kernels.ghost_norm(Elsewhere(x), x, offsets)
 
 
 MISTAKES = {

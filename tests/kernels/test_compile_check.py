@@ -1,6 +1,7 @@
 """Ahead-of-time compilation, in processes of its own: this one runs Triton kernels in the interpreter."""
 
 import csv
+import importlib.util
 import os
 import subprocess
 import sys
@@ -152,6 +153,14 @@ def test_under_the_interpreter_or_without_a_match_the_command_says_so(tmp_path):
     assert done.returncode == 2 and "TRITON_INTERPRET=1 replaces the compiler" in done.stderr
     done = check(tmp_path, "--kernel", "nothing", "--target", "gfx942")
     assert done.returncode == 2 and "no kernel's name contains 'nothing'" in done.stderr
+
+
+def test_without_triton_the_command_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as stopped:
+        compile_check.main([])
+    assert stopped.value.code == 2 and "triton is not installed; pip install" in capsys.readouterr().err
 
 
 def test_amd_metadata_is_read_and_its_absence_is_an_error():

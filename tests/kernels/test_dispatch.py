@@ -1,6 +1,8 @@
 import json
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import fillm_kernels
@@ -111,3 +113,25 @@ def test_importing_the_library_is_light_and_needs_nothing_of_fillm():
         [sys.executable, "-c", code], env={"PYTHONPATH": str(KERNELS)}, cwd="/", capture_output=True, text=True
     )
     assert run.stdout.strip() == "[]", run.stderr
+
+
+@pytest.mark.parametrize(("content", "words"), [(None, "No module named 'fillm_kernels._C'"), (b"no library", "_C.")])
+def test_an_extension_that_is_missing_or_broken_is_named_with_the_reason(content, words, tmp_path):
+    copy = tmp_path / "fillm_kernels"
+    shutil.copytree(KERNELS / "fillm_kernels", copy, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    if content is not None:
+        (copy / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(content)
+    # The finder of an editable install would find this checkout's extension.
+    code = (
+        "import sys; sys.meta_path = [finder for finder in sys.meta_path if 'Editable' not in str(finder)]; "
+        "import fillm_kernels; print(fillm_kernels.__file__, fillm_kernels.backends()['sketch']['refused']['cpu'])"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], env={"PYTHONPATH": str(tmp_path)}, cwd="/", capture_output=True, text=True
+    )
+    file, _, reason = run.stdout.partition(" ")
+    assert Path(file).is_relative_to(tmp_path), run.stderr
+    assert (
+        reason.startswith("the compiled extension fillm_kernels._C is missing or does not load (") and words in reason
+    )
+    assert "circular" not in reason

@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from fillm_kernels import BackendError, DtypeError, ShapeError, factored_sketch
+from fillm_kernels import BackendError, DtypeError, ShapeError, factored_sketch, native
 from fillm_kernels.factored_sketch import _reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -125,6 +125,40 @@ def test_one_dimension_serves_both_sides():
     assert torch.equal(factored_sketch(x.numpy(), dy.numpy(), offsets.numpy(), 4, "factored-sjlt", 1), both)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("kind", "dims"), MAPS)
+def test_several_maps_lie_side_by_side(backend, kind, dims, monkeypatch):
+    monkeypatch.setenv("FILLM_BACKEND", backend)
+    x, dy, offsets = ragged([3, 0, 40], 33, 20)
+    got = factored_sketch(x, dy, offsets, dims, kind, [5, 2**62, 5])
+    assert got.shape == (3, 3 * math.prod(dims))
+    for at, seed in enumerate((5, 2**62, 5)):
+        part = got[:, at * math.prod(dims) : (at + 1) * math.prod(dims)]
+        assert torch.equal(part, factored_sketch(x, dy, offsets, dims, kind, seed))
+
+
+@pytest.mark.parametrize("dims", [(1, 1), (6, 3), (8, 16), (16, 40), (130, 17)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("instruction_set", native.instruction_sets())
+def test_every_instruction_set_and_width_of_a_side(instruction_set, dtype, dims):
+    for inputs, outputs in WIDTHS[:4]:
+        x, dy, offsets = ragged([9, 0, 40, 1, 33], inputs, outputs, dtype)
+        got = module._cpu(x, dy, offsets, list(dims), "factored-sjlt", [3, 9], instruction_set)
+        want = [_reference(x, dy, offsets, list(dims), "factored-sjlt", seed) for seed in (3, 9)]
+        assert_within(got, torch.cat(want, 1), bound(x, dy, offsets))
+
+
+def test_blocks_of_rows_and_neighbours_change_no_bit_of_sparse_sides():
+    # 512 + 512 projected numbers a row and map: a block ends every 1024 rows, within the long sample.
+    x, dy, offsets = ragged([7, 2500, 3, 900], 20, 9)
+    together = factored_sketch(x, dy, offsets, (512, 512), "factored-sjlt", [3, 4])
+    for sample in range(4):
+        rows = slice(int(offsets[sample]), int(offsets[sample + 1]))
+        alone = torch.tensor([0, rows.stop - rows.start])
+        got = factored_sketch(x[rows], dy[rows], alone, (512, 512), "factored-sjlt", [3, 4])
+        assert torch.equal(got[0], together[sample])
+
+
 @pytest.mark.parametrize(
     ("dims", "kind", "seed", "words"),
     [
@@ -134,6 +168,8 @@ def test_one_dimension_serves_both_sides():
         ((4, 0), "factored", 0, "at least 1"),
         ((1 << 16, 1 << 16), "factored", 0, "at most 2"),
         ((4, 4), "factored", -1, "seed must be"),
+        ((4, 4), "factored", [1, -1], "seed must be"),
+        ((4, 4), "factored", [], "one seed or several"),
     ],
 )
 def test_what_does_not_fit_is_refused(dims, kind, seed, words, monkeypatch):
@@ -152,7 +188,7 @@ def test_what_does_not_fit_is_refused(dims, kind, seed, words, monkeypatch):
 def test_custom_op_is_registered_as_torch_expects():
     for (kind, dims), dtype in zip(MAPS[1:4], (torch.float32, torch.float64, torch.bfloat16), strict=True):
         x, dy, offsets = ragged([3, 0, 5], 6, 7, dtype)
-        arguments = (x, dy, offsets, list(dims), kind, 3)
+        arguments = (x, dy, offsets, list(dims), kind, [3, 4])
         torch.library.opcheck(torch.ops.fillm_kernels.factored_sketch.default, arguments)
 
 

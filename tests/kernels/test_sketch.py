@@ -71,6 +71,21 @@ def test_every_instruction_set_of_this_processor(instruction_set, kind, dtype):
         assert_within(_cpu(g, dim, kind, 7, 4, 5, instruction_set), want, bound(g, dim, kind, 5))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("instruction_set", native.instruction_sets())
+def test_many_rows_in_few_bins_have_the_bits_of_single_rows(instruction_set, dtype):
+    # Sixteen rows and runs under 16 bins are sketched with rows in the lanes.
+    for kind, dim, nonzeros in (("sjlt", 16, 4), ("sjlt", 7, 1), ("sjlt", 24, 24), ("oporp", 12, 4)):
+        for count, offset in ((1, 0), (100, 3), (1500, 2**40 + 77)):
+            g = torch.randn(37, count).to(dtype)
+            together = _cpu(g, dim, kind, 9, nonzeros, offset, instruction_set)
+            alone = [_cpu(row, dim, kind, 9, nonzeros, offset, instruction_set) for row in g.split(1)]
+            assert torch.equal(together, torch.cat(alone))
+            want = _reference(g, dim, kind, 9, nonzeros, offset)
+            # No bin holds more than the whole row: at most 1500 terms, 64 roundings of their sum.
+            assert_within(together, want, 64 * precision(dtype) * g.double().abs().sum(1, keepdim=True))
+
+
 def cases(outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
     """Pairs (x, y) [C, O I] that a careless map fails on: rank-one gradients among them."""
     generator = torch.Generator().manual_seed(1)

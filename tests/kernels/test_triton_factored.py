@@ -34,7 +34,7 @@ def bound(x: Tensor, dy: Tensor, offsets: Tensor) -> Tensor:
 
 
 def run(x: Tensor, dy: Tensor, offsets: Tensor, dims: tuple[int, ...], kind: str, seed: int = 3) -> Tensor:
-    return kernels.launch(x.to(DEVICE), dy.to(DEVICE), offsets, list(dims), kind, seed).cpu()
+    return kernels.launch(x.to(DEVICE), dy.to(DEVICE), offsets, list(dims), kind, [seed]).cpu()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -195,7 +195,7 @@ def test_the_op_runs_on_triton_and_leaves_float64_to_the_next_backend(monkeypatc
     x, dy, offsets = ragged([3, 0, 5], 6, 7)
     got = factored_sketch(x.to(DEVICE), dy.to(DEVICE), offsets, 4)
     assert torch.equal(got.cpu(), run(x, dy, offsets, (4, 4), "factored", 0))
-    arguments = (x.to(DEVICE), dy.to(DEVICE), offsets, [4, 4], "factored-sjlt", 3)
+    arguments = (x.to(DEVICE), dy.to(DEVICE), offsets, [4, 4], "factored-sjlt", [3])
     torch.library.opcheck(torch.ops.fillm_kernels.factored_sketch.default, arguments)
     with pytest.raises(BackendError, match="asked for float64"):
         factored_sketch(x.double().to(DEVICE), dy.double().to(DEVICE), offsets, 4)

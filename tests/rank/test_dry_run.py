@@ -31,6 +31,7 @@ def planned_passes(out):
         ["--method", "saliency"],
         ["--layout", "packed", "--tokens-per-batch", "100"],
         ["--num-retain", "5", "--max-length", "12", "--include", "mlp"],
+        ["--compression", "tensorsketch", "--sketch-dim", "64"],
     ],
 )
 @pytest.mark.usefixtures("nothing_drawn")

@@ -13,7 +13,7 @@ from fillm.data import SampleSet
 from fillm.errors import InterruptedRun, NumericsError, UsageError
 from fillm.rank import gram_passes
 from fillm.rank.console import Console
-from fillm.rank.gram_groups import Sizes, gram_groups
+from fillm.rank.gram_groups import Group, Sizes, gram_groups
 from fillm.rank.gram_passes import exact_grams
 from fillm.rank.passes import Passes
 from fillm.runs import RunFolder
@@ -129,6 +129,13 @@ def test_operation_without_a_rule_is_met_on_the_way_and_remembered() -> None:
     Reference(model, *SHORT).check(grams)
 
 
+def test_operation_that_the_estimate_did_not_meet_is_remembered_too() -> None:
+    capture = capture_of(small_model(small_models.Einsum()))
+    sets = dict(zip(("forget", "retain"), SHORT, strict=True))
+    gram_passes._group(passes(), capture, Group(("body.weight",), frozenset()), sets, "gram-1", "")
+    assert capture.fallback == {"body.weight": "no rule for einsum"}
+
+
 def test_batches_of_one() -> None:
     model = build_family("llama")
     Reference(model, *SHORT).check(grams_of(capture_of(model, alone="samples influence each other"), SHORT))
@@ -237,6 +244,15 @@ def test_tensors_with_the_same_input_share_it() -> None:
     # One sample is scaled up to all, so that a byte or so may be lost to rounding for each of four tensors.
     assert len(gram_groups(run, capture_of(model), names, sets, together + 4)) == 1
     assert len(gram_groups(run, capture_of(model), names, sets, together - 8)) == 2
+
+
+def test_of_the_head_only_tokens_with_an_answer_are_counted() -> None:
+    model, name = build_family("llama"), "lm_head.weight"
+    answers = sum(label != -100 for samples in SHORT for sample in samples for label in sample.labels)
+    exact = 4 * answers * (32 + 97)
+    assert len(gram_groups(passes(), capture_of(model), [name], list(SHORT), exact + 4)) == 1
+    with pytest.raises(UsageError, match="lm_head"):
+        gram_groups(passes(), capture_of(model), [name], list(SHORT), exact - 8)
 
 
 def test_long_samples_of_small_tensors_are_kept_entry_by_entry() -> None:

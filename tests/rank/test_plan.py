@@ -181,15 +181,58 @@ def test_large_tensors_have_one_weighted_sum():
         ({"method": "so-influence-sum"}, ["forget pass", "retain pass"], ["mean retain gradient", "update u"]),
         ({"method": "random"}, [], []),
         ({"method": "parameter-shift"}, [], ["weights of the base model"]),
+        (
+            {"compression": "sjlt"},
+            ["forget pass", "retain pass"],
+            ["mean forget gradient v", "sketches of the forget set", "sketches of the retain set"],
+        ),
+        (
+            {"compression": "factored", "method": "first-order", "store": "s"},
+            ["forget pass", "retain pass"],
+            ["sketches of the forget set", "a block of the store"],
+        ),
+        (
+            {"curvature": "woodbury", "save_update": True},
+            ["forget pass", "retain pass", "forget pass for v", "update pass", "Gram matrices"],
+            ["gradients kept, a group of tensors at a time"],
+        ),
     ],
 )
 def test_passes_and_accumulators_of_the_methods(changes, passes, lines):
     model = build_family("llama")
     planned = plan(model, catalogue(model), SETS, dataclasses.replace(CONFIG, **changes), rate=1.0)
     assert [one.name for one in planned.passes] == passes
-    extra = {"weighted sums", "mean retain gradient", "update u", "weights of the base model"} & set(planned.memory)
-    assert extra == set(lines)
+    assert set(lines) <= set(planned.memory)
+    told = {"weighted sums", "mean retain gradient", "update u", "weights of the base model"}
+    told |= {"sketches of the retain set", "a block of the store", "gradients kept, a group of tensors at a time"}
+    assert told & set(planned.memory) <= set(lines)
     assert (planned.seconds > 0) == bool(passes)
+
+
+def test_sketches_and_gram_matrices_by_hand():
+    model = build_family("llama")
+    infos = [info for info in catalogue(model) if info.name == "model.layers.0.self_attn.q_proj.weight"]
+    (outputs, inputs), numel = infos[0].shape, infos[0].numel
+    sketched = dataclasses.replace(CONFIG, compression="sjlt", sketch_dim=100, sketch_dtype="bfloat16")
+    memory = plan(model, infos, SETS, sketched, rate=1.0).memory
+    assert memory["sketches of the forget set"] == 3 * 100 * 4
+    assert memory["sketches of the retain set"] == 5 * 100 * 2
+    assert (
+        plan(model, infos, SETS, dataclasses.replace(sketched, sketch_dim=numel), rate=1.0).memory[
+            "sketches of the retain set"
+        ]
+        == 5 * numel * 2
+    )
+    exact = plan(model, infos, SETS, dataclasses.replace(CONFIG, curvature="woodbury"), rate=1.0)
+    tokens = sum(
+        len(members) * max(samples.lengths[i] for i in members)
+        for samples in SETS.values()
+        for members in plan_batches(samples.lengths, CONFIG.tokens_per_batch)
+    )
+    kept = 4 * min(tokens * (inputs + outputs), 8 * numel)
+    assert exact.memory["gradients kept, a group of tensors at a time"] == kept
+    formed = 2 * tokens * numel + 2 * 8**2 * numel
+    assert exact.flop["Gram matrices"] == min(2 * tokens**2 * (inputs + outputs), formed)
 
 
 def test_gradient_checkpointing_takes_less():

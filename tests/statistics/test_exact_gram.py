@@ -102,6 +102,14 @@ def test_embedding_whose_ids_all_meet(pieces: None) -> None:
     assert_gram(gram(kept, BATCH, torch.Size((9, 6))), rows.sum(1), rows.abs().sum(1))
 
 
+def test_blocks_of_ids_are_bounded_and_part_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exact_gram, "LOOKUP_ROWS", 4)
+    ids = torch.tensor([1, 1, 2, 2, 5, 6, 6, 6, 6, 6, 6, 7, 9])
+    found = [ids[block].tolist() for block in exact_gram._whole_ids(ids)]
+    assert found == [[1, 1, 2, 2], [5], [6] * 6, [7, 9]]  # one id in more rows than that has a block of its own
+    assert list(exact_gram._whole_ids(ids[:0])) == []
+
+
 def test_no_gradient_anywhere() -> None:
     assert torch.equal(gram([], 3, torch.Size((4, 2))), torch.zeros(3, 3, dtype=torch.float64))
     found = tensor_gram("idle", torch.Size((2,)), [], [], 2, 3)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fillm.statistics import SketchStore, StoredSketches, holds_store, store_writer
@@ -78,20 +78,22 @@ def test_what_is_done_to_sketches_does_not_reach_the_store(tmp_path):
 
 
 @settings(max_examples=12, deadline=None)
-@given(count=st.integers(0, 9), size=st.integers(1, 5), most=st.integers(1, 12), spare=st.integers(0, 3))
-def test_blocks_end_after_the_batch_that_fills_them(tmp_path_factory, count, size, most, spare):
+@example(count=9, size=1, most=9, heavy=2)
+@example(count=9, size=2, most=3, heavy=9)
+@given(count=st.integers(0, 9), size=st.integers(1, 5), most=st.integers(1, 9), heavy=st.integers(1, 9))
+def test_blocks_end_after_the_batch_that_fills_them(tmp_path_factory, count, size, most, heavy):
     path = tmp_path_factory.mktemp("blocks") / "s"
     # A row: 16 + 6 + 5 + 16 numbers of 4 bytes and 4 of 8.
     bytes_of_row = 204
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store_writer, "BLOCK_SAMPLES", most)
-        patch.setattr(store_writer, "BLOCK_BYTES", (most + spare - 1) * bytes_of_row + 1)
+        patch.setattr(store_writer, "BLOCK_BYTES", (heavy - 1) * bytes_of_row + 1)
         with StoredSketches(path, MAPS, samples(count), MODEL, SETTINGS) as store:
             feed(store, plan(range(count), size))
     blocks, full = [], 0
     for batch in plan(range(count), size):
         full += len(batch)
-        if full >= most:
+        if full >= min(most, heavy):
             blocks.append(full)
             full = 0
     found = SketchStore.open(path)

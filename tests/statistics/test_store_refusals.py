@@ -325,7 +325,7 @@ def test_what_lies_beyond_the_manifest_is_cut_off(unfinished, tmp_path):
     write(tmp_path / "whole")
     for file in [*(unfinished / "sketches").iterdir(), unfinished / "squared_norms.bin"]:
         with file.open("ab") as end:
-            end.write(b"half a row")
+            end.write(b"rows of a block that was longer" * 100)
     for name in ("blocks/1.json", "blocks/1.json.tmp", "blocks/2.json", "manifest.json.tmp"):
         (unfinished / name).write_text('{"rec', encoding="utf-8")
     assert SketchStore.open(unfinished).rows == 4

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fillm_kernels.factored_sketch import BLOCK_ENTRIES, sample_groups
+from fillm_kernels.factored_sketch import BLOCK_ENTRIES, for_each_seed, sample_groups
 from fillm_kernels.sides import sides_of
 from fillm_kernels.triton.configurations import CompileCase, Configuration, launch_kernel
 from fillm_kernels.triton.projection import parts_of, project
@@ -113,8 +113,12 @@ def plan(bounds: tuple[int, ...], step: int, run: int) -> tuple[list[Block], Ten
     return blocks, torch.tensor(pieces, dtype=torch.int64).view(-1, 2), torch.tensor(segments, dtype=torch.int64)
 
 
-def launch(x: Tensor, dy: Tensor, offsets: Tensor, dims: list[int], kind: str, seed: int) -> Tensor:
-    """Two-sided sketches. [N, I], [N, O], [B + 1] on the host -> [B, k_out k_in] or [B, k], float32."""
+def launch(x: Tensor, dy: Tensor, offsets: Tensor, dims: list[int], kind: str, seeds: list[int]) -> Tensor:
+    """Two-sided sketches. [N, I], [N, O], [B + 1] on the host -> [B, maps k_out k_in] or [B, maps k], float32."""
+    return for_each_seed(_one_map)(x, dy, offsets, dims, kind, seeds)
+
+
+def _one_map(x: Tensor, dy: Tensor, offsets: Tensor, dims: list[int], kind: str, seed: int) -> Tensor:
     samples = offsets.shape[0] - 1
     if x.numel() == 0 or dy.numel() == 0:
         return x.new_zeros(samples, math.prod(dims), dtype=torch.float32)
@@ -164,12 +168,14 @@ def _by_sample(shares: Tensor, segments: Tensor) -> Tensor:
     return shares if len(shares) == len(segments) - 1 else sum_segments(shares, segments)
 
 
-def small_case(dtype: torch.dtype, device: torch.device) -> list[tuple[Tensor, Tensor, Tensor, list[int], str, int]]:
+def small_case(
+    dtype: torch.dtype, device: torch.device
+) -> list[tuple[Tensor, Tensor, Tensor, list[int], str, list[int]]]:
     """Every kind, with empty samples and several parts of a row or runs of a sample, for the check at first use."""
     several_parts, several_runs = ([5, 0, 20, 1], 1040), ([5, 0, 130, 1], 40)
     kinds = (([5, 24], "factored", several_parts), ([8, 12], "factored-sjlt", several_parts))
     return [
-        (*ragged_case(lengths, inputs, 24, dtype, device), dims, kind, 3)
+        (*ragged_case(lengths, inputs, 24, dtype, device), dims, kind, [3])
         for dims, kind, (lengths, inputs) in (*kinds, ([24], "tensorsketch", several_runs))
     ]
 
