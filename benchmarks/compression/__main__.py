@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.compression.measures import Row
 from benchmarks.compression.pictures import draw
-from benchmarks.compression.results import drop_parts, provenance, read_part, write_all, write_part
+from benchmarks.compression.results import drop_parts, make_folder, provenance, read_part, write_all, write_part
 from benchmarks.compression.schedule import rows_in_time
 from benchmarks.compression.settings import (
     PROGRAM,
@@ -46,14 +46,14 @@ def bench(config: CompressionConfig) -> list[Row]:
     if config.threads:
         torch.set_num_threads(config.threads)
     plans, out, made = planned(config), Path(config.out), provenance(config)
+    make_folder(parts_folder(config.out))
     rows, left, weights = [], 60.0 * config.minutes, sum(plan.weight for plan in plans)
     for plan in plans:
         path = parts_folder(config.out) / f"{plan.name}.parquet"
         found = read_part(path, config.measurement) if config.resume else None
         if found is None:
-            begun = time.monotonic()
-            found = measure(plan, config, left * plan.weight / weights)
-            left -= time.monotonic() - begun
+            found, took = measure(plan, config, left * plan.weight / weights, timed=plan is plans[0])
+            left -= took
             write_part(path, found, config.measurement, made)
         else:
             _say(f"{plan.name}: measured before")
@@ -66,21 +66,31 @@ def bench(config: CompressionConfig) -> list[Row]:
     return rows
 
 
-def measure(plan: Planned, config: CompressionConfig, seconds: float) -> list[Row]:
-    """One workload, in about so many seconds, the training of its model not counted."""
+def measure(plan: Planned, config: CompressionConfig, seconds: float, timed: bool) -> tuple[list[Row], float]:
+    """One workload, in about so many seconds.
+
+    Args:
+        plan: the workload.
+        config: the settings.
+        seconds: what it may take; the training of its model is not counted.
+        timed: whether passes are timed in rounds beside plain forward + backward.
+
+    Returns:
+        Its rows, and the seconds it took.
+    """
     say = lambda line: _say(f"{plan.name}: {line}")  # noqa: E731
     work, job = load(plan, config, say)
-    deadline = time.monotonic() + seconds
+    begun = time.monotonic()
     counts = retain_counts(len(job.retain), (5,) if config.quick else RETAIN_COUNTS)
     studied = study_exactly(work, job, counts)
     say(f"exact inner products of {len(job.scope)} tensors: {studied.seconds:.1f} s")
     rows = reference_rows(studied)
     sizes = config.chosen_sizes or SIZES
-    if config.rounds:
-        timed = [size for size in TIMED_SIZES if config.sizes is None or size in sizes] if not config.quick else sizes
-        pairs = timed_pairs(config.chosen_kinds, timed) if timed else []
+    if config.rounds and timed:
+        chosen = [size for size in TIMED_SIZES if config.sizes is None or size in sizes] if not config.quick else sizes
+        pairs = timed_pairs(config.chosen_kinds, chosen)
         rows += time_sketches(work, job, pairs, config.rounds, config.timed_samples, say)
-    rows += rows_in_time(studied, config, sizes, deadline, say)
+    rows += rows_in_time(studied, config, sizes, begun + seconds, say)
     about = {
         "workload": plan.name,
         "model": model_name(work),
@@ -91,7 +101,7 @@ def measure(plan: Planned, config: CompressionConfig, seconds: float) -> list[Ro
         "forget_samples": len(job.forget),
         "retain_samples": len(job.retain),
     }
-    return [about | row for row in rows]
+    return [about | row for row in rows], time.monotonic() - begun
 
 
 def _say(line: str) -> None:

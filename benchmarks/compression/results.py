@@ -58,6 +58,18 @@ def provenance(config: CompressionConfig) -> dict[str, str]:
     }
 
 
+def make_folder(path: Path) -> None:
+    """Before anything is measured: a folder that cannot be written is known at once.
+
+    Raises:
+        UsageError: if it cannot.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {path}: cannot be written: {error.strerror or error}") from None
+
+
 def write_part(path: Path, rows: Sequence[Row], settings: Mapping[str, Any], made: Mapping[str, str]) -> None:
     """What a finished workload came to, with the settings that it was measured with."""
     metadata = {SETTINGS: json.dumps(settings), **made}

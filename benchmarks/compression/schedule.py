@@ -27,7 +27,7 @@ def rows_in_time(
     """
     rows: list[Row] = []
     took: dict[str, tuple[int, float]] = {}
-    left_out = []
+    left_out: dict[int, list[str]] = {}
     for size in sizes:
         plain_seconds = None
         for kind in config.chosen_kinds:
@@ -35,7 +35,7 @@ def rows_in_time(
                 continue
             free = config.chosen_sizes is None and (size != ALWAYS or kind in DENSE)
             if free and time.monotonic() + _expected(studied, kind, size, took) > deadline:
-                left_out.append(f"{kind} {size}")
+                left_out.setdefault(size, []).append(kind)
                 continue
             if plain_seconds is None:  # once a size, near in time to what is compared with it
                 plain_seconds = _plain_seconds(studied)
@@ -43,7 +43,8 @@ def rows_in_time(
             rows += sketch_rows(studied, kind, size, plain_seconds, say)
             took[kind] = size, time.monotonic() - begun
     if left_out:
-        say(f"no time for {', '.join(left_out)}; give --minutes more")
+        some = [f"{size} ({', '.join(kinds)})" for size, kinds in sorted(left_out.items())]
+        say(f"no time for {', '.join(some)}; give --minutes more")
     return rows
 
 

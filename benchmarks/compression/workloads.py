@@ -23,7 +23,7 @@ from fillm.rank.passes import Passes
 from fillm.rank.scoring import Job
 
 FAMILIES = ("llama", "gpt2", "qwen3")
-MAIN_SHARE = 0.4  # of the time
+MAIN_SHARE = 0.5  # of the time
 
 
 @dataclass(frozen=True)

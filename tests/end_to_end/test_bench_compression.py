@@ -222,11 +222,11 @@ def test_an_interrupted_study_goes_on(monkeypatch, tmp_path, quick):
     rows = quick[1]
     measured = []
 
-    def measure(plan, config, seconds):
+    def measure(plan, config, seconds, timed):
         measured.append(plan.name)
         if len(measured) == 2:
             raise UsageError("interrupted")
-        return [{**row, "workload": plan.name} for row in rows]
+        return [{**row, "workload": plan.name} for row in rows], 1.0
 
     monkeypatch.setattr(command, "measure", measure)
     flags = ["--quick", "--out", str(tmp_path)]
@@ -242,11 +242,11 @@ def test_an_interrupted_study_goes_on(monkeypatch, tmp_path, quick):
 def test_other_settings_are_measured_again(monkeypatch, tmp_path, quick):
     measured = []
 
-    def measure(plan, config, seconds):
+    def measure(plan, config, seconds, timed):
         measured.append((plan.name, config.damping))
         if config.damping == 0.1 and len(measured) == 2:
             raise UsageError("interrupted")
-        return [{**row, "workload": plan.name} for row in quick[1]]
+        return [{**row, "workload": plan.name} for row in quick[1]], 1.0
 
     monkeypatch.setattr(command, "measure", measure)
     assert command.main(["--quick", "--out", str(tmp_path)]) == 2
@@ -263,7 +263,10 @@ def test_what_there_is_no_time_for_is_named(monkeypatch):
     said = []
     rows = schedule.rows_in_time(None, config, SIZES, -math.inf, said.append)
     assert rows == [{"kind": "sjlt", "k": 4096}, {"kind": "tensorsketch", "k": 4096}]
-    assert "gaussian 256, " in said.pop()
+    named = said.pop()
+    assert "64 (sjlt, gaussian, tensorsketch), 128" in named
+    assert "1024 (sjlt, tensorsketch), 2048" in named
+    assert " 4096" not in named
     rows = schedule.rows_in_time(None, config, SIZES, math.inf, said.append)
     assert len(rows) == 2 * len(SIZES) + 4  # dense kinds to 512
     assert not said
@@ -291,6 +294,13 @@ def test_a_mistake_is_one_line(flags, words, capsys, tmp_path):
     error = capsys.readouterr().err
     assert words in error
     assert error.count("\n") == 1
+
+
+def test_an_unwritable_folder_is_known_at_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command, "measure", lambda *_, **__: pytest.fail("nothing is to be measured"))
+    (tmp_path / "file").write_text("")
+    assert command.main(["--quick", "--out", str(tmp_path / "file" / "results")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
 
 
 def test_the_study_has_three_families_and_two_data_sets(monkeypatch):
