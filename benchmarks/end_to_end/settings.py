@@ -4,6 +4,7 @@ import dataclasses
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fillm.config import flag_name, option
 from fillm.errors import UsageError
@@ -52,8 +53,13 @@ def check(config: BenchConfig) -> None:
             raise UsageError(f"{flag_name(name)} {getattr(config, name)}: has to be above 0")
 
 
-def command_line(config: BenchConfig) -> str:
-    """The command that makes the same run; of absolute paths the last part only, as they hold on one machine."""
+def command_line(config: Any, program: str = PROGRAM) -> str:
+    """The command that makes the same run; of absolute paths the last part only, as they hold on one machine.
+
+    Args:
+        config: the settings, a dataclass of `option`s.
+        program: what is run.
+    """
     words = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -63,7 +69,7 @@ def command_line(config: BenchConfig) -> str:
             words.append(flag_name(field.name) if value else "--no-" + field.name.replace("_", "-"))
         else:
             words += [flag_name(field.name), shown(value)]
-    return " ".join([PROGRAM, shlex.join(words)]).rstrip()
+    return " ".join([program, shlex.join(words)]).rstrip()
 
 
 def shown(value: object) -> str:

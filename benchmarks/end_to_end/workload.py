@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,13 +58,29 @@ def resolve(config: BenchConfig, say: Callable[[str], None]) -> BenchConfig:
 
 def trained_model(config: BenchConfig, say: Callable[[str], None]) -> Path:
     """The folder of a model trained on all rows of both specs until it recites them, kept in the cache."""
-    rows = [row for spec in (config.retain, config.forget) for row in _rows(spec, config)]
-    made_of = repr([RECIPE, [sorted(row.fields.items()) for row in rows]])
+    return trained_folder([row for spec in (config.retain, config.forget) for row in _rows(spec, config)], RECIPE, say)
+
+
+def trained_folder(
+    rows: Sequence[Row],
+    recipe: dict[str, Any],
+    say: Callable[[str], None],
+    identity: dict[str, Any] | None = None,
+) -> Path:
+    """The folder of a model trained on some rows, kept in the cache.
+
+    Args:
+        rows: what it learns.
+        recipe: settings of `finetune_model`.
+        say: told when there is something to train.
+        identity: stands for the recipe in the folder's name, where the recipe names a file.
+    """
+    made_of = repr([identity or recipe, [sorted(row.fields.items()) for row in rows]])
     path = cache_folder() / f"bench-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}"
     if not path.exists():
         say(f"training a model on {len(rows)} rows, once")
         path.parent.mkdir(parents=True, exist_ok=True)
-        finetune_model([row.fields for row in rows], out=str(path), resume=True, device="cpu", **RECIPE)
+        finetune_model([row.fields for row in rows], out=str(path), resume=True, device="cpu", **recipe)
     return path
 
 

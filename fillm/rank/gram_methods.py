@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fillm.rank.gram_answers import Answer, answer, without_noise
-from fillm.rank.gram_sources import exact_products, sketch_sets, sketched_products_of
+from fillm.rank.gram_sources import Sketched, exact_products, sketch_sets, sketched_products_of
 from fillm.rank.scoring import Job, Scores, from_update, ranked_row
 from fillm.rank.soir import Influence, mean_gradient
 from fillm.rank.units import retain_changes
@@ -22,21 +22,26 @@ def rank_by_gram(job: Job) -> Scores:
     """Runs `soir`, `soir-per-sample`, `first-order` or `memflex` on inner products, sketched or exact."""
     config = job.config
     if config.damping_dimension == "sketch":
-        return _published(job)
+        return published_scores(job, sketch_sets(job))
     with_update = config.asks_for_update
     source = sketched_products_of(job) if config.sketched else exact_products(job)
     answers = without_noise([answer(one, config, keep_coefficients=with_update) for one in source])
     if with_update:
         return _through_update(job, answers)
-    scores = _METHODS[config.canonical_method](job, answers)
+    scores = scores_of(job, answers)
     if config.sketched:
         scores.record["sketch"] = _reliability(scores, ascending=config.objective != "forget")
     return scores
 
 
-def _published(job: Job) -> Scores:
+def scores_of(job: Job, answers: list[Answer]) -> Scores:
+    """From what the inner products of every tensor say to the scores of the job's method, with their bounds."""
+    return _METHODS[job.config.canonical_method](job, answers)
+
+
+def published_scores(job: Job, sets: Sketched) -> Scores:
     """What published code makes of sketches: lengths are the sketches' own, and (1) divides by their size."""
-    sets, config, rows = sketch_sets(job), job.config, []
+    config, rows = job.config, []
     for info in job.scope:
         sketches = sets.retain.sketches(info.name).float()
         target = sets.forget.sketches(info.name).double().mean(0)

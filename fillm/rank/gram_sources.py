@@ -1,6 +1,6 @@
 """Where inner products come from: sketches of both sets, a store of them, or exact Gram matrices."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,6 +23,7 @@ from fillm.statistics import (
     SketchStore,
     StoredSketches,
     StoreSettings,
+    TensorGram,
     Together,
     holds_store,
     sketched_products,
@@ -140,8 +141,12 @@ def _read(job: Job, store: SketchStore) -> SketchStore:
 
 def sketched_products_of(job: Job) -> Iterator[TensorProducts]:
     """Inner products of every tensor in scope, from sketches."""
-    sets = sketch_sets(job)
-    for info in job.scope:
+    yield from products_of_sketches(sketch_sets(job), job.scope)
+
+
+def products_of_sketches(sets: Sketched, scope: Iterable[TensorInfo]) -> Iterator[TensorProducts]:
+    """What sketches of both sets say: of the mean forget gradient where it is at hand, else of every forget sample."""
+    for info in scope:
         name, targets, squares, size = info.name, sets.forget.sketches(info.name), sets.forget.q[info.name], 0.0
         if sets.v is not None:
             targets = targets.double().mean(0)[None]
@@ -162,12 +167,16 @@ def exact_products(job: Job) -> Iterator[TensorProducts]:
     mean = needs_mean(config.canonical_method)
     infos = {info.name: info for info in job.scope}
     for gram in exact_grams(job.passes, job.capture, job.forget, job.retain, memory_budget(config)):
-        cross = gram.cross.mean(1, keepdim=True) if mean else gram.cross
-        squares = gram.forget.mean()[None] if mean else gram.forget.diagonal().clone()
-        primal = None
-        if gram.retain_rows is not None:
-            right = gram.forget_rows.double().T
-            primal = gram.retain_rows.double(), right.mean(1, keepdim=True) if mean else right
-        q, nothing = gram.retain.diagonal().clone(), torch.zeros_like(squares)
-        products = InnerProducts(gram.numel, q, cross, squares, DenseGram(gram.retain), nothing, primal)
-        yield TensorProducts(infos[gram.name], products)
+        yield TensorProducts(infos[gram.name], products_of_gram(gram, mean))
+
+
+def products_of_gram(gram: TensorGram, mean: bool) -> InnerProducts:
+    """What exact Gram matrices say of the mean forget gradient, or of every forget sample."""
+    cross = gram.cross.mean(1, keepdim=True) if mean else gram.cross
+    squares = gram.forget.mean()[None] if mean else gram.forget.diagonal().clone()
+    primal = None
+    if gram.retain_rows is not None:
+        right = gram.forget_rows.double().T
+        primal = gram.retain_rows.double(), right.mean(1, keepdim=True) if mean else right
+    q, nothing = gram.retain.diagonal().clone(), torch.zeros_like(squares)
+    return InnerProducts(gram.numel, q, cross, squares, DenseGram(gram.retain), nothing, primal)
