@@ -104,10 +104,8 @@ def without_noise(answers: list[Answer]) -> list[Answer]:
 
 def _mean_square(step: Step, lambda_: float) -> tuple[Tensor, Tensor]:
     """Mean of `<g_i, u>^2` with the noise's share off, and its standard error, [m] each."""
-    raw, noise = step.dots.square().mean(0), step.dots_noise
-    # Of a sum of n squares of which the noise makes up a part: as if the samples' noise were independent.
-    error = (2.0 * noise.square() + 4.0 * noise * (raw - noise).clamp(min=0.0)).div(max(1, len(step.dots))).sqrt()
-    return (raw - noise).clamp(min=0.0) / lambda_**2, error / lambda_**2
+    mean_square = (step.dots.square().mean(0) - step.dots_noise).clamp(min=0.0)
+    return mean_square / lambda_**2, step.dots_error / lambda_**2
 
 
 def _cosine(products: InnerProducts) -> tuple[float, float]:

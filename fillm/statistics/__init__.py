@@ -1,5 +1,6 @@
 """Accumulators that turn per-sample gradients into what the methods need."""
 
+from fillm.statistics.absolute_sums import mean_absolute
 from fillm.statistics.accumulators import (
     Groups,
     MeanGradient,
@@ -11,7 +12,7 @@ from fillm.statistics.accumulators import (
     inner,
     squared_norm,
 )
-from fillm.statistics.estimates import BAR, Estimate, explained, mean_absolute, sketched_products, top_set_confidence
+from fillm.statistics.estimates import BAR, Estimate, explained, sketched_products, top_set_confidence
 from fillm.statistics.exact_gram import KeptGradients, TensorGram, held_tensors, tensor_gram
 from fillm.statistics.gram_form import DenseGram, Gram, InnerProducts, RowsGram, Step, datainf_step, woodbury_step
 from fillm.statistics.influence import BRACKET_SLACK, Scalars, relative_width, uncertified

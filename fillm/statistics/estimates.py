@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fillm.capture import SketchMap
-from fillm.statistics.gram_form import InnerProducts, RowsGram
+from fillm.statistics.gram_form import MOST_PAIRED, InnerProducts, RowsGram
 
 BAR = 1.9  # standard errors: holds 94 % of a normal variable
 LEAST_POOLED = 4  # tensors, below which there is nothing to learn from the others
@@ -41,21 +41,30 @@ def sketched_products(
     gram = RowsGram(rows, _stretch(q, lengths))
     stretched = targets * _stretch(squares, targets.square().sum(1))[:, None]
     cross = gram.times(stretched.T)
-    noise = torch.full_like(squares, 1.0 / to.dim)
-    if to.halves == 2:
-        # The halves' difference has the variance of their mean; it is no less than a plain sketch's.
-        first, second = (gram_half(gram, stretched, part) for part in (0, 1))
-        unit = (q[:, None] * squares).clamp(min=torch.finfo(torch.float64).tiny)
-        apart = torch.where(q[:, None] * squares > 0, (first - second).square() / unit, 0.0)
-        noise = torch.maximum(noise, apart.mean(0)) if len(rows) else noise
-    return InnerProducts(numel, q, cross, squares, gram, noise)
+    structured = to.halves == 2
+    noise = measured_noise(gram, q)
+    if noise is None:
+        noise = 1.0 / to.dim
+    elif not structured:
+        noise = min(noise, 1.0 / to.dim)
+    return InnerProducts(numel, q, cross, squares, gram, torch.full_like(squares, noise), None, structured)
 
 
-def gram_half(gram: RowsGram, targets: Tensor, half: int) -> Tensor:
-    """The part of `R targets^T` that one half of the numbers gives: [m, k] -> [n, m]; the two add up to the whole."""
-    width = targets.shape[1] // 2
-    part = slice(half * width, (half + 1) * width)
-    return RowsGram(gram.rows[:, part], gram.scale).times(targets[:, part].T)
+def measured_noise(gram: RowsGram, q: Tensor) -> float | None:
+    """Variance of an inner product in units of both squared lengths, from how far two halves of the numbers differ.
+
+    Each half of the numbers of a sketch says about half of every inner product, with a noise of its own, so the
+    difference has the variance of the sum. Over all pairs of up to `MOST_PAIRED` samples; None where there is no pair.
+    """
+    some = (q > 0).nonzero()[:, 0]
+    if some.numel() < 2 or gram.rows.shape[1] < 2:
+        return None
+    some = some[torch.linspace(0, some.numel() - 1, min(some.numel(), MOST_PAIRED)).round().long().unique()]
+    unit = gram.rows[some].double() * (gram.scale[some] / q[some].sqrt())[:, None]
+    half = unit.shape[1] // 2
+    apart = unit[:, :half] @ unit[:, :half].T - unit[:, half:] @ unit[:, half:].T
+    pairs = apart.square().sum() - apart.diagonal().square().sum()
+    return float(pairs) / (some.numel() * (some.numel() - 1))
 
 
 def _stretch(exact: Tensor, found: Tensor) -> Tensor:
@@ -115,26 +124,6 @@ def _not_negative(mean: Tensor, error: Tensor) -> Tensor:
     at = (mean / error).clamp(min=-30.0)
     density = torch.exp(-0.5 * at.square()) / math.sqrt(2.0 * math.pi)
     return error * (at + density / torch.special.ndtr(at).clamp(min=torch.finfo(torch.float64).tiny))
-
-
-def mean_absolute(products: InnerProducts) -> Estimate:
-    """`(1/m) sum_j sum_i |d_ij|`, what `first-order` scores by: one number, [1].
-
-    Noise makes absolute values larger: by the root of what it does to squares, were both bell-shaped. The error allows
-    a quarter of that correction for other shapes.
-    """
-    cross = products.cross
-    total = cross.abs().sum()[None] / max(1, cross.shape[1])
-    square = float(cross.square().sum())
-    added = float((products.noise * products.squares).sum() * products.q.sum())
-    if square == 0.0 or added == 0.0:
-        return Estimate(total, torch.zeros_like(total))
-    part = min(added / square, 1.0)
-    kept = (1.0 - part) ** 0.5
-    weights = (products.q, products.noise * products.squares)
-    pairs = math.prod(float(w.sum() ** 2 / w.square().sum().clamp(min=1e-300)) for w in weights)  # that count
-    scatter = ((0.5 * part**2 + part * (1.0 - part)) / pairs) ** 0.5
-    return Estimate(total * kept, total * (0.25 * (1.0 - kept) + scatter))
 
 
 def top_set_confidence(value: Tensor, error: Tensor, count: int, draws: int = 2000) -> float:

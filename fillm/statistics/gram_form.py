@@ -10,13 +10,31 @@ from a sketch, their noise adds a known amount to every quadratic form on averag
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 BLOCK_ENTRIES = 1 << 22  # of rows that are widened to float64 at a time
 MOST_PAIRED = 256  # samples whose pairs say how alike retain gradients are, where only the noise depends on it
+
+
+class Traces(NamedTuple):
+    """What a curvature makes of noise that lies as the retain gradients do.
+
+    Attributes:
+        along: `tr(A' K)` of the form `S = d^T A' d`.
+        explained: `tr(A K)` of the form `x = d^T A d / |v|^2`.
+        pairs: `tr((A K)^2)`.
+        dots: `tr(B K B^T) / n` of the mean square of `B d = -lambda <g, u>`.
+        dots_pairs: `tr((B K B^T)^2) / n^2`.
+    """
+
+    along: float
+    explained: float
+    pairs: float
+    dots: float
+    dots_pairs: float
 
 
 class Gram(Protocol):
@@ -108,6 +126,7 @@ class InnerProducts:
         squares: `|v_j|^2`, exact, [m], float64.
         gram: of the retain gradients.
         noise: variance of an entry of `cross` in units of `q_i |v_j|^2`, [m]; 0 where inner products are exact.
+        structured: whether the noise is that of a two-sided sketch, which depends on more than angles.
         primal: the gradients [n, P] and the right-hand sides [P, m], float64, where they are at hand and P <= n.
     """
 
@@ -118,6 +137,7 @@ class InnerProducts:
     gram: Gram
     noise: Tensor
     primal: tuple[Tensor, Tensor] | None = None
+    structured: bool = False
 
     def damping(self, factor: float) -> float:
         """`lambda`, equation (1) of docs/method.md."""
@@ -135,6 +155,7 @@ class Step:
         error: one standard error of `rest`, [m]; 0 where inner products are exact.
         dots: `lambda <g_i, u>`, [n, m].
         dots_noise: what noise adds to the mean square of `dots`, [m]; not taken off.
+        dots_error: one standard error of that mean square, [m].
         noise_share: what noise alone would have explained of v, [m]; already taken off.
     """
 
@@ -144,6 +165,7 @@ class Step:
     error: Tensor
     dots: Tensor
     dots_noise: Tensor
+    dots_error: Tensor
     noise_share: Tensor
 
 
@@ -162,13 +184,18 @@ def datainf_step(products: InnerProducts, lambda_: float) -> Step:
     # With E = diag(1/(lambda+q)) and Z = E^1/2 K E^1/2 the form is A = E^1/2 (2/n - Z/n^2) E^1/2. What it makes of the
     # noise follows from the trace of Z, which is exact, and that of Z^2, which some samples tell.
     trace = float((weight * q).sum())
-    spread = _trace_of_square(products, weight) if bool(products.noise.any()) else 0.0
+    noisy = bool(products.noise.any())
+    spread = _trace_of_square(products, weight) if noisy else 0.0
     overlap = 2.0 * trace / n - spread / n**2
     pairs = min(4.0 * spread / n**2, max(overlap, 0.0))
     pulled = products.gram.product(c).div_(n)  # <g_i, w>
     slope = products.gram.square((2.0 * c - weight[:, None] * pulled) / n)  # A d, as a combination of gradients
-    left = (1.0 - 1.0 / n) ** 2 * float(q.mean()) if q.numel() else 0.0  # of mean q_i, for gradients far from parallel
-    return _finished(products, c, along, length, (trace / n, overlap, pairs, left), slope, pulled - d)
+    # Of B = I - K E / n the part beside the identity is small unless gradients are parallel.
+    left = (1.0 - 1.0 / n) ** 2 * float(q.mean()) if q.numel() else 0.0
+    apart = _trace_of_square(products, torch.ones_like(q)) / n**2 if noisy else 0.0
+    dots = pulled - d
+    traces = Traces(trace / n, overlap, pairs, left, apart)
+    return _finished(products, c, along, length, traces, (slope, products.gram.square(dots) / n**2), dots)
 
 
 def woodbury_step(products: InnerProducts, lambda_: float) -> Step:
@@ -190,13 +217,16 @@ def woodbury_step(products: InnerProducts, lambda_: float) -> Step:
     length = (inner.square() * values[:, None]).sum(0)
     slope = (((1.0 + kept)[:, None] * inner).square() * values[:, None]).sum(0)  # A = 2 M - M K M
     explained = 1.0 - kept.square()
-    traces = (
+    left = kept.square() * values  # of B K B^T with B = n lambda (n lambda I + K)^-1
+    traces = Traces(
         float((1.0 - kept).sum()),
         float(explained.sum()),
         float(explained.square().sum()),
-        float((kept.square() * values).sum()) / max(1, n),
+        float(left.sum()) / max(1, n),
+        float(left.square().sum()) / max(1, n) ** 2,
     )
-    return _finished(products, c, along, length, traces, slope, c * -lambda_)  # d - K c / n = lambda c
+    steep = ((n * lambda_ * kept[:, None] * inner).square() * values[:, None]).sum(0) / max(1, n) ** 2
+    return _finished(products, c, along, length, traces, (slope, steep), c * -lambda_)  # d - K c / n = lambda c
 
 
 def _primal(products: InnerProducts, lambda_: float) -> Step:
@@ -209,7 +239,8 @@ def _primal(products: InnerProducts, lambda_: float) -> Step:
     along = (c * products.cross).sum(0) / n
     rest = (lambda_ * left).square().sum(0) / products.squares.clamp(min=torch.finfo(torch.float64).tiny)
     nothing = torch.zeros_like(rest)
-    return Step(c, along, torch.where(products.squares > 0, rest, 1.0), nothing, c * -lambda_, nothing, nothing)
+    rest = torch.where(products.squares > 0, rest, 1.0)
+    return Step(c, along, rest, nothing, c * -lambda_, nothing, nothing, nothing)
 
 
 def _trace_of_square(products: InnerProducts, weight: Tensor) -> float:
@@ -235,8 +266,8 @@ def _finished(
     c: Tensor,
     along: Tensor,
     length: Tensor,
-    traces: tuple[float, float, float, float],
-    slope: Tensor,
+    traces: Traces,
+    slopes: tuple[Tensor, Tensor],
     dots: Tensor,
 ) -> Step:
     """Takes the noise's share off `1 - rest`, and says how far what is left may be off.
@@ -246,10 +277,10 @@ def _finished(
     all lengths are exact: as a squared correlation has. The mean square of `B d` grows by
     `noise |v|^2 tr(B K B^T) / n`.
 
-    `traces` are `tr(A' K)` of the form `S = d^T A' d`, `tr(A K)`, `tr((A K)^2)` and `tr(B K B^T) / n`; `slope` is
-    `d^T A K A d`.
+    `slopes` are `d^T A K A d` and, of the mean square of `B d`, `d^T B^T B K B^T B d / n^2`.
     """
-    cross, overlap, pairs, through = traces
+    cross, overlap, pairs, through, through_pairs = traces
+    slope, dots_slope = slopes
     tiny = torch.finfo(torch.float64).tiny
     square, noise = products.squares.clamp(min=tiny), products.noise
     rest = torch.where(products.squares > 0, 1.0 + (length - 2.0 * along) / square, 1.0).clamp(min=0.0)
@@ -258,8 +289,14 @@ def _finished(
     rest = torch.where(share < 1.0, rest / left, 1.0)
     steep = (slope / square - noise * pairs).clamp(min=0.0)  # the noise adds to the slope too
     variance = (2.0 * noise.square() * pairs + 4.0 * noise * steep) * rest.clamp(max=1.0).square() / left
+    if products.structured:
+        # K is then as noisy as d, in a way that a trace does not tell: up to half the square of what was taken off, in
+        # the measurements of docs/compression.md.
+        variance = variance + (0.5 * share.square()).square()
     error = torch.where(share < 1.0, variance.sqrt(), 1.0).clamp(max=1.0)
     along = (along - noise * cross * square) / (1.0 - noise * cross).clamp(min=tiny)
     along = torch.where(noise * cross < 1.0, along, 0.0).clamp(min=0.0)
     residual = noise * products.squares * rest.clamp(max=1.0) * left
-    return Step(c, along, rest, error, dots, residual * through, share)
+    added = residual * through
+    spread = 2.0 * residual.square() * through_pairs + 4.0 * residual * (dots_slope - residual * through_pairs)
+    return Step(c, along, rest, error, dots, added, spread.clamp(min=0.0).sqrt(), share)
