@@ -41,12 +41,12 @@ def sketched_products(
     gram = RowsGram(rows, _stretch(q, lengths))
     stretched = targets * _stretch(squares, targets.square().sum(1))[:, None]
     cross = gram.times(stretched.T)
-    structured = to.halves == 2
     noise = measured_noise(gram, q)
     if noise is None:
         noise = 1.0 / to.dim
-    elif not structured:
-        noise = min(noise, 1.0 / to.dim)
+    elif to.halves == 1:
+        noise = min(noise, 1.0 / to.dim)  # which bounds the variance of one-sided kinds
+    structured = to.kind.startswith("factored")
     return InnerProducts(numel, q, cross, squares, gram, torch.full_like(squares, noise), None, structured)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 BLOCK_ENTRIES = 1 << 22  # of rows that are widened to float64 at a time
+UNEVEN = 1.5  # times as wide are the errors where projected factors make some gradients noisier than others
 MOST_PAIRED = 256  # samples whose pairs say how alike retain gradients are, where only the noise depends on it
 
 
@@ -126,7 +127,7 @@ class InnerProducts:
         squares: `|v_j|^2`, exact, [m], float64.
         gram: of the retain gradients.
         noise: variance of an entry of `cross` in units of `q_i |v_j|^2`, [m]; 0 where inner products are exact.
-        structured: whether the noise is that of a two-sided sketch, which depends on more than angles.
+        structured: whether the noise is that of projected factors, which depends on more than lengths and angles.
         primal: the gradients [n, P] and the right-hand sides [P, m], float64, where they are at hand and P <= n.
     """
 
@@ -290,13 +291,14 @@ def _finished(
     steep = (slope / square - noise * pairs).clamp(min=0.0)  # the noise adds to the slope too
     variance = (2.0 * noise.square() * pairs + 4.0 * noise * steep) * rest.clamp(max=1.0).square() / left
     if products.structured:
-        # K is then as noisy as d, in a way that a trace does not tell: up to half the square of what was taken off, in
-        # the measurements of docs/compression.md.
-        variance = variance + (0.5 * share.square()).square()
+        # Gradients differ in how noisy they are, and the noise in K counts too, by up to half the square of what was
+        # taken off: both as far as the measurements of docs/compression.md go.
+        variance = UNEVEN**2 * variance + (0.5 * share.square()).square()
     error = torch.where(share < 1.0, variance.sqrt(), 1.0).clamp(max=1.0)
     along = (along - noise * cross * square) / (1.0 - noise * cross).clamp(min=tiny)
     along = torch.where(noise * cross < 1.0, along, 0.0).clamp(min=0.0)
     residual = noise * products.squares * rest.clamp(max=1.0) * left
     added = residual * through
     spread = 2.0 * residual.square() * through_pairs + 4.0 * residual * (dots_slope - residual * through_pairs)
-    return Step(c, along, rest, error, dots, added, spread.clamp(min=0.0).sqrt(), share)
+    dots_error = spread.clamp(min=0.0).sqrt() * (UNEVEN if products.structured else 1.0)
+    return Step(c, along, rest, error, dots, added, dots_error, share)
