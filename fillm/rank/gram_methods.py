@@ -66,8 +66,8 @@ def _through_update(job: Job, answers: list[Answer]) -> Scores:
     influence = Influence(forget_mean=v)
     for one in answers:
         name = one.info.name
-        u = torch.zeros_like(v[name])
-        influence.update[name] = summed.total[name].sub_(v[name]).div_(one.lambda_) if name in weights else u
+        u = summed.total[name].sub_(v[name]).div_(one.lambda_) if name in weights else torch.zeros_like(v[name])
+        influence.update[name] = u
         influence.lambda_[name], influence.mean_retain_sq_norm[name] = one.lambda_, one.mean_q
         influence.forget_norm[name] = math.sqrt(squared_norm(v[name]))
         influence.gain[name] = -inner(v[name], u)
@@ -136,14 +136,11 @@ def _objective(one: Answer, objective: str) -> Estimate:
     if one.lambda_ == 0.0:
         value = torch.where(one.norms > 0, 0.0, torch.inf)
         return Estimate(value, torch.zeros_like(value))
-    moments = [retain_changes(one.gain, one.mean_dot, square) for square in _within(one)]
     value = retain_changes(one.gain, one.mean_dot, one.mean_square_dot)
-    spread = (moments[1] - moments[0]).abs() / 2.0
-    return Estimate(value, torch.where(value.isfinite(), spread, 0.0))
-
-
-def _within(one: Answer) -> tuple[Tensor, Tensor]:
-    return one.mean_square_dot - one.square_error, one.mean_square_dot + one.square_error
+    # The change is linear in both moments; what noise does to one says little of the other.
+    first = retain_changes(one.gain, one.mean_dot + one.dot_error, one.mean_square_dot) - value
+    second = retain_changes(one.gain, one.mean_dot, one.mean_square_dot + one.square_error) - value
+    return Estimate(value, torch.where(value.isfinite(), torch.hypot(first, second), 0.0))
 
 
 def _per_sample(job: Job, answers: list[Answer]) -> Scores:

@@ -135,6 +135,7 @@ class Step:
         error: one standard error of `rest`, [m]; 0 where inner products are exact.
         dots: `lambda <g_i, u>`, [n, m].
         dots_noise: what noise adds to the mean square of `dots`, [m]; not taken off.
+        mean_error: one standard error of the mean of `dots`, [m].
         noise_share: what noise alone would have explained of v, [m]; already taken off.
     """
 
@@ -144,6 +145,7 @@ class Step:
     error: Tensor
     dots: Tensor
     dots_noise: Tensor
+    mean_error: Tensor
     noise_share: Tensor
 
 
@@ -168,7 +170,9 @@ def datainf_step(products: InnerProducts, lambda_: float) -> Step:
     pulled = products.gram.product(c).div_(n)  # <g_i, w>
     slope = products.gram.square((2.0 * c - weight[:, None] * pulled) / n)  # A d, as a combination of gradients
     left = (1.0 - 1.0 / n) ** 2 * float(q.mean()) if q.numel() else 0.0  # of mean q_i, for gradients far from parallel
-    return _finished(products, c, along, length, (trace / n, overlap, pairs, left), slope, pulled - d)
+    ones = torch.ones(products.q.numel(), 1, dtype=torch.float64)
+    summed = weight[:, None] * products.gram.product(ones) / n - ones  # B^T 1 for dots = B d
+    return _finished(products, c, along, length, (trace / n, overlap, pairs, left), slope, pulled - d, summed)
 
 
 def woodbury_step(products: InnerProducts, lambda_: float) -> Step:
@@ -196,7 +200,9 @@ def woodbury_step(products: InnerProducts, lambda_: float) -> Step:
         float(explained.square().sum()),
         float((kept.square() * values).sum()) / max(1, n),
     )
-    return _finished(products, c, along, length, traces, slope, c * -lambda_)  # d - K c / n = lambda c
+    ones = torch.ones(n, 1, dtype=torch.float64)
+    summed = vectors @ (kept[:, None] * (vectors.T @ ones))
+    return _finished(products, c, along, length, traces, slope, c * -lambda_, summed)  # d - K c / n = lambda c
 
 
 def _primal(products: InnerProducts, lambda_: float) -> Step:
@@ -209,7 +215,9 @@ def _primal(products: InnerProducts, lambda_: float) -> Step:
     along = (c * products.cross).sum(0) / n
     rest = (lambda_ * left).square().sum(0) / products.squares.clamp(min=torch.finfo(torch.float64).tiny)
     nothing = torch.zeros_like(rest)
-    return Step(c, along, torch.where(products.squares > 0, rest, 1.0), nothing, c * -lambda_, nothing, nothing)
+    return Step(
+        c, along, torch.where(products.squares > 0, rest, 1.0), nothing, c * -lambda_, nothing, nothing, nothing
+    )
 
 
 def _trace_of_square(products: InnerProducts, weight: Tensor) -> float:
@@ -238,6 +246,7 @@ def _finished(
     traces: tuple[float, float, float, float],
     slope: Tensor,
     dots: Tensor,
+    summed: Tensor,
 ) -> Step:
     """Takes the noise's share off `1 - rest`, and says how far what is left may be off.
 
@@ -247,7 +256,8 @@ def _finished(
     `noise |v|^2 tr(B K B^T) / n`.
 
     `traces` are `tr(A' K)` of the form `S = d^T A' d`, `tr(A K)`, `tr((A K)^2)` and `tr(B K B^T) / n`; `slope` is
-    `d^T A K A d`.
+    `d^T A K A d`, `summed` is `B^T 1` with `dots = B d`, [n, 1]: the mean of `dots` has the noise's variance
+    `noise |v|^2 1^T B K B^T 1 / n^2`.
     """
     cross, overlap, pairs, through = traces
     tiny = torch.finfo(torch.float64).tiny
@@ -262,4 +272,5 @@ def _finished(
     along = (along - noise * cross * square) / (1.0 - noise * cross).clamp(min=tiny)
     along = torch.where(noise * cross < 1.0, along, 0.0).clamp(min=0.0)
     residual = noise * products.squares * rest.clamp(max=1.0) * left
-    return Step(c, along, rest, error, dots, residual * through, share)
+    mean_error = (residual * products.gram.square(summed)).sqrt() / max(1, len(dots))
+    return Step(c, along, rest, error, dots, residual * through, mean_error, share)

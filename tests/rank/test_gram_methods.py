@@ -121,6 +121,12 @@ def test_objectives_from_sketches_are_those_of_the_vector(objective: str, curvat
         eta = 0.01 / gain
         change = -eta * float(s.mean()) + 0.5 * eta**2 * float(s.square().mean())
         wanted[name] = 0.5 * float(s.square().mean()) if objective == "retain" else change
+    inside = []
+    for seed in range(4):
+        small = ranked(compression="sjlt", sketch_dim=128, seed=seed, **settings)
+        bars = {row["name"]: (row["score_low"], row["score_high"]) for row in small if row["numel"] > 128}
+        inside += [low <= wanted[name] <= high for name, (low, high) in bars.items()]
+    assert sum(inside) >= 0.8 * len(inside)
     for ranking in (ranked(compression="sjlt", sketch_dim=ALL, **settings), ranked(**settings)):
         # A change of the retain loss is a difference: of the size of its linear part.
         close({name: ranking.scores[name] for name in wanted}, wanted, 1e-3)
@@ -146,6 +152,9 @@ def test_woodbury_gives_the_vector_too() -> None:
     assert sum(score**2 for score in rows.scores.values()) == pytest.approx(
         sum(ranking.scores[name] ** 2 for name in set(rows.names)), rel=1e-5
     )
+    gains = {row["name"]: row["predicted_forget_gain"] for row in ranking}
+    for row in ranked(curvature="woodbury", granularity="element", include="mlp"):
+        assert row["predicted_forget_gain"] == pytest.approx(gains[row["name"]], rel=1e-5)
 
 
 KINDS = ("oporp", "countsketch", "sjlt", "gaussian", "rademacher", "factored", "factored-sjlt", "tensorsketch")
