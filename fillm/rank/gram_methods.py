@@ -13,7 +13,16 @@ from fillm.rank.gram_sources import exact_products, sketch_sets, sketched_produc
 from fillm.rank.scoring import Job, Scores, from_update, ranked_row
 from fillm.rank.soir import Influence, mean_gradient
 from fillm.rank.units import retain_changes
-from fillm.statistics import BRACKET_SLACK, Estimate, WeightedSum, explained, inner, squared_norm, top_set_confidence
+from fillm.statistics import (
+    BAR,
+    BRACKET_SLACK,
+    Estimate,
+    WeightedSum,
+    explained,
+    inner,
+    squared_norm,
+    top_set_confidence,
+)
 
 TOP_PART = 0.1  # of the tensors: the set that a confidence is stated for
 
@@ -29,7 +38,8 @@ def rank_by_gram(job: Job) -> Scores:
     if with_update:
         return _through_update(job, answers)
     scores = _METHODS[config.canonical_method](job, answers)
-    if config.sketched:
+    # memflex ranks by sizes, which are exact, within what it keeps: its notes say which cosines are not sure.
+    if config.sketched and config.canonical_method != "memflex":
         scores.record["sketch"] = _reliability(scores, ascending=config.objective != "forget")
     return scores
 
@@ -197,8 +207,8 @@ def _memflex(job: Job, answers: list[Answer]) -> Scores:
         size = one.mean_absolute
         cosine, error = one.cosine
         kept = cosine < config.similarity and size > config.magnitude
-        unsure = abs(cosine - config.similarity) <= 1.9 * error and size > config.magnitude
-        note = f"cosine {cosine:.3f}" + (f" +- {1.9 * error:.3f}" if error else "") + ("" if kept else ", not kept")
+        unsure = abs(cosine - config.similarity) <= BAR * error and size > config.magnitude
+        note = f"cosine {cosine:.3f}" + (f" +- {BAR * error:.3f}" if error else "") + ("" if kept else ", not kept")
         note = one.note if one.note == "unused" else note + (", within the sketch's error" if unsure and error else "")
         rows.append(ranked_row(one.info, size, forget_norm=float(one.norms[0]), note=note, tier=0 if kept else 1))
     return Scores(rows)
@@ -210,7 +220,9 @@ def _reliability(scores: Scores, ascending: bool) -> dict[str, float]:
     value = torch.tensor([row["score"] for row in used], dtype=torch.float64)
     width = torch.tensor([row["score_high"] - row["score_low"] for row in used], dtype=torch.float64) / 2.0
     count = max(1, round(TOP_PART * len(scores.rows)))
-    sure = top_set_confidence(-value if ascending else value, width / 1.9, count)
+    # Largest first, infinite scores lead, whatever the sketch says of the others.
+    leading = 0 if ascending else sum(row["score"] == math.inf for row in scores.rows)
+    sure = top_set_confidence(-value if ascending else value, width / BAR, max(0, count - leading))
     relative = width / value.abs().clamp(min=torch.finfo(torch.float64).tiny)
     return {
         "widest_relative_error_bar": float(relative.max()) if len(used) else 0.0,

@@ -169,7 +169,8 @@ def datainf_step(products: InnerProducts, lambda_: float) -> Step:
     pairs = min(4.0 * spread / n**2, max(overlap, 0.0))
     pulled = products.gram.product(c).div_(n)  # <g_i, w>
     slope = products.gram.square((2.0 * c - weight[:, None] * pulled) / n)  # A d, as a combination of gradients
-    left = (1.0 - 1.0 / n) ** 2 * float(q.mean()) if q.numel() else 0.0  # of mean q_i, for gradients far from parallel
+    # Of mean q_i, for gradients far from parallel; of one sample it is all that is known, and exact.
+    left = float((q * (1.0 - weight * q / n).square()).mean()) if q.numel() else 0.0
     ones = torch.ones(products.q.numel(), 1, dtype=torch.float64)
     summed = weight[:, None] * products.gram.product(ones) / n - ones  # B^T 1 for dots = B d
     return _finished(products, c, along, length, (trace / n, overlap, pairs, left), slope, pulled - d, summed)

@@ -8,6 +8,8 @@ from torch import Tensor
 import fillm
 from fillm.errors import StoreError, UsageError
 from fillm.rank import Ranking
+from fillm.rank.gram_methods import _reliability
+from fillm.rank.scoring import Scores
 from tests.families import build_family
 from tests.rank.direct import FORGET_ROWS, RETAIN_ROWS, Direct, family
 
@@ -138,6 +140,7 @@ def test_memflex_from_sketches_keeps_what_it_keeps_without() -> None:
         for more in ({}, {"compression": "countsketch", "sketch_dim": ALL})
     )
     assert plain.names == sketched.names
+    assert "sketch" not in sketched.record  # what is kept may not be sure, and sizes say nothing of it
     assert plain.table["note"].to_pylist() == sketched.table["note"].to_pylist()
     assert len({"not kept" in note for note in plain.table["note"].to_pylist()}) == 2
 
@@ -260,3 +263,16 @@ def test_a_store_takes_more_samples_and_refuses_others(tmp_path) -> None:
         fillm.rank_parameters(model, None, FORGET_ROWS, None, store=store)
     with pytest.raises(UsageError, match="--sketch-dim 64: .* was made with 128"):
         fillm.rank_parameters(model, None, FORGET_ROWS, None, store=store, sketch_dim=64)
+
+
+def test_scores_without_bound_lead_whatever_the_sketch_says() -> None:
+    def row(score: float, width: float) -> dict[str, float | str]:
+        return {"score": score, "score_low": score - width, "score_high": score + width, "note": ""}
+
+    # Of 20 tensors the first two are the infinite ones; the others are as good as equal.
+    near = [row(1.0 + 1e-9 * number, 0.5) for number in range(18)]
+    endless = [row(float("inf"), 0.0) | {"score_low": float("inf"), "note": "no retain gradient"} for _ in range(2)]
+    said = _reliability(Scores(near + endless), ascending=False)
+    assert (said["top_set"], said["top_set_confidence"]) == (2, 1.0)
+    assert _reliability(Scores(near + endless[:1]), ascending=False)["top_set_confidence"] < 0.5
+    assert _reliability(Scores(near + endless), ascending=True)["top_set_confidence"] < 0.5
