@@ -186,17 +186,23 @@ class SketchStore:
                     f"{self.path}: is unfinished, of {total} samples, and those of {samples.source} {differ}; "
                     "finish it with the samples it was begun with, or give another --store"
                 )
-            return self._writable(range(begin, total), maps)
-        return self._writable(range(total, len(samples)), maps)
+            self.check_scope(maps)
+            return range(begin, total)
+        if len(samples) > total:
+            self.check_scope(maps)
+        return range(total, len(samples))
 
-    def _writable(self, positions: range, maps: Mapping[str, MapOfTensor]) -> range:
-        """Rows are added to all tensors or to none."""
-        if positions and (extra := [name for name in self.tensors if name not in maps]):
+    def check_scope(self, maps: Mapping[str, MapOfTensor]) -> None:
+        """Refuses to write to some of the tensors only: rows are added to all of them or to none.
+
+        Raises:
+            StoreError: naming a tensor that is left out.
+        """
+        if extra := [name for name in self.tensors if name not in maps]:
             raise StoreError(
                 f"{self.path}: holds sketches of {extra[0]}, which is out of scope; give the --include and "
                 "--exclude that it was made with, or another --store"
             )
-        return positions
 
     def check_origin(self, model: str, settings: StoreSettings, maps: Mapping[str, MapOfTensor]) -> None:
         """Refuses a store that was made from another model, with other settings, or without some of the tensors.

@@ -100,6 +100,7 @@ class StoredSketches:
                     sync(self.path.parent)
                 self._stored = SketchStore.open(self.path)
                 self.positions = self._stored.check(model, settings, samples, maps)
+                self._stored.check_scope(maps)
                 self._make_ready()
             except BaseException:
                 self.release()
