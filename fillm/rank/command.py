@@ -168,6 +168,11 @@ def _read(config: RankConfig, forget: DataLike, retain: DataLike, console: Conso
     reading = Reading(config, console.warn)
     given = {"forget": forget, "retain": retain}
     if _from_store(config, retain):
+        if config.num_retain is not None:
+            raise UsageError(
+                f"--num-retain {config.num_retain} has no effect: without --retain, all samples of --store are the "
+                "retain set; leave it out, or give --retain"
+            )
         del given["retain"]
     return {which: reading.rows(data, f"--{which}") for which, data in given.items() if _needs(config, which)}
 

@@ -24,7 +24,7 @@ class Answer:
         rest, error: as in `Step`, [m].
         along: `S`, [m].
         mean_dot, mean_square_dot: moments over the retain set of `<g_i, u>`, [m].
-        square_error: one standard error of `mean_square_dot`, [m].
+        dot_error, square_error: one standard error of `mean_dot` and of `mean_square_dot`, [m].
         coefficients: `c`, [n, m], where `u` is to be formed.
         total: the score of `first-order`, with its error.
         cosine: of v and the mean retain gradient, and its standard error.
@@ -41,6 +41,7 @@ class Answer:
     along: Tensor
     mean_dot: Tensor
     mean_square_dot: Tensor
+    dot_error: Tensor
     square_error: Tensor
     coefficients: Tensor | None = None
     total: Estimate | None = None
@@ -77,6 +78,7 @@ def answer(of: TensorProducts, config: RankConfig, keep_coefficients: bool = Fal
         along=step.along,
         mean_dot=step.dots.mean(0) / lambda_,
         mean_square_dot=mean_square,
+        dot_error=step.mean_error / lambda_,
         square_error=square_error,
         coefficients=step.coefficients if keep_coefficients else None,
     )
@@ -86,7 +88,7 @@ def unused(info: TensorInfo, norms: Tensor, lambda_: float = 0.0, mean_q: float 
     """The answer of a tensor of which nothing was asked yet, with its note: all that follows from `u` is 0."""
     note = "" if lambda_ > 0 else "no retain gradient" if bool(norms.any()) else "unused"
     nothing = torch.zeros_like(norms)
-    return Answer(info, lambda_, mean_q, norms, nothing, nothing, nothing, nothing, nothing, nothing, note=note)
+    return Answer(info, lambda_, mean_q, norms, *[nothing] * 7, note=note)
 
 
 def without_noise(answers: list[Answer]) -> list[Answer]:

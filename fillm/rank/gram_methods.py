@@ -13,7 +13,16 @@ from fillm.rank.gram_sources import Sketched, exact_products, sketch_sets, sketc
 from fillm.rank.scoring import Job, Scores, from_update, ranked_row
 from fillm.rank.soir import Influence, mean_gradient
 from fillm.rank.units import retain_changes
-from fillm.statistics import BRACKET_SLACK, Estimate, WeightedSum, explained, inner, squared_norm, top_set_confidence
+from fillm.statistics import (
+    BAR,
+    BRACKET_SLACK,
+    Estimate,
+    WeightedSum,
+    explained,
+    inner,
+    squared_norm,
+    top_set_confidence,
+)
 
 TOP_PART = 0.1  # of the tensors: the set that a confidence is stated for
 
@@ -29,7 +38,8 @@ def rank_by_gram(job: Job) -> Scores:
     if with_update:
         return _through_update(job, answers)
     scores = scores_of(job, answers)
-    if config.sketched:
+    # memflex ranks by sizes, which are exact, within what it keeps: its notes say which cosines are not sure.
+    if config.sketched and config.canonical_method != "memflex":
         scores.record["sketch"] = _reliability(scores, ascending=config.objective != "forget")
     return scores
 
@@ -71,8 +81,8 @@ def _through_update(job: Job, answers: list[Answer]) -> Scores:
     influence = Influence(forget_mean=v)
     for one in answers:
         name = one.info.name
-        u = torch.zeros_like(v[name])
-        influence.update[name] = summed.total[name].sub_(v[name]).div_(one.lambda_) if name in weights else u
+        u = summed.total[name].sub_(v[name]).div_(one.lambda_) if name in weights else torch.zeros_like(v[name])
+        influence.update[name] = u
         influence.lambda_[name], influence.mean_retain_sq_norm[name] = one.lambda_, one.mean_q
         influence.forget_norm[name] = math.sqrt(squared_norm(v[name]))
         influence.gain[name] = -inner(v[name], u)
@@ -141,14 +151,11 @@ def _objective(one: Answer, objective: str) -> Estimate:
     if one.lambda_ == 0.0:
         value = torch.where(one.norms > 0, 0.0, torch.inf)
         return Estimate(value, torch.zeros_like(value))
-    moments = [retain_changes(one.gain, one.mean_dot, square) for square in _within(one)]
     value = retain_changes(one.gain, one.mean_dot, one.mean_square_dot)
-    spread = (moments[1] - moments[0]).abs() / 2.0
-    return Estimate(value, torch.where(value.isfinite(), spread, 0.0))
-
-
-def _within(one: Answer) -> tuple[Tensor, Tensor]:
-    return one.mean_square_dot - one.square_error, one.mean_square_dot + one.square_error
+    # The change is linear in both moments; what noise does to one says little of the other.
+    first = retain_changes(one.gain, one.mean_dot + one.dot_error, one.mean_square_dot) - value
+    second = retain_changes(one.gain, one.mean_dot, one.mean_square_dot + one.square_error) - value
+    return Estimate(value, torch.where(value.isfinite(), torch.hypot(first, second), 0.0))
 
 
 def _per_sample(job: Job, answers: list[Answer]) -> Scores:
@@ -205,8 +212,8 @@ def _memflex(job: Job, answers: list[Answer]) -> Scores:
         size = one.mean_absolute
         cosine, error = one.cosine
         kept = cosine < config.similarity and size > config.magnitude
-        unsure = abs(cosine - config.similarity) <= 1.9 * error and size > config.magnitude
-        note = f"cosine {cosine:.3f}" + (f" +- {1.9 * error:.3f}" if error else "") + ("" if kept else ", not kept")
+        unsure = abs(cosine - config.similarity) <= BAR * error and size > config.magnitude
+        note = f"cosine {cosine:.3f}" + (f" +- {BAR * error:.3f}" if error else "") + ("" if kept else ", not kept")
         note = one.note if one.note == "unused" else note + (", within the sketch's error" if unsure and error else "")
         rows.append(ranked_row(one.info, size, forget_norm=float(one.norms[0]), note=note, tier=0 if kept else 1))
     return Scores(rows)
@@ -218,7 +225,9 @@ def _reliability(scores: Scores, ascending: bool) -> dict[str, float]:
     value = torch.tensor([row["score"] for row in used], dtype=torch.float64)
     width = torch.tensor([row["score_high"] - row["score_low"] for row in used], dtype=torch.float64) / 2.0
     count = max(1, round(TOP_PART * len(scores.rows)))
-    sure = top_set_confidence(-value if ascending else value, width / 1.9, count)
+    # Largest first, infinite scores lead, whatever the sketch says of the others.
+    leading = 0 if ascending else sum(row["score"] == math.inf for row in scores.rows)
+    sure = top_set_confidence(-value if ascending else value, width / BAR, max(0, count - leading))
     relative = width / value.abs().clamp(min=torch.finfo(torch.float64).tiny)
     return {
         "widest_relative_error_bar": float(relative.max()) if len(used) else 0.0,

@@ -1,6 +1,6 @@
 """Where inner products come from: sketches of both sets, a store of them, or exact Gram matrices."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fillm.capture import SketchMap
-from fillm.errors import UsageError
+from fillm.data import SampleSet
+from fillm.errors import StoreError, UsageError
 from fillm.models import TensorInfo
 from fillm.rank.config import RankConfig
 from fillm.rank.gram_passes import exact_grams
@@ -26,6 +27,7 @@ from fillm.statistics import (
     TensorGram,
     Together,
     holds_store,
+    refuse_foreign,
     sketched_products,
     squared_norm,
 )
@@ -71,23 +73,66 @@ def needs_mean(method: str) -> bool:
 
 def sketch_sets(job: Job) -> Sketched:
     """The passes over the forget and the retain set, or what of them a store spares."""
-    config = job.config
-    maps = {
-        info.name: SketchMap.of(config.compression, config.sketch_dim, info.name, info.shape, config.seed)
-        for info in job.scope
-    }
-    _check_room(config, maps, len(job.retain))
+    config, maps = job.config, sketch_maps(job.config, job.scope)
+    # What the store refuses is said before the first pass.
+    store, positions = retain_left(config, maps, job.retain, job.model_fingerprint)
     wants_mean = needs_mean(config.canonical_method) and config.damping_dimension == "parameter"
     mean = MeanGradient(job.capture.parameters, len(job.forget)) if wants_mean else None
     forget = GradientSketches(maps, len(job.forget))
     parts = {"sketches": forget} if mean is None else {"sketches": forget, "mean": mean}
     job.passes.run("forget", "forget pass", job.capture, job.forget, Together(parts))
-    if config.store is not None:
-        retain: RetainSketches = stored_retain(job, maps)
+    if store is not None and not len(positions):
+        retain: RetainSketches = _read(job, store)
+    elif config.store is not None:
+        settings = store_settings(config)
+        with StoredSketches(config.store, maps, job.retain, job.model_fingerprint, settings) as writer:
+            job.passes.run("retain", "retain pass", job.capture, job.retain, writer, positions=writer.positions)
+        retain = _read(job, SketchStore.open(config.store))
     else:
         retain = GradientSketches(maps, len(job.retain), dtype=getattr(torch, config.sketch_dtype))
         job.passes.run("retain", "retain pass", job.capture, job.retain, retain)
     return Sketched(maps, retain, forget, None if mean is None else mean.mean)
+
+
+def sketch_maps(config: RankConfig, scope: Sequence[TensorInfo]) -> dict[str, SketchMap]:
+    """By name, the maps of the tensors in scope."""
+    return {
+        info.name: SketchMap.of(config.compression, config.sketch_dim, info.name, info.shape, config.seed)
+        for info in scope
+    }
+
+
+def retain_left(
+    config: RankConfig, maps: Mapping[str, SketchMap], retain: SampleSet, model: str | None
+) -> tuple[SketchStore | None, range]:
+    """The store, if one has been begun, and the positions of the retain samples that a pass has to visit.
+
+    Args:
+        config: the settings, kind and size of sketches chosen.
+        maps: of the tensors in scope.
+        retain: the samples; none where those of the store are asked for.
+        model: fingerprint of the weights; None where they are not at hand, and are taken for the store's.
+
+    Raises:
+        StoreError: if the store was made from something else, or holds nothing to rank from.
+        UsageError: if sketches are too small for what is asked.
+    """
+    if config.store is None or not holds_store(config.store):
+        if config.store is not None:
+            refuse_foreign(config.store)
+        _check_room(config, maps, len(retain))
+        return None, range(len(retain))
+    store, settings = SketchStore.open(config.store), store_settings(config)
+    model = store.manifest.model if model is None else model
+    if len(retain):
+        positions, rows = store.check(model, settings, retain, maps), len(retain)
+    else:  # no retain set was given: what is stored is the retain set
+        store.check_origin(model, settings, maps)
+        positions, rows = range(0), store.rows
+        if not rows:
+            raise StoreError(f"{config.store}: holds no sample yet; give the --retain that it was begun with")
+    _check_room(config, maps, rows)
+    return store, positions
 
 
 def _check_room(config: RankConfig, maps: Mapping[str, SketchMap], retain: int) -> None:
@@ -111,27 +156,12 @@ def store_settings(config: RankConfig) -> StoreSettings:
     )
 
 
-def stored_retain(job: Job, maps: Mapping[str, SketchMap]) -> SketchStore:
-    """The store of the settings, built, continued, added to, or read as it is where it holds all that is asked for."""
-    config, path, settings = job.config, job.config.store, store_settings(job.config)
-    if holds_store(path):
-        store = SketchStore.open(path)
-        if not len(job.retain):  # no retain set was given: what is stored is the retain set
-            store.check_origin(job.model_fingerprint, settings, maps)
-            if not store.complete:
-                job.passes.console.warn(f"{path} is not finished: ranking from the {store.rows} samples that it holds")
-            _check_room(config, maps, store.rows)
-            return _read(job, store)
-        if not len(store.check(job.model_fingerprint, settings, job.retain, maps)):
-            job.passes.console.note(f"{path} holds all {store.rows} retain samples: no retain pass")
-            return _read(job, store)
-    with StoredSketches(path, maps, job.retain, job.model_fingerprint, settings) as writer:
-        job.passes.run("retain", "retain pass", job.capture, job.retain, writer, positions=writer.positions)
-    return _read(job, SketchStore.open(path))
-
-
 def _read(job: Job, store: SketchStore) -> SketchStore:
-    job.stored = store
+    path, job.stored = job.config.store, store
+    if not len(job.retain) and not store.complete:
+        job.passes.console.warn(f"{path} is not finished: ranking from the {store.rows} samples that it holds")
+    if len(job.retain) and "retain" not in job.passes.losses:
+        job.passes.console.note(f"{path} holds all {store.rows} retain samples: no retain pass")
     losses = torch.zeros(store.manifest.samples, dtype=torch.float64)
     losses[store.positions] = store.losses
     job.passes.losses["retain"] = losses

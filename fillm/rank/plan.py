@@ -19,7 +19,7 @@ from fillm.rank.costs import (
     batch_shapes,
     estimated_activation_bytes,
 )
-from fillm.rank.gram_sources import memory_budget, needs_mean
+from fillm.rank.gram_sources import memory_budget, needs_mean, retain_left, sketch_maps
 from fillm.rank.machine import measured_rate, resident_bytes
 from fillm.rank.plan_lines import PassPlan, Plan
 from fillm.rank.sketch_choice import chosen_for_memory, sketch_bytes
@@ -120,6 +120,13 @@ def plan_run(config: RankConfig, sets: Mapping[str, SampleSet], console: Console
     for which, samples in sets.items():
         check_fits_model(samples, model, f"--{which}")
     scope = select_tensors(catalogue(model), config.include, config.exclude)
+    if config.sketched:
+        retain = sets.get("retain", SampleSet([], "none"))
+        settled, _ = chosen_for_memory(config, scope, len(sets["forget"]) + len(retain), len(retain))
+        _, left = retain_left(settled, sketch_maps(settled, scope), retain, None)
+        sets = {which: samples for which, samples in sets.items() if which != "retain" or len(left)}
+        if "retain" in sets:  # a store spares a pass over the others
+            sets["retain"] = sets["retain"][left.start : left.stop]
     program = resident_bytes() if device.type == "cpu" else 0
     rate = measured_rate(device) if rate is None else rate
     found = plan(model, scope, sets, config, rate=rate, program_bytes=program, device_type=device.type)
@@ -203,12 +210,13 @@ def _sketch_memory(
     config: RankConfig, scope: Sequence[TensorInfo], sets: Mapping[str, SampleSet], mean: int
 ) -> dict[str, int]:
     size = 2 if config.sketch_dtype == "bfloat16" else 4
-    out = {"mean forget gradient v": mean} if needs_mean(config.canonical_method) else {}
+    wants_mean = needs_mean(config.canonical_method) and config.damping_dimension == "parameter"
+    out = {"mean forget gradient v": mean} if wants_mean else {}
     out["sketches of the forget set"] = sketch_bytes(scope, config.sketch_dim, len(sets["forget"]), 4)
     retain = len(sets["retain"]) if "retain" in sets else 0
     if config.store is None:
         out["sketches of the retain set"] = sketch_bytes(scope, config.sketch_dim, retain, size)
-    else:
+    elif "retain" in sets:
         most = max((min(info.numel, config.sketch_dim) for info in scope), default=0)
         out["a block of the store"] = BLOCK_BYTES + size * most
     return out

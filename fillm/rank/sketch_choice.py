@@ -23,12 +23,18 @@ def with_sketches_chosen(config: RankConfig) -> RankConfig:
 
     Raises:
         StoreError: if the store cannot be read.
-        UsageError: if there is neither a store nor a kind to build one with, or a size that is not the store's.
+        UsageError: if there is neither a store nor a kind to build one with, or if a size is given that is not the
+            store's, or beside `--compression auto`, which takes its own.
     """
-    if config.store is None or config.compression not in ("none", "auto"):
+    if config.compression not in ("none", "auto") or not config.sketched:
         return config
-    if not holds_store(config.store):
+    if config.store is None or not holds_store(config.store):
         if config.compression == "auto":
+            if config.sketch_dim != 4096:
+                raise UsageError(
+                    f"--sketch-dim {config.sketch_dim} has no effect: --compression auto chooses the size; leave it "
+                    "out, or give a kind"
+                )
             return config
         raise UsageError(f"--store {config.store}: there is no store yet; give --compression to build one")
     made = SketchStore.open(config.store).manifest.settings
@@ -38,7 +44,11 @@ def with_sketches_chosen(config: RankConfig) -> RankConfig:
     ):
         if given not in (default, found):
             raise UsageError(f"{option} {given}: {config.store} was made with {found}; leave it out")
-    return dataclasses.replace(config, compression=made.kind, sketch_dim=made.sketch_dim, sketch_dtype=made.dtype)
+    # What `--memory` was to bound is settled, as by `chosen_for_memory`: a replay and `--resume` find the same.
+    memory = None if config.compression == "auto" else config.memory
+    return dataclasses.replace(
+        config, compression=made.kind, sketch_dim=made.sketch_dim, sketch_dtype=made.dtype, memory=memory
+    )
 
 
 def chosen_for_memory(

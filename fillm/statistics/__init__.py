@@ -20,7 +20,7 @@ from fillm.statistics.retain import EXPANSION_NUMEL, EXPANSION_TERMS, RetainMome
 from fillm.statistics.sketches import GradientSketches
 from fillm.statistics.store import SketchStore, holds_store
 from fillm.statistics.store_format import StoreSettings
-from fillm.statistics.store_writer import StoredSketches
+from fillm.statistics.store_writer import StoredSketches, refuse_foreign
 
 __all__ = [
     "BAR",
@@ -55,6 +55,7 @@ __all__ = [
     "holds_store",
     "inner",
     "mean_absolute",
+    "refuse_foreign",
     "relative_width",
     "sketched_products",
     "squared_norm",

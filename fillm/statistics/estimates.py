@@ -43,9 +43,9 @@ def sketched_products(
     cross = gram.times(stretched.T)
     noise = measured_noise(gram, q)
     if noise is None:
-        noise = 1.0 / to.dim
+        noise = _one_sided_noise(to, numel)
     elif to.halves == 1:
-        noise = min(noise, 1.0 / to.dim)  # which bounds the variance of one-sided kinds
+        noise = min(noise, _one_sided_noise(to, numel))  # which bounds the variance
     structured = to.kind.startswith("factored")
     return InnerProducts(numel, q, cross, squares, gram, torch.full_like(squares, noise), None, structured)
 
@@ -65,6 +65,14 @@ def measured_noise(gram: RowsGram, q: Tensor) -> float | None:
     apart = unit[:, :half] @ unit[:, :half].T - unit[:, half:] @ unit[:, half:].T
     pairs = apart.square().sum() - apart.diagonal().square().sum()
     return float(pairs) / (some.numel() * (some.numel() - 1))
+
+
+def _one_sided_noise(to: SketchMap, numel: int) -> float:
+    """`nu = 1/k`; of bins of one length, which coordinates share without replacement, `(P - k) / ((P - 1) k)`.
+
+    The latter is in Li and Li, OPORP, arXiv 2302.03505.
+    """
+    return (numel - to.dim) / (numel - 1) / to.dim if to.kind == "oporp" else 1.0 / to.dim
 
 
 def _stretch(exact: Tensor, found: Tensor) -> Tensor:
@@ -87,7 +95,7 @@ def explained(value: Tensor, error: Tensor) -> Estimate:
     """`1 - rest` of every tensor, each weighed against what all tensors say.
 
     Of tensors whose inner products are exact nothing changes. The others are taken as draws around a common mean with a
-    common spread (moments of DerSimonian and Laird, 1986), and the estimate is the posterior mean, never below 0.
+    common spread (their plain moments), and the estimate is the posterior mean, never below 0.
 
     Args:
         value: `1 - rest` as every tensor's own inner products have it, [L, m].
@@ -104,19 +112,20 @@ def explained(value: Tensor, error: Tensor) -> Estimate:
 
 def _pooled(value: Tensor, error: Tensor, noisy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean of the corrections across tensors, its variance, and theirs, [1, m]; with few tensors, of each by itself."""
-    weight = torch.where(noisy, 1.0 / error.square().clamp(min=1e-24), 0.0)
+    noisy = noisy & (error < 1.0)  # others say nothing
     count = noisy.sum(0)
     if int(count.min()) < LEAST_POOLED:
         nothing = torch.zeros_like(value[:1])
         return nothing, nothing, torch.maximum(value.square() - error.square(), 0.25 * error.square())
-    total = weight.sum(0)
-    mean = (weight * value).sum(0) / total
-    excess = (weight * (value - mean).square()).sum(0) - (count - 1)
-    spread = (excess / (total - weight.square().sum(0) / total)).clamp(min=0.0)
-    weight = torch.where(noisy, 1.0 / (error.square() + spread), 0.0)
-    total = weight.sum(0)
-    mean = _not_negative((weight * value).sum(0) / total, total.rsqrt())
-    return mean[None], 1.0 / total[None], torch.maximum(spread, (LEAST_SPREAD * mean).square())[None]
+    # Every tensor counts the same: errors are estimated from the same noise as the values, and come out small where
+    # those do, so that weights by the errors would make the mean too small.
+    mean = torch.where(noisy, value, 0.0).sum(0) / count
+    scatter = torch.where(noisy, (value - mean).square(), 0.0).sum(0) / (count - 1)
+    noise = torch.where(noisy, error.square(), 0.0).sum(0) / count
+    spread = (scatter - noise).clamp(min=0.0)
+    unsure = (spread + noise) / count
+    mean = _not_negative(mean, unsure.sqrt())
+    return mean[None], unsure[None], torch.maximum(spread, (LEAST_SPREAD * mean).square())[None]
 
 
 def _not_negative(mean: Tensor, error: Tensor) -> Tensor:

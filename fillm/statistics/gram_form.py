@@ -9,14 +9,14 @@ DataInf has `c_i = d_i / (lambda + q_i)`, the true inverse `c = n (n lambda I + 
 from a sketch, their noise adds a known amount to every quadratic form on average; it is taken off.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 BLOCK_ENTRIES = 1 << 22  # of rows that are widened to float64 at a time
-UNEVEN = 1.5  # times as wide are the errors where projected factors make some gradients noisier than others
+UNEVEN = 1.5  # times as wide are errors where not all gradients are equally noisy, or K's noise counts beside d's
 MOST_PAIRED = 256  # samples whose pairs say how alike retain gradients are, where only the noise depends on it
 
 
@@ -157,6 +157,7 @@ class Step:
         dots: `lambda <g_i, u>`, [n, m].
         dots_noise: what noise adds to the mean square of `dots`, [m]; not taken off.
         dots_error: one standard error of that mean square, [m].
+        mean_error: one standard error of the mean of `dots`, [m].
         noise_share: what noise alone would have explained of v, [m]; already taken off.
     """
 
@@ -167,6 +168,7 @@ class Step:
     dots: Tensor
     dots_noise: Tensor
     dots_error: Tensor
+    mean_error: Tensor
     noise_share: Tensor
 
 
@@ -191,12 +193,16 @@ def datainf_step(products: InnerProducts, lambda_: float) -> Step:
     pairs = min(4.0 * spread / n**2, max(overlap, 0.0))
     pulled = products.gram.product(c).div_(n)  # <g_i, w>
     slope = products.gram.square((2.0 * c - weight[:, None] * pulled) / n)  # A d, as a combination of gradients
-    # Of B = I - K E / n the part beside the identity is small unless gradients are parallel.
-    left = (1.0 - 1.0 / n) ** 2 * float(q.mean()) if q.numel() else 0.0
-    apart = _trace_of_square(products, torch.ones_like(q)) / n**2 if noisy else 0.0
     dots = pulled - d
+    # B = I - K E / n by its diagonal: all there is of one sample, nearly all for gradients far from parallel.
+    own = 1.0 - weight * q / n
+    left = float((q * own.square()).mean()) if q.numel() else 0.0
+    apart = _trace_of_square(products, own.square()) / n**2 if noisy else 0.0
+    steep = products.gram.square(own[:, None] * dots) / n**2
+    ones = torch.ones(q.numel(), 1, dtype=torch.float64)
+    summed = weight[:, None] * products.gram.product(ones) / n - ones  # B^T 1 for dots = B d
     traces = Traces(trace / n, overlap, pairs, left, apart)
-    return _finished(products, c, along, length, traces, (slope, products.gram.square(dots) / n**2), dots)
+    return _finished(products, c, along, length, traces, (slope, steep), dots, summed)
 
 
 def woodbury_step(products: InnerProducts, lambda_: float) -> Step:
@@ -227,7 +233,11 @@ def woodbury_step(products: InnerProducts, lambda_: float) -> Step:
         float(left.square().sum()) / max(1, n) ** 2,
     )
     steep = ((n * lambda_ * kept[:, None] * inner).square() * values[:, None]).sum(0) / max(1, n) ** 2
-    return _finished(products, c, along, length, traces, (slope, steep), c * -lambda_)  # d - K c / n = lambda c
+    summed = vectors @ (kept[:, None] * (vectors.T @ torch.ones(n, 1, dtype=torch.float64)))
+    # d - K c / n = lambda c
+    step = _finished(products, c, along, length, traces, (slope, steep), c * -lambda_, summed)
+    # Each sample's own coefficient has the noise of K beside that of d.
+    return replace(step, dots_error=UNEVEN * step.dots_error)
 
 
 def _primal(products: InnerProducts, lambda_: float) -> Step:
@@ -241,7 +251,7 @@ def _primal(products: InnerProducts, lambda_: float) -> Step:
     rest = (lambda_ * left).square().sum(0) / products.squares.clamp(min=torch.finfo(torch.float64).tiny)
     nothing = torch.zeros_like(rest)
     rest = torch.where(products.squares > 0, rest, 1.0)
-    return Step(c, along, rest, nothing, c * -lambda_, nothing, nothing, nothing)
+    return Step(c, along, rest, nothing, c * -lambda_, nothing, nothing, nothing, nothing)
 
 
 def _trace_of_square(products: InnerProducts, weight: Tensor) -> float:
@@ -270,6 +280,7 @@ def _finished(
     traces: Traces,
     slopes: tuple[Tensor, Tensor],
     dots: Tensor,
+    summed: Tensor,
 ) -> Step:
     """Takes the noise's share off `1 - rest`, and says how far what is left may be off.
 
@@ -278,7 +289,8 @@ def _finished(
     all lengths are exact: as a squared correlation has. The mean square of `B d` grows by
     `noise |v|^2 tr(B K B^T) / n`.
 
-    `slopes` are `d^T A K A d` and, of the mean square of `B d`, `d^T B^T B K B^T B d / n^2`.
+    `slopes` are `d^T A K A d` and, of the mean square of `B d`, `d^T B^T B K B^T B d / n^2`. `summed` is `B^T 1`,
+    [n, 1]: the mean of `B d` has the noise's variance `noise |v|^2 1^T B K B^T 1 / n^2`.
     """
     cross, overlap, pairs, through, through_pairs = traces
     slope, dots_slope = slopes
@@ -300,5 +312,7 @@ def _finished(
     residual = noise * products.squares * rest.clamp(max=1.0) * left
     added = residual * through
     spread = 2.0 * residual.square() * through_pairs + 4.0 * residual * (dots_slope - residual * through_pairs)
-    dots_error = spread.clamp(min=0.0).sqrt() * (UNEVEN if products.structured else 1.0)
-    return Step(c, along, rest, error, dots, added, dots_error, share)
+    uneven = UNEVEN if products.structured else 1.0
+    dots_error = uneven * spread.clamp(min=0.0).sqrt()
+    mean_error = uneven * (residual * products.gram.square(summed)).sqrt() / max(1, len(dots))
+    return Step(c, along, rest, error, dots, added, dots_error, mean_error, share)

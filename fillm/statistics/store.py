@@ -27,8 +27,20 @@ from fillm.statistics.store_rows import SQUARED_NORMS, check_size, mapped, row_f
 
 
 def holds_store(path: str | os.PathLike[str]) -> bool:
-    """Whether a sketch store has been begun in a folder."""
-    return (Path(path).expanduser() / MANIFEST).is_file()
+    """Whether a sketch store has been begun in a folder.
+
+    Raises:
+        StoreError: if the path cannot be looked at.
+    """
+    try:
+        return (expanded(path) / MANIFEST).is_file()
+    except OSError as error:
+        raise StoreError(f"{path}: {error.strerror}; give another --store") from None
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """The path with `~` in full; of a user there is not, as it is."""
+    return Path(os.path.expanduser(path))
 
 
 def sample_fingerprint(sample: Sample) -> str:
@@ -68,7 +80,7 @@ class SketchStore:
         Raises:
             StoreError: if there is no store, a newer version wrote it, or a file is missing, cut short or damaged.
         """
-        folder = Path(path).expanduser()
+        folder = expanded(path)
         manifest = read_manifest(folder)
         blocks = [read_block(folder, number, entry) for number, entry in enumerate(manifest.blocks)]
         for file, size, what in row_files(folder, manifest):
@@ -143,7 +155,7 @@ class SketchStore:
             model: fingerprint of the weights.
             settings: of the run.
             samples: whose sketches are asked for; they begin with those that the store holds.
-            maps: of the tensors that are asked for, some of the store's.
+            maps: of the tensors that are asked for, some of the store's; all of them where samples are to be added.
 
         Returns:
             Positions of the samples that one more pass has to visit, none where the store answers for all of them. A
@@ -174,8 +186,23 @@ class SketchStore:
                     f"{self.path}: is unfinished, of {total} samples, and those of {samples.source} {differ}; "
                     "finish it with the samples it was begun with, or give another --store"
                 )
+            self.check_scope(maps)
             return range(begin, total)
+        if len(samples) > total:
+            self.check_scope(maps)
         return range(total, len(samples))
+
+    def check_scope(self, maps: Mapping[str, MapOfTensor]) -> None:
+        """Refuses to write to some of the tensors only: rows are added to all of them or to none.
+
+        Raises:
+            StoreError: naming a tensor that is left out.
+        """
+        if extra := [name for name in self.tensors if name not in maps]:
+            raise StoreError(
+                f"{self.path}: holds sketches of {extra[0]}, which is out of scope; give the --include and "
+                "--exclude that it was made with, or another --store"
+            )
 
     def check_origin(self, model: str, settings: StoreSettings, maps: Mapping[str, MapOfTensor]) -> None:
         """Refuses a store that was made from another model, with other settings, or without some of the tensors.

@@ -9,7 +9,6 @@ import dataclasses
 import fcntl
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 
 import torch
@@ -19,7 +18,7 @@ from fillm.capture import PerSampleGradients
 from fillm.data import SampleSet
 from fillm.errors import StoreError
 from fillm.runs.state_files import file_sha256, sync, write_json
-from fillm.statistics.store import SketchStore, holds_store
+from fillm.statistics.store import SketchStore, expanded, holds_store
 from fillm.statistics.store_block import OpenBlock
 from fillm.statistics.store_format import (
     BLOCKS,
@@ -40,6 +39,22 @@ from fillm.statistics.store_rows import SKETCHES, row_files, write_rows
 # A block ends after the batch that brings it to either.
 BLOCK_BYTES = 1 << 26
 BLOCK_SAMPLES = 1024
+
+
+def refuse_foreign(path: str | os.PathLike[str]) -> None:
+    """Never fill a folder that no store has been begun in.
+
+    Raises:
+        StoreError: if it holds something else, or is a file.
+    """
+    folder = expanded(path)
+    if holds_store(folder) or not folder.exists():
+        return
+    if not folder.is_dir():
+        raise StoreError(f"{folder}: is not a folder; give another --store")
+    with storing(folder):
+        if {entry.name for entry in folder.iterdir()} - {LOCK, f"{MANIFEST}.tmp"}:
+            raise StoreError(f"{folder}: is not a sketch store (no {MANIFEST}); give another --store")
 
 
 class StoredSketches:
@@ -71,11 +86,11 @@ class StoredSketches:
         model: str,
         settings: StoreSettings,
     ) -> None:
-        self.path, self.maps, self.samples = Path(path).expanduser(), dict(maps), samples
+        self.path, self.maps, self.samples = expanded(path), dict(maps), samples
         self._lock: int | None = None
         self._dtype = DTYPES[settings.dtype]
         with storing(self.path):
-            self._refuse_foreign()
+            refuse_foreign(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
             self._acquire()
             try:
@@ -85,11 +100,7 @@ class StoredSketches:
                     sync(self.path.parent)
                 self._stored = SketchStore.open(self.path)
                 self.positions = self._stored.check(model, settings, samples, maps)
-                if extra := [name for name in self._stored.tensors if name not in self.maps]:
-                    raise StoreError(
-                        f"{self.path}: holds sketches of {extra[0]}, which is out of scope; give the --include and "
-                        "--exclude that it was made with, or another --store"
-                    )
+                self._stored.check_scope(maps)
                 self._make_ready()
             except BaseException:
                 self.release()
@@ -97,13 +108,6 @@ class StoredSketches:
         self._manifest = self._stored.manifest
         self._block = OpenBlock(self.maps, self._dtype)
         self._begin()
-
-    def _refuse_foreign(self) -> None:
-        """Never fill a folder that no store has been begun in."""
-        if not self.path.is_dir() or holds_store(self.path):
-            return
-        if {entry.name for entry in self.path.iterdir()} - {LOCK, f"{MANIFEST}.tmp"}:
-            raise StoreError(f"{self.path}: is not a sketch store (no {MANIFEST}); give another --store")
 
     def _acquire(self) -> None:
         self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)

@@ -42,7 +42,7 @@ from tests.kernels.contracts import CONTRACTS
 from tests.kernels.ragged import DTYPES
 
 ROOT = Path(__file__).parents[2]
-NOT_OPS = {"backends", "select_bits", "select_rows"}
+NOT_OPS = {"backends", "select_bits", "select_rows", "side_rows", "side_sketch", "tensorsketch_side"}
 PAIRS = [(contract, backend) for contract in CONTRACTS for backend in contract.backends()]
 every_contract = pytest.mark.parametrize("contract", CONTRACTS, ids=lambda contract: contract.name)
 every_backend = pytest.mark.parametrize(

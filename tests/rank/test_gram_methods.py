@@ -8,6 +8,8 @@ from torch import Tensor
 import fillm
 from fillm.errors import StoreError, UsageError
 from fillm.rank import Ranking
+from fillm.rank.gram_methods import _reliability
+from fillm.rank.scoring import Scores
 from tests.families import build_family
 from tests.rank.direct import FORGET_ROWS, RETAIN_ROWS, Direct, family
 
@@ -121,6 +123,12 @@ def test_objectives_from_sketches_are_those_of_the_vector(objective: str, curvat
         eta = 0.01 / gain
         change = -eta * float(s.mean()) + 0.5 * eta**2 * float(s.square().mean())
         wanted[name] = 0.5 * float(s.square().mean()) if objective == "retain" else change
+    inside = []
+    for seed in range(4):
+        small = ranked(compression="sjlt", sketch_dim=128, seed=seed, **settings)
+        bars = {row["name"]: (row["score_low"], row["score_high"]) for row in small if row["numel"] > 128}
+        inside += [low <= wanted[name] <= high for name, (low, high) in bars.items()]
+    assert sum(inside) >= 0.8 * len(inside)
     for ranking in (ranked(compression="sjlt", sketch_dim=ALL, **settings), ranked(**settings)):
         # A change of the retain loss is a difference: of the size of its linear part.
         close({name: ranking.scores[name] for name in wanted}, wanted, 1e-3)
@@ -132,6 +140,7 @@ def test_memflex_from_sketches_keeps_what_it_keeps_without() -> None:
         for more in ({}, {"compression": "countsketch", "sketch_dim": ALL})
     )
     assert plain.names == sketched.names
+    assert "sketch" not in sketched.record  # what is kept may not be sure, and sizes say nothing of it
     assert plain.table["note"].to_pylist() == sketched.table["note"].to_pylist()
     assert len({"not kept" in note for note in plain.table["note"].to_pylist()}) == 2
 
@@ -146,6 +155,9 @@ def test_woodbury_gives_the_vector_too() -> None:
     assert sum(score**2 for score in rows.scores.values()) == pytest.approx(
         sum(ranking.scores[name] ** 2 for name in set(rows.names)), rel=1e-5
     )
+    gains = {row["name"]: row["predicted_forget_gain"] for row in ranking}
+    for row in ranked(curvature="woodbury", granularity="element", include="mlp"):
+        assert row["predicted_forget_gain"] == pytest.approx(gains[row["name"]], rel=1e-5)
 
 
 KINDS = ("oporp", "countsketch", "sjlt", "gaussian", "rademacher", "factored", "factored-sjlt", "tensorsketch")
@@ -251,3 +263,16 @@ def test_a_store_takes_more_samples_and_refuses_others(tmp_path) -> None:
         fillm.rank_parameters(model, None, FORGET_ROWS, None, store=store)
     with pytest.raises(UsageError, match="--sketch-dim 64: .* was made with 128"):
         fillm.rank_parameters(model, None, FORGET_ROWS, None, store=store, sketch_dim=64)
+
+
+def test_scores_without_bound_lead_whatever_the_sketch_says() -> None:
+    def row(score: float, width: float) -> dict[str, float | str]:
+        return {"score": score, "score_low": score - width, "score_high": score + width, "note": ""}
+
+    # Of 20 tensors the first two are the infinite ones; the others are as good as equal.
+    near = [row(1.0 + 1e-9 * number, 0.5) for number in range(18)]
+    endless = [row(float("inf"), 0.0) | {"score_low": float("inf"), "note": "no retain gradient"} for _ in range(2)]
+    said = _reliability(Scores(near + endless), ascending=False)
+    assert (said["top_set"], said["top_set_confidence"]) == (2, 1.0)
+    assert _reliability(Scores(near + endless[:1]), ascending=False)["top_set_confidence"] < 0.5
+    assert _reliability(Scores(near + endless), ascending=True)["top_set_confidence"] < 0.5

@@ -130,6 +130,19 @@ def test_noise_is_taken_off_and_its_size_is_known(n: int, numel: int, k: int, al
     assert abs(float(raw.mean()) / wanted - 1.0) < 4.0 * float(raw.std()) / wanted / 40**0.5 + 0.05
 
 
+@pytest.mark.parametrize("solve", [datainf_step, woodbury_step])
+def test_one_sample_has_the_noise_of_its_dot_product(solve) -> None:
+    g, v = gradients(1, 1, 600, seed=6)
+    lambda_ = exact(g, v).damping(0.1)
+    wanted = float(solve(exact(g, v), lambda_).dots[0, 0])
+    found = [solve(sketched(g, v, 64, seed), lambda_) for seed in range(400)]
+    excess = torch.stack([step.dots[0, 0] ** 2 for step in found]).mean() - wanted**2
+    # A mean of 400 squares of about normal numbers is known to 7 %, and the sketch's second order adds 1/64.
+    assert float(torch.stack([step.dots_noise[0] for step in found]).mean()) == pytest.approx(float(excess), rel=0.3)
+    spread = torch.stack([step.dots[0, 0] for step in found]).std()
+    assert float(torch.stack([step.mean_error[0] for step in found]).mean()) == pytest.approx(float(spread), rel=0.2)
+
+
 def test_halves_tell_how_good_a_two_sided_sketch_is() -> None:
     g, v = gradients(50, 2, 400, alike=0.0)
     draw = torch.Generator().manual_seed(5)
@@ -140,6 +153,37 @@ def test_halves_tell_how_good_a_two_sided_sketch_is() -> None:
     found = sketched_products(to, g @ padded, g.square().sum(1), v @ padded, v.square().sum(1), 400)
     # The mean of 50 squares that are correlated by the shared sketch of v: 50 %.
     assert bool(((found.noise > 0.5 / 40) & (found.noise < 1.5 / 40)).all())
+
+
+def test_bins_that_share_the_coordinates_are_less_noisy() -> None:
+    numel, k, draws = 60, 30, 2000
+    generator = torch.Generator().manual_seed(2)
+    x, y = torch.randn(2, numel, generator=generator, dtype=torch.float64)
+    y -= (x @ y) / (x @ x) * x  # the stretch to exact lengths is of no account for gradients at right angles
+    products = []
+    for _ in range(draws):
+        order = torch.randperm(numel, generator=generator)
+        signs = 2.0 * torch.randint(2, (numel,), generator=generator, dtype=torch.float64) - 1.0
+        sums = [(part[order] * signs).view(k, numel // k).sum(1) for part in (x, y)]
+        products.append(sums[0] @ sums[1])
+    measured = float(torch.stack(products).square().mean() / (x.square().sum() * y.square().sum()))
+    row = torch.zeros(1, k, dtype=torch.float64)
+    square = torch.ones(1, dtype=torch.float64)
+    found = sketched_products(SketchMap("oporp", k, (numel,), 0), row, square, row, square, numel)
+    # A mean of 2000 squares of about normal numbers is known to 3 %, and 1/k would be twice as much; the products are
+    # of single pairs, whose entries the law averages over: 15 %.
+    assert float(found.noise[0]) == pytest.approx(measured, rel=0.15)
+
+
+def test_errors_that_follow_the_values_do_not_pull_the_mean_down() -> None:
+    generator = torch.Generator().manual_seed(4)
+    truth, size = torch.full((16, 400), 4e-3, dtype=torch.float64), 4e-3
+    draw = torch.randn(16, 400, generator=generator, dtype=torch.float64)
+    # As of a quadratic form: its error is estimated from the form itself.
+    found = explained(truth + size * draw, size * (1.0 + 0.3 * draw).clamp(min=0.4))
+    # The mean of 400 columns of 16 is known to 1 % of `size`; each tensor still weighs its own value by its error.
+    assert float(found.value.mean()) == pytest.approx(4e-3, rel=0.15)
+    assert float(((found.value - truth).abs() <= BAR * found.error).double().mean()) >= 0.9
 
 
 def test_tensors_weigh_their_corrections_together() -> None:

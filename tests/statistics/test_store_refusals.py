@@ -153,7 +153,7 @@ def test_a_folder_or_file_of_somebody_else_is_left_alone(tmp_path):
     (tmp_path / "store" / "thesis.tex").write_text("years of work", encoding="utf-8")
     assert "is not a sketch store" in refusal(write, tmp_path / "store")
     assert [entry.name for entry in (tmp_path / "store").iterdir()] == ["thesis.tex"]
-    assert "cannot write: File exists" in refusal(write, tmp_path / "store" / "thesis.tex")
+    assert "is not a folder" in refusal(write, tmp_path / "store" / "thesis.tex")
 
 
 def test_an_empty_folder_may_be_filled(tmp_path):
