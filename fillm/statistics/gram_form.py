@@ -9,14 +9,14 @@ DataInf has `c_i = d_i / (lambda + q_i)`, the true inverse `c = n (n lambda I + 
 from a sketch, their noise adds a known amount to every quadratic form on average; it is taken off.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 BLOCK_ENTRIES = 1 << 22  # of rows that are widened to float64 at a time
-UNEVEN = 1.5  # times as wide are errors where not all gradients are equally noisy, or K's noise counts beside d's
+UNEVEN = 1.5  # times as wide are the errors where projected factors make some gradients noisier than others
 MOST_PAIRED = 256  # samples whose pairs say how alike retain gradients are, where only the noise depends on it
 
 
@@ -235,9 +235,7 @@ def woodbury_step(products: InnerProducts, lambda_: float) -> Step:
     steep = ((n * lambda_ * kept[:, None] * inner).square() * values[:, None]).sum(0) / max(1, n) ** 2
     summed = vectors @ (kept[:, None] * (vectors.T @ torch.ones(n, 1, dtype=torch.float64)))
     # d - K c / n = lambda c
-    step = _finished(products, c, along, length, traces, (slope, steep), c * -lambda_, summed)
-    # Each sample's own coefficient has the noise of K beside that of d.
-    return replace(step, dots_error=UNEVEN * step.dots_error)
+    return _finished(products, c, along, length, traces, (slope, steep), c * -lambda_, summed)
 
 
 def _primal(products: InnerProducts, lambda_: float) -> Step:
