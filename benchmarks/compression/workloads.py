@@ -1,4 +1,4 @@
-"""What is ranked: small models of several families, each trained on rows of one of two data sets until it recites them."""  # noqa: E501
+"""What is ranked: small models of several families, trained on rows of one of two data sets until they recite them."""
 
 import os
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Methods that ask for inner products of gradients alone, exact or sketched (docs/method.md, "Gram form", "Compression")."""  # noqa: E501
+"""Methods that ask for inner products of gradients alone, exact or sketched (docs/method.md, from "The Gram form" on)."""
 
 import math
 from collections.abc import Callable

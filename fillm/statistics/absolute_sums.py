@@ -1,9 +1,9 @@
 """Sums of absolute inner products, freed from what a sketch's noise adds to every one of them.
 
-Absolute values cannot be averaged free of noise. What is known is the noise of each, and how all of them are spread: the
-cosines of all pairs are fitted by a mixture of normal distributions around 0 of many widths (adaptive shrinkage, Stephens,
-Biostatistics 18(2), 2017), and each pair counts with the mean of its absolute value given what was seen.
-"""  # noqa: E501
+Absolute values cannot be averaged free of noise. What is known is the noise of each, and how all of them are spread:
+the cosines of all pairs are fitted by a mixture of normal distributions around 0 of many widths (adaptive shrinkage,
+Stephens, Biostatistics 18(2), 2017), and each pair counts with the mean of its absolute value given what was seen.
+"""
 
 import math
 

@@ -1,9 +1,9 @@
 """From sketches of gradients to inner products, and from noisy answers of many tensors to estimates with error bars.
 
-A sketch is stretched to its gradient's exact length, so that it speaks of the angle alone. One tensor's answer may be noisier
-than the correction it tells of; the corrections of a model's tensors are of one size, though, and what is known of them
-together says how far to trust each (docs/method.md, "Compression").
-"""  # noqa: E501
+A sketch is stretched to its gradient's exact length, so that it speaks of the angle alone. One tensor's answer may be
+noisier than the correction it tells of; the corrections of a model's tensors are of one size, though, and what is known
+of them together says how far to trust each (docs/method.md, "Compression").
+"""
 
 import math
 from dataclasses import dataclass
