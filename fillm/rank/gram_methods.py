@@ -1,4 +1,4 @@
-"""Methods that ask for inner products of gradients alone, exact or sketched (docs/method.md, from "The Gram form" on)."""
+"""Methods that ask for inner products of gradients alone, exact or sketched (docs/method.md, "The Gram form")."""
 
 import math
 from collections.abc import Callable
