@@ -78,7 +78,10 @@ def measure(plan: Planned, config: CompressionConfig, seconds: float, timed: boo
     Returns:
         Its rows, and the seconds it took.
     """
-    say = lambda line: _say(f"{plan.name}: {line}")  # noqa: E731
+
+    def say(line: str) -> None:
+        _say(f"{plan.name}: {line}")
+
     work, job = load(plan, config, say)
     begun = time.monotonic()
     counts = retain_counts(len(job.retain), (5,) if config.quick else RETAIN_COUNTS)

@@ -256,7 +256,10 @@ def test_other_settings_are_measured_again(monkeypatch, tmp_path, quick):
 
 def test_what_there_is_no_time_for_is_named(monkeypatch):
     config = CompressionConfig(kinds="sjlt,gaussian,tensorsketch")
-    rows_of = lambda studied, kind, size, plain_seconds, say: [{"kind": kind, "k": size}]  # noqa: E731
+
+    def rows_of(studied, kind, size, plain_seconds, say):
+        return [{"kind": kind, "k": size}]
+
     monkeypatch.setattr(schedule, "sketch_rows", rows_of)
     monkeypatch.setattr(schedule, "_plain_seconds", lambda studied: 1.0)
     monkeypatch.setattr(schedule, "_dense_seconds", lambda *_: 1e9)
