@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from statistics import median
 
 from benchmarks.compression.measures import Row
+from benchmarks.compression.settings import LARGEST_DENSE, SIZES
 from benchmarks.end_to_end.results import spread_of
 from benchmarks.end_to_end.variants import PLAIN_BUDGETS, plain
 from benchmarks.end_to_end.workload import Workload, spread
@@ -16,7 +17,7 @@ from fillm.capture.sketching import DENSE
 from fillm.rank.gram_sources import sketch_sets
 from fillm.rank.scoring import Job
 
-TIMED_SIZES = (256, 512, 4096, 65536)  # 512 is two sketches of 16 x 16
+TIMED_SIZES = tuple(sorted(SIZES))
 
 
 def time_sketches(
@@ -65,5 +66,5 @@ def time_sketches(
 
 
 def timed_pairs(kinds: Sequence[str], sizes: Sequence[int]) -> list[tuple[str, int]]:
-    """What is timed in rounds: not the dense kinds, for they take minutes."""
-    return [(kind, size) for size in sizes for kind in kinds if kind not in DENSE]
+    """What is timed in rounds: every kind at every size it is measured at."""
+    return [(kind, size) for size in sizes for kind in kinds if kind not in DENSE or size <= LARGEST_DENSE]
