@@ -42,13 +42,15 @@ def test_a_full_disk_costs_no_stored_row_and_changes_no_byte(model_folder, forge
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write to any folder")
 @pytest.mark.usefixtures("nothing_drawn")
-def test_a_folder_that_may_not_be_written_to(arguments, fails, tmp_path):
+def test_a_folder_that_may_not_be_written_to(arguments, capsys, tmp_path):
     shelf = tmp_path / "shelf"
     shelf.mkdir()
     command = arguments(*SKETCHED, "--store", str(shelf / "store"))
     shelf.chmod(0o500)
     try:
-        assert "Permission denied" in fails(command)
+        assert main(command) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith("fillm rank: ") and "cannot write: Permission denied" in line
     finally:
         shelf.chmod(0o700)
     assert main(command) == 0
