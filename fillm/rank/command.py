@@ -27,6 +27,7 @@ from fillm.rank.precision import warn_of_noise
 from fillm.rank.ranking import Ranking
 from fillm.rank.ranking_files import write_files
 from fillm.rank.sketch_choice import chosen_for_memory, with_sketches_chosen
+from fillm.rank.sketch_probe import probe
 from fillm.runs import RunFolder, run_identity, run_record
 from fillm.statistics import SketchStore, holds_store
 
@@ -207,8 +208,11 @@ def _rank(
     for which, samples in sets.items():
         check_fits_model(samples, model, f"--{which}")
     scope = select_tensors(catalogue(model), config.include, config.exclude)
-    counts = [len(sets[which]) if which in sets else 0 for which in ("forget", "retain")]
-    config, choice = chosen_for_memory(config, scope, sum(counts), counts[1])
+    capture = Capture(model, [info.name for info in scope], config.loss_reduction)
+    config, choice = chosen_for_memory(
+        config, scope, sum(map(len, sets.values())), len(sets.get("retain", ())),
+        lambda: probe(config, capture, scope, sets["forget"], sets["retain"]),
+    )  # fmt: skip
     if choice:
         console.note(choice)
     fingerprints = {"model": model_fingerprint(model), **{which: s.fingerprint for which, s in sets.items()}}
@@ -216,7 +220,6 @@ def _rank(
         # The order of a sum depends on the number of threads, and with it the last bits.
         threads = {"threads": str(torch.get_num_threads())}
         folder.check_identity({**run_identity(config, fingerprints, _FREE_ON_RESUME), **threads})
-    capture = Capture(model, [info.name for info in scope], config.loss_reduction)
     passes = Passes(console, config.layout, config.tokens_per_batch, folder, config.checkpoint_seconds)
     checks: dict[str, Any] = {}
     if sets:

@@ -28,6 +28,11 @@ class BatchShape:
     answers: tuple[int, ...]
 
     @property
+    def tokens(self) -> int:
+        """R T, padding included."""
+        return self.rows * self.width
+
+    @property
     def answered(self) -> int:
         """Tokens that the head sees."""
         return sum(self.answers)

@@ -10,7 +10,7 @@ from fillm.models import TensorInfo
 from fillm.rank.config import RankConfig
 from fillm.rank.gram_sources import TensorProducts
 from fillm.rank.soir import NOISE
-from fillm.statistics import Estimate, InnerProducts, Step, datainf_step, mean_absolute, woodbury_step
+from fillm.statistics import Estimate, InnerProducts, Step, curved_step, mean_absolute
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,11 @@ class Answer:
         lambda_: equation (1) of docs/method.md.
         mean_q: mean `|g_i|^2`.
         norms: `|v_j|`, [m], float64.
-        rest, error: as in `Step`, [m].
+        rest, error, apart: as in `Step`, [m].
         along: `S`, [m].
         mean_dot, mean_square_dot: moments over the retain set of `<g_i, u>`, [m].
         dot_error, square_error: one standard error of `mean_dot` and of `mean_square_dot`, [m].
+        estimated: whether inner products come from sketches, which other tensors' answers help to judge.
         coefficients: `c`, [n, m], where `u` is to be formed.
         total: the score of `first-order`, with its error.
         cosine: of v and the mean retain gradient, and its standard error.
@@ -43,6 +44,8 @@ class Answer:
     mean_square_dot: Tensor
     dot_error: Tensor
     square_error: Tensor
+    apart: Tensor
+    estimated: bool = False
     coefficients: Tensor | None = None
     total: Estimate | None = None
     cosine: tuple[float, float] = (0.0, 0.0)
@@ -69,7 +72,7 @@ def answer(of: TensorProducts, config: RankConfig, keep_coefficients: bool = Fal
         return dataclasses.replace(idle, cosine=_cosine(products), mean_absolute=of.mean_absolute)
     if lambda_ == 0.0:
         return idle
-    step = (woodbury_step if config.curvature == "woodbury" else datainf_step)(products, lambda_)
+    step = curved_step(products, lambda_, "woodbury" if config.curvature == "woodbury" else "datainf")
     mean_square, square_error = _mean_square(step, lambda_)
     return dataclasses.replace(
         idle,
@@ -80,6 +83,8 @@ def answer(of: TensorProducts, config: RankConfig, keep_coefficients: bool = Fal
         mean_square_dot=mean_square,
         dot_error=step.mean_error / lambda_,
         square_error=square_error,
+        apart=step.apart,
+        estimated=bool(products.noise.any()),
         coefficients=step.coefficients if keep_coefficients else None,
     )
 
@@ -88,7 +93,7 @@ def unused(info: TensorInfo, norms: Tensor, lambda_: float = 0.0, mean_q: float 
     """The answer of a tensor of which nothing was asked yet, with its note: all that follows from `u` is 0."""
     note = "" if lambda_ > 0 else "no retain gradient" if bool(norms.any()) else "unused"
     nothing = torch.zeros_like(norms)
-    return Answer(info, lambda_, mean_q, norms, *[nothing] * 7, note=note)
+    return Answer(info, lambda_, mean_q, norms, *[nothing] * 8, note=note)
 
 
 def without_noise(answers: list[Answer]) -> list[Answer]:

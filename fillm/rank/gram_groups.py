@@ -4,14 +4,18 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fillm.capture import Capture
 from fillm.data import SampleSet, collate, plan_batches
 from fillm.errors import UsageError
+from fillm.models import TensorInfo
+from fillm.rank.costs import BatchShape
 from fillm.rank.passes import Passes
 from fillm.rank.plan_lines import in_bytes
 from fillm.statistics import KeptGradients, accumulator_dtype, held_tensors
+
+ID_BYTES = 8  # of the token that an embedding's row belongs to
 
 
 @dataclass(frozen=True)
@@ -73,12 +77,7 @@ def gram_groups(
     formed = frozenset(name for name in names if _formed_bytes(capture, name, sizes) < share[name])
     for name in formed:
         factors[name] = {(name,): _formed_bytes(capture, name, sizes)}
-    most = max(names, key=lambda name: sum(factors[name].values()))
-    if (least := sum(factors[most].values())) > memory_bytes:
-        raise UsageError(
-            f"--memory {in_bytes(memory_bytes)}: the gradients of {most} of all {sizes.samples} samples take "
-            f"{in_bytes(least)}; give --memory {-(-least >> 20)}MiB or more, fewer samples, or --exclude {most}"
-        )
+    _refuse_too_large({name: sum(factors[name].values()) for name in names}, sizes.samples, memory_bytes)
     groups: list[list[str]] = []
     held: dict[tuple[object, ...], int] = {}
     for name in names:
@@ -88,6 +87,49 @@ def gram_groups(
             held = dict(factors[name])
         groups[-1].append(name)
     return [Group(tuple(some), formed & set(some)) for some in groups]
+
+
+def check_planned(
+    model: nn.Module, scope: Sequence[TensorInfo], shapes: Sequence[BatchShape], memory_bytes: int
+) -> None:
+    """Refuses what `gram_groups` would, from shapes alone: the least that a tensor's gradients can take.
+
+    Args:
+        model: of which only shapes are read.
+        scope: tensors to rank; of experts, whose tokens are not known before, nothing is said.
+        shapes: the batches of both sets.
+        memory_bytes: as `gram_groups` has it.
+
+    Raises:
+        UsageError: if a tensor alone exceeds the memory.
+    """
+    samples = sum(len(shape.lengths) for shape in shapes)
+    tokens, answers = (sum(getattr(s, name) for s in shapes) for name in ("tokens", "answered"))
+    parameters = dict(model.named_parameters())
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    least = {}
+    for info in scope:
+        dtype = parameters[info.name].dtype
+        formed = samples * info.numel * accumulator_dtype(dtype).itemsize
+        factors = dtype.itemsize * sum(info.shape[-2:]) * tokens
+        if info.kind == "embed":
+            factors = (dtype.itemsize * info.shape[-1] + ID_BYTES) * tokens
+        if output is not None and parameters[info.name] is output.weight:
+            looked_up = factors if info.kind == "embed" else 0
+            factors = dtype.itemsize * sum(info.shape[-2:]) * answers + looked_up
+        if info.kind != "expert":
+            least[info.name] = formed if len(info.shape) < 2 else min(formed, factors)
+    _refuse_too_large(least, samples, memory_bytes)
+
+
+def _refuse_too_large(taken: Mapping[str, int], samples: int, memory_bytes: int) -> None:
+    most = max(taken, key=lambda name: taken[name], default=None)
+    if most is not None and taken[most] > memory_bytes:
+        raise UsageError(
+            f"--memory {in_bytes(memory_bytes)}: the gradients of {most} of all {samples} samples take "
+            f"{in_bytes(taken[most])}; give --memory {-(-taken[most] >> 20)}MiB or more, fewer samples, or "
+            f"--exclude {most}"
+        )
 
 
 def _formed_bytes(capture: Capture, name: str, sizes: Sizes) -> int:

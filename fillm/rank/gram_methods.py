@@ -22,8 +22,10 @@ from fillm.statistics import (
     inner,
     squared_norm,
     top_set_confidence,
+    widened,
 )
 
+_JUDGED = ("rest", "error", "apart")  # of an answer, by those of other tensors
 TOP_PART = 0.1  # of the tensors: the set that a confidence is stated for
 
 
@@ -93,18 +95,17 @@ def _through_update(job: Job, answers: list[Answer]) -> Scores:
 
 def _left(answers: list[Answer]) -> list[tuple[Tensor, Tensor, Tensor]]:
     """`lambda |u| / |v|` and its bounds for every answer, [m] each; the noise of all tensors weighed together."""
-    damped = [one for one in answers if one.lambda_ > 0]
-    found: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
-    if damped:
-        taken = explained(torch.stack([1.0 - a.rest for a in damped]), torch.stack([a.error for a in damped]))
-        low, high = taken.bounds(0.0, 1.0)
-        for row, one in enumerate(damped):
-            parts = (taken.value[row], high[row], low[row])  # the more is explained, the less is left
-            found[one.info.name] = tuple((1.0 - part).clamp(min=0.0).sqrt() for part in parts)
-            if not bool(one.error.any()):  # exact: a rest above 1 is no noise
-                found[one.info.name] = (one.rest.sqrt(),) * 3
-    flat = torch.zeros_like(answers[0].norms) if answers else torch.zeros(0)
-    return [found.get(one.info.name, (flat, flat, flat)) for one in answers]
+    left = [Estimate(one.rest, one.error) for one in answers]
+    noisy = [row for row, one in enumerate(answers) if one.estimated]
+    if noisy:
+        rest, error, apart = (torch.stack([getattr(answers[row], n) for row in noisy]) for n in _JUDGED)
+        taken = explained(1.0 - rest, widened(error, apart))
+        for row, value, wide in zip(noisy, taken.value, taken.error, strict=True):
+            left[row] = Estimate(1.0 - value, wide)
+    # Of exact inner products, a rest above 1 is no noise.
+    highest = [1.0 if one.estimated else math.inf for one in answers]
+    parts = [(one.value, *one.bounds(0.0, high)) for one, high in zip(left, highest, strict=True)]
+    return [tuple(part.clamp(min=0.0).sqrt() for part in three) for three in parts]
 
 
 def _lengths(one: Answer, left: tuple[Tensor, Tensor, Tensor], tolerance: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,6 +19,7 @@ from fillm.rank.costs import (
     batch_shapes,
     estimated_activation_bytes,
 )
+from fillm.rank.gram_groups import check_planned
 from fillm.rank.gram_sources import memory_budget, needs_mean, retain_left, sketch_maps
 from fillm.rank.machine import measured_rate, resident_bytes
 from fillm.rank.plan_lines import PassPlan, Plan
@@ -55,6 +56,9 @@ def plan(
     Returns:
         The plan. FLOP count matrix products only: forward, backward of the activations, products (5) and (6), ghost
         norms (4), attention; a multiplication and an addition are two.
+
+    Raises:
+        UsageError: if `--memory` does not hold what the run needs at least.
     """
     if config.canonical_method in WITHOUT_GRADIENTS:
         sets = {}
@@ -74,6 +78,7 @@ def plan(
         memory["weights of the base model"] = memory["weights"]
     memory |= _accumulators(config, scope, model, sets)
     if config.exact_gram and sets:
+        check_planned(model, scope, [one for some in shapes.values() for one in some], memory_budget(config))
         kept, flop = costs.gram_matrices(list(shapes.values()))
         memory["gradients kept, a group of tensors at a time"] = min(kept, memory_budget(config))
         samples, tokens = sum(counts), sum(one.tokens for one in passes[: len(sets)])

@@ -12,12 +12,22 @@ from fillm.statistics.accumulators import (
     inner,
     squared_norm,
 )
-from fillm.statistics.estimates import BAR, Estimate, explained, sketched_products, top_set_confidence
+from fillm.statistics.estimates import (
+    BAR,
+    LEAST_SPREAD,
+    Estimate,
+    explained,
+    measured_noise,
+    sketched_products,
+    top_set_confidence,
+    widened,
+)
 from fillm.statistics.exact_gram import KeptGradients, TensorGram, held_tensors, tensor_gram
 from fillm.statistics.gram_form import DenseGram, Gram, InnerProducts, RowsGram, Step, datainf_step, woodbury_step
 from fillm.statistics.influence import BRACKET_SLACK, Scalars, relative_width, uncertified
 from fillm.statistics.retain import EXPANSION_NUMEL, EXPANSION_TERMS, RetainMoments, WeightedSum
 from fillm.statistics.sketches import GradientSketches
+from fillm.statistics.steps import UNEVEN, curved_step
 from fillm.statistics.store import SketchStore, holds_store
 from fillm.statistics.store_format import StoreSettings
 from fillm.statistics.store_writer import StoredSketches, refuse_foreign
@@ -27,6 +37,8 @@ __all__ = [
     "BRACKET_SLACK",
     "EXPANSION_NUMEL",
     "EXPANSION_TERMS",
+    "LEAST_SPREAD",
+    "UNEVEN",
     "DenseGram",
     "Estimate",
     "GradientSketches",
@@ -49,12 +61,14 @@ __all__ = [
     "Together",
     "WeightedSum",
     "accumulator_dtype",
+    "curved_step",
     "datainf_step",
     "explained",
     "held_tensors",
     "holds_store",
     "inner",
     "mean_absolute",
+    "measured_noise",
     "refuse_foreign",
     "relative_width",
     "sketched_products",
@@ -62,5 +76,6 @@ __all__ = [
     "tensor_gram",
     "top_set_confidence",
     "uncertified",
+    "widened",
     "woodbury_step",
 ]

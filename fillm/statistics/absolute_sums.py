@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fillm.statistics.estimates import BAR, Estimate
-from fillm.statistics.gram_form import InnerProducts
+from fillm.statistics.gram_form import BLOCK_ENTRIES, InnerProducts
+from fillm.statistics.rounding import ROUNDING
 
 WIDTHS = 16  # of the mixture beside 0: from a quarter of the noise's in steps of the root of 2
 ROUNDS = 100  # of expectation and maximisation
@@ -29,7 +30,7 @@ def mean_absolute(products: InnerProducts) -> Estimate:
     weight = (products.q[:, None] * products.squares).sqrt().flatten()
     there = weight > 0
     if noise == 0.0 or not bool(there.any()):
-        return Estimate(total / count, torch.zeros_like(total))
+        return Estimate(total / count, _rounding_error(products)[None] / count)
     weight, cosine = weight[there], cross.flatten()[there] / weight[there]
     widths = torch.cat([torch.zeros(1), 2.0 ** (torch.arange(WIDTHS) / 2.0 - 2.0)]).double() * noise**0.5
     step = -(-cosine.numel() // MOST_FITTED)
@@ -38,8 +39,19 @@ def mean_absolute(products: InnerProducts) -> Estimate:
         float((w * _mean_absolute_given(x, widths, shares, noise)).sum())
         for x, w in zip(cosine.split(BLOCK), weight.split(BLOCK), strict=True)
     )
-    doubt = DOUBT_TWO_SIDED if products.structured else DOUBT
+    doubt = DOUBT_TWO_SIDED if products.halves is not None else DOUBT
     return Estimate(torch.full_like(total, kept) / count, doubt / BAR * (total - kept).clamp(min=0.0) / count)
+
+
+def _rounding_error(products: InnerProducts) -> Tensor:
+    """One standard error of the sum, from gradients kept in bfloat16; a scalar, 0 where they are not."""
+    variance = torch.zeros((), dtype=torch.float64)
+    if products.primal is not None and products.primal[0].dtype == torch.bfloat16:
+        rows, v = products.primal
+        step = max(1, BLOCK_ENTRIES // products.numel)
+        for block, signs in zip(rows.split(step), products.cross.sign().split(step), strict=True):
+            variance += (block.double() * (signs @ v.T)).square().sum()
+    return ROUNDING * variance.sqrt()
 
 
 def _likelihood(x: Tensor, widths: Tensor, noise: float) -> Tensor:

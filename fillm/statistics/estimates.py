@@ -6,7 +6,7 @@ of them together says how far to trust each (docs/method.md, "Compression").
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,19 +35,29 @@ def sketched_products(
     targets = targets.double()
     if to.kind == "exact":
         gram = RowsGram(rows, torch.ones_like(q))
-        primal = (rows.double(), targets.T) if numel <= len(rows) else None
-        return InnerProducts(numel, q, gram.times(targets.T), squares, gram, torch.zeros_like(squares), primal)
-    lengths = torch.cat([block.double().square().sum(1) for block in rows.split(1 << 12)]) if len(rows) else q
-    gram = RowsGram(rows, _stretch(q, lengths))
-    stretched = targets * _stretch(squares, targets.square().sum(1))[:, None]
-    cross = gram.times(stretched.T)
+        nothing = torch.zeros_like(squares)
+        return InnerProducts(numel, q, gram.times(targets.T), squares, gram, nothing, (rows, targets.T))
+    gram, cross = _stretched(rows, q, targets, squares)
     noise = measured_noise(gram, q)
     if noise is None:
         noise = _one_sided_noise(to, numel)
     elif to.halves == 1:
         noise = min(noise, _one_sided_noise(to, numel))  # which bounds the variance
-    structured = to.kind.startswith("factored")
-    return InnerProducts(numel, q, cross, squares, gram, torch.full_like(squares, noise), None, structured)
+    found = InnerProducts(numel, q, cross, squares, gram, torch.full_like(squares, noise))
+    if not to.kind.startswith("factored"):
+        return found
+    halves = []
+    for part in (slice(None, to.dim // 2), slice(to.dim // 2, None)):
+        gram, cross = _stretched(rows[:, part], q, targets[:, part], squares)
+        halves.append(replace(found, gram=gram, cross=cross, noise=2.0 * found.noise))
+    return replace(found, halves=tuple(halves))
+
+
+def _stretched(rows: Tensor, q: Tensor, targets: Tensor, squares: Tensor) -> tuple[RowsGram, Tensor]:
+    """Gram matrix and cross terms of sketches that are as long as their gradients."""
+    lengths = torch.cat([block.double().square().sum(1) for block in rows.split(1 << 12)]) if len(rows) else q
+    gram = RowsGram(rows, _stretch(q, lengths))
+    return gram, gram.times((targets * _stretch(squares, targets.square().sum(1))[:, None]).T)
 
 
 def measured_noise(gram: RowsGram, q: Tensor) -> float | None:
@@ -89,6 +99,20 @@ class Estimate:
     def bounds(self, low: float, high: float) -> tuple[Tensor, Tensor]:
         """`value` minus and plus `BAR` errors, within [low, high]."""
         return (self.value - BAR * self.error).clamp(low, high), (self.value + BAR * self.error).clamp(low, high)
+
+
+def widened(error: Tensor, apart: Tensor) -> Tensor:
+    """Errors of `rest`, larger by as much as two halves of the sketches are further apart than they say.
+
+    One tensor's halves say little of that, those of all tensors together enough.
+
+    Args:
+        error: one standard error, [L, m].
+        apart: as in `Step`, [L, m].
+    """
+    measured = ~apart.isnan()
+    mean = torch.where(measured, apart, 0.0).sum(0) / measured.sum(0).clamp(min=1)
+    return torch.where(measured, error * mean.clamp(min=1.0).sqrt(), error)
 
 
 def explained(value: Tensor, error: Tensor) -> Estimate:

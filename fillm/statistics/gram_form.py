@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 BLOCK_ENTRIES = 1 << 22  # of rows that are widened to float64 at a time
-UNEVEN = 1.5  # times as wide are the errors where projected factors make some gradients noisier than others
 MOST_PAIRED = 256  # samples whose pairs say how alike retain gradients are, where only the noise depends on it
 
 
@@ -127,8 +126,10 @@ class InnerProducts:
         squares: `|v_j|^2`, exact, [m], float64.
         gram: of the retain gradients.
         noise: variance of an entry of `cross` in units of `q_i |v_j|^2`, [m]; 0 where inner products are exact.
-        structured: whether the noise is that of projected factors, which depends on more than lengths and angles.
-        primal: the gradients [n, P] and the right-hand sides [P, m], float64, where they are at hand and P <= n.
+        primal: the gradients [n, P], in the type they are kept in, and the right-hand sides [P, m], float64, where they
+            are at hand.
+        halves: what each half of the numbers says alone, where the noise is that of projected factors, which depends on
+            more than lengths and angles.
     """
 
     numel: int
@@ -138,7 +139,7 @@ class InnerProducts:
     gram: Gram
     noise: Tensor
     primal: tuple[Tensor, Tensor] | None = None
-    structured: bool = False
+    halves: "tuple[InnerProducts, InnerProducts] | None" = None
 
     def damping(self, factor: float) -> float:
         """`lambda`, equation (1) of docs/method.md."""
@@ -159,6 +160,8 @@ class Step:
         dots_error: one standard error of that mean square, [m].
         mean_error: one standard error of the mean of `dots`, [m].
         noise_share: what noise alone would have explained of v, [m]; already taken off.
+        apart: square of how far two halves of the sketches differ in `rest`, in units of what `error` expects, [m]; NaN
+            where there are none.
     """
 
     coefficients: Tensor
@@ -170,6 +173,7 @@ class Step:
     dots_error: Tensor
     mean_error: Tensor
     noise_share: Tensor
+    apart: Tensor
 
 
 def datainf_step(products: InnerProducts, lambda_: float) -> Step:
@@ -212,9 +216,9 @@ def woodbury_step(products: InnerProducts, lambda_: float) -> Step:
         products: of one tensor; n samples, m right-hand sides.
         lambda_: above 0.
     """
-    if products.primal is not None:
-        return _primal(products, lambda_)
     n = products.q.numel()
+    if products.primal is not None and products.numel <= n:
+        return _primal(products, lambda_)
     values, vectors = torch.linalg.eigh(products.gram.part(torch.arange(n)))
     values = values.clamp(min=0.0)
     kept = n * lambda_ / (n * lambda_ + values)  # of a direction, what the inverse leaves
@@ -239,7 +243,7 @@ def woodbury_step(products: InnerProducts, lambda_: float) -> Step:
 
 
 def _primal(products: InnerProducts, lambda_: float) -> Step:
-    rows, v = products.primal
+    rows, v = products.primal[0].double(), products.primal[1]
     n = max(1, rows.shape[0])
     matrix = rows.T @ rows / n
     matrix.diagonal().add_(lambda_)
@@ -249,7 +253,7 @@ def _primal(products: InnerProducts, lambda_: float) -> Step:
     rest = (lambda_ * left).square().sum(0) / products.squares.clamp(min=torch.finfo(torch.float64).tiny)
     nothing = torch.zeros_like(rest)
     rest = torch.where(products.squares > 0, rest, 1.0)
-    return Step(c, along, rest, nothing, c * -lambda_, nothing, nothing, nothing, nothing)
+    return Step(c, along, rest, nothing, c * -lambda_, *[nothing] * 4, torch.full_like(rest, torch.nan))
 
 
 def _trace_of_square(products: InnerProducts, weight: Tensor) -> float:
@@ -300,17 +304,13 @@ def _finished(
     rest = torch.where(share < 1.0, rest / left, 1.0)
     steep = (slope / square - noise * pairs).clamp(min=0.0)  # the noise adds to the slope too
     variance = (2.0 * noise.square() * pairs + 4.0 * noise * steep) * rest.clamp(max=1.0).square() / left
-    if products.structured:
-        # Gradients differ in how noisy they are, and the noise in K counts too, by up to half the square of what was
-        # taken off: both as far as the measurements of docs/compression.md go.
-        variance = UNEVEN**2 * variance + (0.5 * share.square()).square()
     error = torch.where(share < 1.0, variance.sqrt(), 1.0).clamp(max=1.0)
     along = (along - noise * cross * square) / (1.0 - noise * cross).clamp(min=tiny)
     along = torch.where(noise * cross < 1.0, along, 0.0).clamp(min=0.0)
     residual = noise * products.squares * rest.clamp(max=1.0) * left
     added = residual * through
     spread = 2.0 * residual.square() * through_pairs + 4.0 * residual * (dots_slope - residual * through_pairs)
-    uneven = UNEVEN if products.structured else 1.0
-    dots_error = uneven * spread.clamp(min=0.0).sqrt()
-    mean_error = uneven * (residual * products.gram.square(summed)).sqrt() / max(1, len(dots))
-    return Step(c, along, rest, error, dots, added, dots_error, mean_error, share)
+    dots_error = spread.clamp(min=0.0).sqrt()
+    mean_error = (residual * products.gram.square(summed)).sqrt() / max(1, len(dots))
+    apart = torch.full_like(rest, torch.nan)
+    return Step(c, along, rest, error, dots, added, dots_error, mean_error, share, apart)

@@ -79,6 +79,25 @@ def test_mistakes_are_named_as_in_the_run(arguments, fails, tmp_path):
     assert "line 2: no field 'answer'" in fails(arguments("--dry-run", forget=path))
 
 
+@pytest.mark.parametrize("asked", [("--curvature", "woodbury"), ("--method", "first-order")])
+@pytest.mark.parametrize("kibibytes", [1, 60, 100, 140, 180])
+@pytest.mark.usefixtures("nothing_drawn")
+def test_a_memory_too_small_for_one_tensor_is_refused_as_in_the_run(arguments, capsys, asked, kibibytes):
+    lines = []
+    for further in ((), ("--dry-run",)):
+        assert main(arguments(*asked, "--memory", f"{kibibytes}KiB", *further)) in (0, 2)
+        lines.append([line for line in capsys.readouterr().err.splitlines() if "the gradients of" in line])
+    assert lines[0] == lines[1]
+    assert bool(lines[0]) == (kibibytes < 100)
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_auto_asks_for_memory_where_the_true_inverse_takes_more_numbers(arguments, fails, dry, monkeypatch):
+    line = fails(arguments("--compression", "auto", "--curvature", "woodbury", "--memory", "20KiB", *dry))
+    assert re.search(r"--memory 20KiB: sketches of 20 samples .* give --memory 1MiB or more, fewer samples", line)
+    assert "--sketch-dim" not in line
+
+
 def test_the_default_model_is_not_made_for_it(arguments, fails, tmp_path, monkeypatch):
     monkeypatch.setenv("FILLM_CACHE", str(tmp_path / "cache"))
     assert "the embedded default model is not made yet" in fails(arguments("--dry-run", model=None))
