@@ -101,5 +101,5 @@ def two_block_model():
 
 
 def test_reading_options_loads_no_torch():
-    code = "import sys, fillm.unlearn.losses as l; l.resolved_options('NPO', l.LossOptions()); assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    use = "import sys, fillm.unlearn.losses as l; l.resolved_options('NPO', l.LossOptions())"
+    subprocess.run([sys.executable, "-c", f"{use}; assert 'torch' not in sys.modules"], check=True)
