@@ -84,7 +84,7 @@ class NegativeLogLikelihood(torch.autograd.Function):
         """[R, V], any float type, and [R] -> [R], float32 (float64 for float64), in nats."""
         ctx.save_for_backward(logits, wanted)
         out = logits.new_empty(logits.shape[0], dtype=torch.promote_types(logits.dtype, torch.float32))
-        for rows in _blocks(logits):
+        for rows in row_blocks(logits):
             out[rows] = nn.functional.cross_entropy(logits[rows].to(out.dtype), wanted[rows], reduction="none")
         return out
 
@@ -93,7 +93,7 @@ class NegativeLogLikelihood(torch.autograd.Function):
         """[R] -> [R, V], in the logits' dtype."""
         logits, wanted = ctx.saved_tensors
         out = torch.empty_like(logits)
-        for rows in _blocks(logits):
+        for rows in row_blocks(logits):
             block = out[rows] if out.dtype == slope.dtype else slope.new_empty(out[rows].shape)
             torch.softmax(logits[rows], 1, dtype=block.dtype, out=block)
             # p - 1 of a token known by heart would keep few digits of 1 - p: the others' sum keeps them all.
@@ -105,8 +105,42 @@ class NegativeLogLikelihood(torch.autograd.Function):
         return out, None
 
 
-def _blocks(rows: Tensor) -> Iterator[slice]:
+def row_blocks(rows: Tensor) -> Iterator[slice]:
+    """Runs of `LOGIT_ROWS` rows, in order: what has the width of the vocabulary is made a block at a time."""
     return (slice(begin, begin + LOGIT_ROWS) for begin in range(0, rows.shape[0], LOGIT_ROWS))
+
+
+def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The logits that predict the answer tokens of a batch, and these tokens.
+
+    Args:
+        model: a causal language model.
+        batch: [R, T] tokens of B samples in any layout.
+
+    Returns:
+        [N, V], in the model's dtype, and [N] int64: the N answer tokens of the batch in grid order, so sample by sample
+        (`answer_offsets`).
+    """
+    wanted = targets(batch).reshape(-1)
+    picked = (wanted != IGNORED).nonzero().squeeze(1)
+    with head_sees_only(model, picked, wanted.numel()):
+        logits = model(**model_inputs(model, batch)).logits
+    rows = logits.reshape(-1, logits.shape[-1])
+    if rows.shape[0] != picked.numel():  # a head of another make
+        rows = rows.index_select(0, picked)
+    return rows, wanted[picked]
+
+
+def token_losses(model: nn.Module, batch: Batch) -> Tensor:
+    """Negative log-likelihood of every answer token: [N], float32 (float64 for a float64 model), in nats."""
+    return NegativeLogLikelihood.apply(*answer_logits(model, batch))
+
+
+def over_samples(values: Tensor, batch: Batch, reduction: LossReduction = "mean") -> Tensor:
+    """Mean or sum of every sample's answer tokens: [N] -> [B]."""
+    offsets = answer_offsets(batch)
+    total = segment_sum(values, offsets)
+    return total / offsets.diff().clamp(min=1) if reduction == "mean" else total
 
 
 def sample_losses(model: nn.Module, batch: Batch, reduction: LossReduction = "mean") -> Tensor:
@@ -120,14 +154,4 @@ def sample_losses(model: nn.Module, batch: Batch, reduction: LossReduction = "me
     Returns:
         [B], float32 (float64 for a float64 model), in nats per answer token (`mean`) or nats (`sum`).
     """
-    wanted = targets(batch).reshape(-1)
-    picked = (wanted != IGNORED).nonzero().squeeze(1)
-    with head_sees_only(model, picked, wanted.numel()):
-        logits = model(**model_inputs(model, batch)).logits
-    rows = logits.reshape(-1, logits.shape[-1])
-    if rows.shape[0] != picked.numel():  # a head of another make
-        rows = rows.index_select(0, picked)
-    nll = NegativeLogLikelihood.apply(rows, wanted[picked])
-    offsets = answer_offsets(batch)
-    total = segment_sum(nll, offsets)
-    return total / offsets.diff().clamp(min=1) if reduction == "mean" else total
+    return over_samples(token_losses(model, batch), batch, reduction)
