@@ -1,4 +1,4 @@
-"""An unlearning's state in its run folder: the selected entries, the optimiser's state, the log; nothing that could run.
+"""An unlearning's state in its run folder: selected entries, the optimiser's state, the log; nothing that could run.
 
 Sample order and learning rate are functions of the seed and the step; the weights outside the mask are the model's own.
 So a checkpoint is as small as the mask.
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fillm.errors import RunFolderError
+from fillm.unlearn.masked_optimizer import MaskedOptimizer
 from fillm.unlearn.processes import Folder
 from fillm.unlearn.selected import SelectedEntries
 from fillm.unlearn.stopping import Evaluation
@@ -45,7 +46,7 @@ class Progressed:
 
 
 def save_checkpoint(
-    folder: Folder, entries: SelectedEntries, optimizer: torch.optim.Optimizer, progressed: Progressed
+    folder: Folder, entries: SelectedEntries, optimizer: MaskedOptimizer, progressed: Progressed
 ) -> None:
     """Saves the state; the one before is only ever replaced by a whole one.
 
@@ -55,8 +56,10 @@ def save_checkpoint(
     tensors = {f"parameter/{name}": value for name, value in entries.take().items()}
     tensors |= {f"best/{name}": value for name, value in (progressed.best or {}).items()}
     tensors["log"] = torch.tensor(progressed.log, dtype=torch.float64).reshape(-1, len(LOG_COLUMNS))
+    held = optimizer.state_dict()
+    tensors |= {f"master/{name}": value for name, value in held["masters"].items()}
     numbers: dict[str, dict[str, Any]] = {}
-    for index, state in optimizer.state_dict()["state"].items():
+    for index, state in held["state"].items():
         for key, value in state.items():
             if isinstance(value, Tensor):
                 tensors[f"optimizer/{index}/{key}"] = value
@@ -71,7 +74,7 @@ def save_checkpoint(
     folder.save_state(_STAGE, progressed.step, tensors, meta)
 
 
-def load_checkpoint(folder: Folder, entries: SelectedEntries, optimizer: torch.optim.Optimizer) -> Progressed | None:
+def load_checkpoint(folder: Folder, entries: SelectedEntries, optimizer: MaskedOptimizer) -> Progressed | None:
     """Puts the saved state into the model's selected entries and the optimiser; None if there is none.
 
     Raises:
@@ -89,7 +92,7 @@ def load_checkpoint(folder: Folder, entries: SelectedEntries, optimizer: torch.o
     for key, value in _part(tensors, "optimizer").items():
         index, _, name = key.partition("/")
         state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state, "masters": _part(tensors, "master")})
     return Progressed(
         step=step,
         micro_batch=meta["micro_batch"],

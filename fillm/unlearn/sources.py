@@ -1,4 +1,4 @@
-"""What the terms of a loss are computed from: samples, their other answers, and what the untouched model said of them."""
+"""What the terms of a loss are computed from: samples, other answers, and what the untouched model said of them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -46,4 +46,4 @@ class Sources:
         return loss.retain_values(model, batch, self._rows("retain", batch))
 
     def _rows(self, which: str, batch: Batch) -> ReferenceRows | None:
-        return self.references[which].rows(batch.indices) if which in self.references else None
+        return self.references[which].rows(batch.indices, batch.input_ids.device) if which in self.references else None
