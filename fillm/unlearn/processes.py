@@ -60,6 +60,10 @@ class Processes:
             torch.distributed.all_reduce(tensor)
         return tensor
 
+    def decide(self, answer: bool) -> bool:
+        """The first process's answer, for all."""
+        return bool(self.add_up(torch.tensor([float(answer and self.first)], device=self.device)).item())
+
     def wait(self) -> None:
         """Until all processes are here."""
         if self.count > 1:
