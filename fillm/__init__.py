@@ -6,6 +6,8 @@ Importing this package loads neither torch nor triton; the names below load what
 from fillm.lazy import lazy_names
 
 __version__ = "0.1.0"
-__all__ = ["Ranking", "__version__", "finetune_model", "rank_parameters"]
+__all__ = ["Mask", "Ranking", "__version__", "finetune_model", "rank_parameters"]
 
-__getattr__ = lazy_names(__name__, {"Ranking": "rank", "rank_parameters": "rank", "finetune_model": "finetune"})
+__getattr__ = lazy_names(
+    __name__, {"Mask": "masks", "Ranking": "rank", "rank_parameters": "rank", "finetune_model": "finetune"}
+)

@@ -27,6 +27,7 @@ from fillm.rank.precision import warn_of_noise
 from fillm.rank.ranking import Ranking
 from fillm.rank.ranking_files import write_files
 from fillm.rank.sketch_choice import chosen_for_memory, with_sketches_chosen
+from fillm.rank.units import layouts_of
 from fillm.runs import RunFolder, run_identity, run_record
 from fillm.statistics import SketchStore, holds_store
 
@@ -251,6 +252,7 @@ def _rank(
         updates=scores.update or None,
         samples=_sample_table(sets, passes, job.stored),
         per_sample=scores.per_sample,
+        tensors=layouts_of(model, scope, config.granularity),
         settings=settings,
         record=record,
     )
