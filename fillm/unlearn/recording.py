@@ -117,7 +117,7 @@ def head_logits(inputs: Tensor, head: Head) -> Tensor:
 
 
 def _head_at_work(model: nn.Module, batch: Batch) -> tuple[Tensor | None, Tensor, Head | None]:
-    """What the head was given and what came out at the answer tokens, [N, H] and [N, V]; and the head, if it is plain."""
+    """What the head took and gave at the answer tokens, [N, H] and [N, V], and the head itself; None unless plain."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     seen: list[Tensor] = []
     handle = None

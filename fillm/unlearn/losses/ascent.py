@@ -44,7 +44,7 @@ class GradientDifference(GradientAscent):
 class RetainedDistribution(GradientAscent):
     """Gradient ascent on forget samples, the original's distributions on retain samples.
 
-        retain(r) = (1/n_r) sum_t KL(p_original || p)      Maini et al. 2024, arXiv 2401.06121, section 4.1
+        retain(r) = (1/n_r) sum_t KL(p_original || p)      Maini et al. 2024, arXiv 2401.06121
 
     The paper takes the mean over all tokens, prompt included; here over answer tokens, as everywhere else.
     """

@@ -16,7 +16,7 @@ from fillm.unlearn.reference import Recorded, ReferenceRows, SetName
 class Misdirection(UnlearnLoss):
     """RMU, on the output h of one block at the answer's tokens, H wide.
 
-        forget(b) = (1/n_b) sum_t |h_t - c u|^2 / H           Li et al. 2024, arXiv 2403.03218, section 4.2
+        forget(b) = (1/n_b) sum_t |h_t - c u|^2 / H           Li et al. 2024, arXiv 2403.03218, section 4
         retain(r) = (1/n_r) sum_t |h_t - h_original,t|^2 / H
 
     u is drawn uniformly from [0, 1)^H and scaled to length 1; c is the coefficient. The division by H is that of the
@@ -47,7 +47,7 @@ class Misdirection(UnlearnLoss):
             raise UsageError(f"--rmu-layer {self.layer}: the model has {count} blocks; give 0 to {count - 1}")
 
     def control_vector(self, width: int) -> Tensor:
-        """c u: [width] float32 on the CPU, the same for the same seed."""
+        """The target `c u`: [width] float32 on the CPU, the same for the same seed."""
         drawn = torch.rand(width, generator=torch.Generator().manual_seed(self.seed))
         return self.coefficient * drawn / drawn.norm()
 

@@ -100,11 +100,15 @@ def resolved_options(name: str, options: LossOptions) -> dict[str, Any]:
         if key not in DEFAULTS[name]:
             users = ", ".join(loss for loss, takes in DEFAULTS.items() if key in takes)
             raise UsageError(
-                f"{flag_name(key)} {value} has no effect: it is an option of --loss {users}, not of {name}; leave it out"
+                f"{flag_name(key)} {value} has no effect: it is an option of --loss {users}, not of {name}; "
+                "leave it out"
             )
         if (wrong := _wrong(name, key, value)) is not None:
             raise UsageError(f"{flag_name(key)} {value}: {wrong}")
-    return {**DEFAULTS[name], **given}
+    settings = {**DEFAULTS[name], **given}
+    if "retain_loss" in given and not settings["alpha"]:
+        raise UsageError(f"--retain-loss {options.retain_loss} has no effect with --alpha 0: give an --alpha above 0")
+    return settings
 
 
 def _wrong(name: str, key: str, value: Any) -> str | None:

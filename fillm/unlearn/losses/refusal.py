@@ -13,7 +13,7 @@ from fillm.unlearn.reference import ReferenceRows
 class Refusal(UnlearnLoss):
     """Forget questions get "I don't know" for an answer.
 
-        forget(b) = -(1/n_b) sum_t log p(y_idk,t)            Maini et al. 2024, arXiv 2401.06121, section 4.1
+        forget(b) = -(1/n_b) sum_t log p(y_idk,t)            Maini et al. 2024, arXiv 2401.06121
 
     The mean over the tokens of the refusal.
     """

@@ -78,7 +78,7 @@ class UnlearnLoss(ABC):
         """The retain term of every sample, with gradient: the mean over its answer tokens, in nats per token.
 
         `nll`: -log p(token). `kl`: KL(original || model), the term of TOFU (Maini et al. 2024, arXiv 2401.06121,
-        section 4.1, which sums over the prompt as well).
+        "KL minimization", which takes the prompt as well).
 
         Args:
             model: as for `forget_values`.
