@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from fillm.errors import NumericsError
 from fillm.unlearn.compact import zero_outside_
-from fillm.unlearn.freezing import Freezing, check_checkpointing, frozen_outside
+from fillm.unlearn.freezing import Freezing, frozen_outside
 from fillm.unlearn.masked_optimizer import MaskedOptimizer
 from fillm.unlearn.matching import Masked, masked_parameters, parameters_of
 from fillm.unlearn.untouched import Untouched, Verification
@@ -57,8 +57,7 @@ class MaskCallback(TrainerCallback):
         Raises:
             UsageError: a mask, an optimiser or a kind of checkpointing that does not go with the model.
         """
-        self._freeze(model)
-        check_checkpointing(model)
+        self._freeze(model)  # again: Trainer has turned gradient checkpointing on since
         self._untouched = Untouched.before(model, self.mask)
         if not isinstance(optimizer.optimizer, MaskedOptimizer):
             masked = MaskedOptimizer(optimizer.optimizer, self.mask, model, master_weights=self.master_weights)
@@ -77,9 +76,7 @@ class MaskCallback(TrainerCallback):
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        if self._frozen is not None:
-            self._frozen.restore()
-            self._frozen = None
+        self._thaw()
         assert self._untouched is not None
         self.verification = self._untouched.verify(model)
         if not self.verification.outside_mask_bit_equal:
@@ -92,9 +89,14 @@ class MaskCallback(TrainerCallback):
             warnings.warn("training changed none of the selected weights", stacklevel=2)
 
     def _freeze(self, model: nn.Module) -> None:
-        if self._frozen is None:
-            self._frozen = frozen_outside(model, self.mask)
-            self.savings = self._frozen.savings
+        self._thaw()
+        self._frozen = frozen_outside(model, self.mask)
+        self.savings = self._frozen.savings
+
+    def _thaw(self) -> None:
+        if self._frozen is not None:
+            self._frozen.restore()
+            self._frozen = None
 
 
 def _only_inside(item: Masked) -> Any:

@@ -15,8 +15,9 @@ from fillm.unlearn.matching import Masked, masked_parameters, parameters_of
 def frozen_outside(model: nn.Module, mask: Mapping[str, Any]) -> "Freezing":
     """Ask for gradients of the tensors with something selected, and of no others; from now on.
 
-    Autograd then forms no weight gradient elsewhere and does not enter the layers below the lowest selected tensor. As
-    a context manager it gives every tensor its old `requires_grad` back at the end.
+    Autograd then forms no weight gradient elsewhere and does not enter the layers below the lowest selected tensor. For
+    that, embeddings that transformers has made to ask for gradients of their output no longer do: it does so with all
+    gradient checkpointing, and only the reentrant kind needs it. As a context manager it undoes both at the end.
 
     Args:
         model: its parameters' `requires_grad` is set.
@@ -26,15 +27,18 @@ def frozen_outside(model: nn.Module, mask: Mapping[str, Any]) -> "Freezing":
         What it saves, in `savings`.
 
     Raises:
-        UsageError: a mask that does not fit the model; reentrant gradient checkpointing (`check_checkpointing`).
+        UsageError: a mask that does not fit the model; reentrant gradient checkpointing.
     """
     masked = masked_parameters(mask, parameters_of(model), "the model")
-    check_checkpointing(model)
+    _refuse_reentrant_checkpointing(model)
+    askers = [module for module in model.modules() if getattr(module, "_require_grads_hooks", None)]
+    for module in askers:
+        module.disable_input_require_grads()
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     chosen = {item.parameter for item in masked}
     for parameter in before:
         parameter.requires_grad_(parameter in chosen)
-    return Freezing(_savings(model, masked), before)
+    return Freezing(_savings(model, masked), before, askers)
 
 
 class Freezing(AbstractContextManager["Freezing"]):
@@ -47,27 +51,24 @@ class Freezing(AbstractContextManager["Freezing"]):
             or Sophia holds and `state_bytes_saved`, both beside training every weight.
     """
 
-    def __init__(self, savings: dict[str, int | None], before: dict[nn.Parameter, bool]) -> None:
-        self.savings, self._before = savings, before
+    def __init__(
+        self, savings: dict[str, int | None], before: dict[nn.Parameter, bool], askers: list[nn.Module]
+    ) -> None:
+        self.savings, self._before, self._askers = savings, before, askers
 
     def restore(self) -> None:
-        """Give every tensor its old `requires_grad` back."""
+        """Give every tensor its old `requires_grad` back, and embeddings what they asked for."""
         for parameter, wanted in self._before.items():
             parameter.requires_grad_(wanted)
+        for module in self._askers:
+            module.enable_input_require_grads()
 
     def __exit__(self, *_: object) -> None:
         self.restore()
 
 
-def check_checkpointing(model: nn.Module) -> None:
-    """Refuse reentrant gradient checkpointing in a model of which layers are frozen.
-
-    It gives no gradient to a layer whose input needs none, as that of the lowest selected layer; and inputs made to
-    need one bring the backward pass of the layers below back.
-
-    Raises:
-        UsageError: if it is on.
-    """
+def _refuse_reentrant_checkpointing(model: nn.Module) -> None:
+    """It gives no gradient to a layer whose input needs none, as that of the lowest selected layer."""
     for module in model.modules():
         function = getattr(module, "_gradient_checkpointing_func", None)
         if getattr(module, "gradient_checkpointing", False) and getattr(function, "keywords", {}).get("use_reentrant"):

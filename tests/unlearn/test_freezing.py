@@ -47,6 +47,9 @@ def test_backward_stops_at_the_lowest_selected_layer(checkpointing):
     for name, gradient in gradients.items():
         assert torch.equal(gradient, reference.get_parameter(name).grad)
     assert frozen.savings["lowest_layer"] == frozen.savings["layers_without_backward"] == 2
+    frozen.restore()
+    assert entered(model) == {0, 1, 2, 3}
+    assert bool(model.model.embed_tokens._forward_hooks) == checkpointing  # transformers' own, back again
 
 
 def test_the_savings_are_those_counted_by_hand():
