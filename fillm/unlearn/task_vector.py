@@ -1,6 +1,6 @@
 """Task-vector negation: learn the forget set further, then go as far the other way (arXiv 2212.04089).
 
-    theta <- theta_0 - eta * (theta_learned - theta_0)                                    Ilharco et al., section 3.2
+theta <- theta_0 - eta * (theta_learned - theta_0)                                    Ilharco et al., section 3.2
 """
 
 from collections.abc import Mapping
