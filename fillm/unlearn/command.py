@@ -184,9 +184,10 @@ def _load(config: UnlearnConfig, device: torch.device) -> tuple[nn.Module, dict[
         wanted = DTYPES[config.dtype]
         narrowed = next((name for name, dtype in dtypes.items() if torch.promote_types(dtype, wanted) != wanted), None)
         if narrowed is not None:
+            saved = str(dtypes[narrowed]).removeprefix("torch.")
             raise UsageError(
-                f"--dtype {config.dtype}: {narrowed} was saved in {str(dtypes[narrowed]).removeprefix('torch.')}; rounding "
-                "would change weights outside the mask; leave it out and give --mixed-precision bf16"
+                f"--dtype {config.dtype}: {narrowed} was saved in {saved}; rounding would change weights outside the "
+                "mask; leave it out and give --mixed-precision bf16"
             )
         for parameter in model.parameters():
             parameter.data = parameter.data.to(wanted)

@@ -94,7 +94,8 @@ def predicted(
     Args:
         model: before the step.
         update: `u`, zero outside the mask.
-        forget, retain: the samples whose losses are predicted.
+        forget: samples whose losses are predicted.
+        retain: the same.
         eta: length of the step; None takes the one with a predicted forget rise of `ONE_SHOT_RISE`.
         passes: runs them.
 
@@ -112,8 +113,8 @@ def predicted(
     if eta is None:
         if gain <= 0:
             raise UsageError(
-                f"--loss influence: no step along u raises the forget loss (gain {gain:.3g}); rank with the rows that are "
-                "to be forgotten, or give --eta"
+                f"--loss influence: no step along u raises the forget loss (gain {gain:.3g}); rank with the rows that "
+                "are to be forgotten, or give --eta"
             )
         eta = ONE_SHOT_RISE / gain
     s = dots["retain"]

@@ -180,9 +180,17 @@ def _train(job: Job, before: Evaluation) -> _Outcome:
         plan = plan_of(config, len(job.forget))
         measure = partial(job.measure, trained)
         training = Unlearning(
-            trained, loss, sources, _optimizer(config, trained, mask), entries, plan, job.folder, job.processes, measure,
+            trained,
+            loss,
+            sources,
+            _optimizer(config, trained, mask),
+            entries,
+            plan,
+            job.folder,
+            job.processes,
+            measure,
             job.reaches,
-        )  # fmt: skip
+        )
         for line in savings_lines(freezing.savings, mask.count, sum(p.numel() for p in job.model.parameters())):
             job.console.note(line)
         with signals_noted() as interrupted:
