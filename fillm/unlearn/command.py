@@ -20,6 +20,7 @@ from fillm.rank.console import Console
 from fillm.rank.passes import memory_explained
 from fillm.rank.ranking import Ranking
 from fillm.runs import RunFolder, run_identity, run_record
+from fillm.unlearn.alternatives import read_refusals
 from fillm.unlearn.choosing import check_made_for, chosen_mask, reached_by
 from fillm.unlearn.config import COMMAND_ONLY, FREE_ON_RESUME, INFLUENCE, TASK_VECTOR, UnlearnConfig, loss_options
 from fillm.unlearn.config import resolved as resolved_settings
@@ -145,7 +146,8 @@ def _resolved(config: UnlearnConfig, given: bool = False) -> UnlearnConfig:
     """All settings checked before anything is read, the loss under the name it has here."""
     if config.loss not in (INFLUENCE, TASK_VECTOR):
         config = dataclasses.replace(config, loss=canonical_loss(config.loss))
-        resolved_options(config.loss, LossOptions(**loss_options(config)))
+        if "idk" in resolved_options(config.loss, LossOptions(**loss_options(config))):
+            read_refusals(config.idk)
     return resolved_settings(config, given=given)
 
 

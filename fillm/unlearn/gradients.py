@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from fillm.data import SampleSet
 from fillm.errors import NumericsError, OutOfMemoryError
-from fillm.models import spoilt_weight
 from fillm.runs.memory import is_out_of_memory
 from fillm.unlearn.evaluation import arithmetic
 from fillm.unlearn.losses import UnlearnLoss
@@ -122,16 +121,12 @@ class StepGradients:
                 values = values_of(chosen, self._processes.device)
             finite = torch.isfinite(values)
             if not bool(finite.all()):
-                raise NumericsError(self._not_finite(samples[chosen[int((~finite).nonzero()[0, 0])]].id, step))
+                worst = samples[chosen[int((~finite).nonzero()[0, 0])]].id
+                raise NumericsError(f"{worst}: loss is not finite at step {step}; {REMEDY}")
             if values.requires_grad:  # a sample whose own mask holds nothing that the loss depends on
                 (values.sum() * factor).backward()
             total += float(values.detach().double().sum())
         return total
-
-    def _not_finite(self, sample: str, step: int) -> str:
-        spoilt = spoilt_weight(self._model) if step == 1 else None  # before any step was taken, no rate is at fault
-        remedy = f"{spoilt} holds NaN or infinity: give a model whose weights are finite" if spoilt else REMEDY
-        return f"{sample}: loss is not finite at step {step}; {remedy}"
 
     def _halve(self, lengths: Sequence[int], message: Callable[[str], None]) -> None:
         if self.micro_batch == 1 or self._reaches is not None:

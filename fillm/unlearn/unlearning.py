@@ -1,7 +1,7 @@
 """From a model, a mask and two sets to a model that has forgotten, and the measurements beside it."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from fillm.capture import frozen
 from fillm.data import Reading, Row, SampleSet
-from fillm.errors import DataError
+from fillm.errors import DataError, NumericsError
 from fillm.finetune.schedule import warmup_steps
 from fillm.masks import Mask
-from fillm.models import quiet_transformers, with_lora
+from fillm.models import quiet_transformers, spoilt_weight, with_lora
 from fillm.rank.console import Console
 from fillm.rank.passes import Passes
 from fillm.rank.plan_lines import in_bytes
@@ -101,11 +101,13 @@ def carry_out(job: Job) -> UnlearnResult:
         FillmError: one line.
         RuntimeError: a weight outside the mask has moved: a fault of this program, and nothing is saved.
     """
-    config, model = job.config, job.model
+    model = job.model
+    # What cannot be is refused here, before anything is kept that would have to be resumed.
+    way = _prepared_step(job) if job.config.loss == INFLUENCE else _prepared_training(job)
     with frozen(model):
         untouched = Untouched.before(model, job.mask)
         before = _start(job)
-        outcome = _one_step(job) if config.loss == INFLUENCE else _train(job, before)
+        outcome = way(before)
         verification = untouched.verify(model)
         if not verification.outside_mask_bit_equal:
             raise RuntimeError(f"weights outside the mask have moved, of {', '.join(verification.differing[:3])}")
@@ -145,6 +147,10 @@ def _start(job: Job) -> Evaluation:
     saved = job.folder.load_stage(_START) if job.processes.first else None
     if not job.processes.decide(saved is not None):
         losses = torch.tensor(job.measure(job.model), dtype=torch.float64)
+        if not bool(losses.isfinite().all()):
+            spoilt = spoilt_weight(job.model)
+            cause = f": {spoilt} holds NaN or infinity; give a model whose weights are finite" if spoilt else ""
+            raise NumericsError(f"forget and retain loss are {losses.tolist()} before the first step{cause}")
         job.folder.save_stage(_START, {"losses": losses}, {})
     else:
         losses = (saved or job.folder.load_stage(_START) or ({}, {}))[0]["losses"]
@@ -152,26 +158,37 @@ def _start(job: Job) -> Evaluation:
     return Evaluation(0, forget, retain)
 
 
-def _one_step(job: Job) -> _Outcome:
+def _prepared_step(job: Job) -> Callable[[Evaluation], _Outcome]:
+    return partial(_one_step, job, masked_update(job.model, job.mask, job.updates))
+
+
+def _one_step(job: Job, update: Mapping[str, Tensor], before: Evaluation) -> _Outcome:
     passes = Passes(job.console, folder=job.folder, checkpoint_seconds=job.config.checkpoint_every or 1e-9)
-    update = masked_update(job.model, job.mask, job.updates)
     with passes.stopping():
         one_shot = predicted(job.model, update, job.forget, job.evaluated, job.config.eta, passes)
     take_step(SelectedEntries(job.model, job.mask), update, job.mask, one_shot.eta)
     return _Outcome(1, 0, "", one_shot, [], {}, 0.0)
 
 
-def _train(job: Job, before: Evaluation) -> _Outcome:
+def _prepared_training(job: Job) -> Callable[[Evaluation], _Outcome]:
     config = job.config
     loss: UnlearnLoss = Learning()
     if config.loss != TASK_VECTOR:
         loss = make_loss(config.loss, LossOptions(seed=config.seed, **loss_options(config)))
         loss.check(job.model)
-    sources = _sources(job, loss)
+    alternatives = _alternatives(job) if loss.uses_alternatives else None
+    targets = None if config.lora_rank is None else adapted_modules(job.model, job.mask)
+    return partial(_train, job, loss, alternatives, targets)
+
+
+def _train(
+    job: Job, loss: UnlearnLoss, alternatives: SampleSet | None, targets: list[str] | None, before: Evaluation
+) -> _Outcome:
+    config = job.config
+    sources = _sources(job, loss, alternatives)
     trained, mask = job.model, job.mask
-    if config.lora_rank is not None:
-        trained = with_lora(job.model, config.lora_rank, config.seed, adapted_modules(job.model, job.mask))
-        trained.to(job.processes.device)
+    if targets is not None:
+        trained = with_lora(job.model, int(config.lora_rank or 0), config.seed, targets).to(job.processes.device)
         mask = Mask.whole(trained, [name for name, p in trained.named_parameters() if p.requires_grad])
     with ExitStack() as stack:
         freezing = stack.enter_context(frozen_outside(trained, mask))
@@ -197,7 +214,7 @@ def _train(job: Job, before: Evaluation) -> _Outcome:
             kept = training.run(before, interrupted, job.show)
         if config.loss == TASK_VECTOR:
             negate(entries, start, float(config.eta or 0.0))
-    if config.lora_rank is not None:
+    if targets is not None:
         _merge(job, trained)
     state = training.progressed
     return _Outcome(kept.step, state.step, state.stopped, None, state.log, freezing.savings, training.seconds)
@@ -247,15 +264,18 @@ def _optimizer(config: UnlearnConfig, model: nn.Module, mask: Mask) -> MaskedOpt
     return MaskedOptimizer(optimizer, mask, model, master_weights=True)
 
 
-def _sources(job: Job, loss: UnlearnLoss) -> Sources:
+def _alternatives(job: Job) -> SampleSet:
+    """The forget samples with refusals for answers, position by position."""
+    config = job.config
+    rows = with_refusals(job.rows, job.forget, read_refusals(config.idk), config.seed)
+    found = Reading(config, job.console.warn).samples(rows, job.tokenizer, "--forget", source="refusals")
+    if len(found) != len(job.forget):
+        raise DataError("--max-length leaves no room for some refusals; raise it, or give shorter ones with --idk")
+    return found
+
+
+def _sources(job: Job, loss: UnlearnLoss, alternatives: SampleSet | None) -> Sources:
     """The samples of both terms; what the loss needs of the untouched model is recorded by the first process."""
-    config, alternatives = job.config, None
-    if loss.uses_alternatives:
-        reading = Reading(config, job.console.warn)
-        rows = with_refusals(job.rows, job.forget, read_refusals(config.idk), config.seed)
-        alternatives = reading.samples(rows, job.tokenizer, "--forget", source="refusals")
-        if len(alternatives) != len(job.forget):
-            raise DataError("--loss: a refusal does not fit --max-length; raise it, or give shorter ones with --idk")
     sets = {"forget": job.forget, "retain": job.retain, "alternatives": alternatives}
 
     def open_all() -> dict[str, ReferenceCache]:
