@@ -34,7 +34,8 @@ def answer_states(model: nn.Module, batch: Batch, layer: int) -> Tensor:
     predicts an answer token, here it has read it. The forward pass ends before the next block.
 
     Args:
-        model: a causal language model; not a wrapper that counts on its forward pass to return.
+        model: a causal language model; not a wrapper that counts on its forward pass to return. Gradient
+            checkpointing has to be that of `use_reentrant=False`: the other kind shows hooks no gradient.
         batch: [R, T] tokens in any layout.
         layer: from 0.
 

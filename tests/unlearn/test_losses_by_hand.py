@@ -5,6 +5,7 @@ from math import log
 import pytest
 import torch
 
+from fillm.capture import sample_losses
 from fillm.data import collate
 from fillm.unlearn.losses import LossOptions, make_loss
 from fillm.unlearn.reference import ReferenceRows
@@ -120,3 +121,20 @@ def test_the_control_vector_is_its_seeds():
 def test_a_token_known_by_heart_keeps_the_digits_of_what_is_missing():
     weights = make_loss("satimp", LossOptions(beta1=0.0, beta2=1.0)).weights(torch.tensor([1e-12, 1e-3]))
     torch.testing.assert_close(weights.tolist(), [1e-12, 9.995001666e-4], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "idk"])
+def test_a_step_down_the_forget_term_raises_the_loss_of_the_answers(name):
+    """The sign: for a small step along -gradient, by the inner product of the two gradients."""
+    options, _ = CASES[name]
+    loss, model, batch = make_loss(name, options), TableModel(P.log()), collate(FORGET, [0, 1])
+    values = loss.forget_values(
+        model,
+        batch,
+        reference_of(loss.needs.get("forget"), ORIGINAL_NLL),
+        collate(IDK, [0, 1]) if loss.uses_alternatives else None,
+        reference_of(loss.needs.get("alternatives"), ORIGINAL_IDK_NLL),
+    )
+    (downhill,) = torch.autograd.grad(values.mean(), model.head.weight)
+    (uphill,) = torch.autograd.grad(sample_losses(model, batch).mean(), model.head.weight)
+    assert (downhill * uphill).sum() < 0
