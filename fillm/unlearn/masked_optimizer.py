@@ -161,7 +161,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         """Bytes of state, float32 copies of weights included."""
         held = [value for state in self.state.values() for value in state.values() if isinstance(value, Tensor)]
         held += [entry.compact for entry in self._entries.values() if entry.master]
-        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+        return sum(map(_bytes, held))
 
     def state_dict(self) -> dict[str, Any]:
         """State of the selected weights, as torch's optimisers lay it out, and which weights these are."""
@@ -308,6 +308,13 @@ def _check_kind(optimizer: torch.optim.Optimizer) -> None:
     for flag in ("capturable", "differentiable"):
         if any(group.get(flag) for group in optimizer.param_groups):
             raise UsageError(f"{type(optimizer).__name__}: a masked step is not {flag}; leave the flag out")
+
+
+def _bytes(tensor: Tensor) -> int:
+    """What a tensor takes, its parts together where it is made of several as the 8-bit ones of torchao are."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        return sum(_bytes(getattr(tensor, part)) for part in tensor.__tensor_flatten__()[0])
+    return tensor.numel() * tensor.element_size()
 
 
 def _digest(item: Masked) -> str:

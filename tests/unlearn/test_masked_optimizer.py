@@ -383,3 +383,21 @@ def test_grad_scaler_and_a_plain_loop():
     assert losses[-1] < 0.1 * losses[0]
     for name, p in model.named_parameters():
         assert torch.equal(p.detach()[~chosen[name]], start[name][~chosen[name]])
+
+
+@pytest.mark.filterwarnings("ignore")  # of a package that this project does not pin
+def test_torchao_8_bit_state():
+    make = pytest.importorskip("torchao.optim").AdamW8bit
+    model = nn.Linear(256, 64, bias=False)
+    start, mask = (
+        model.weight.detach().clone(),
+        {"weight": entry((torch.arange(64) % 2 == 0)[:, None].expand(64, 256), "rows")},
+    )
+    optimizer = MaskedOptimizer(make(model.parameters(), lr=0.01, weight_decay=0.1), mask, model)
+    for _ in range(3):
+        model(torch.randn(8, 256)).square().mean().backward()
+        optimizer.clip_grad_norm_(1.0)
+        optimizer.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+    assert torch.equal(model.weight[1::2], start[1::2]) and bool((model.weight[::2] != start[::2]).all())
+    assert optimizer.state_bytes < 2.5 * mask["weight"].count  # of 8 in float32
