@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 pytest.importorskip("accelerate")
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from datasets import Dataset
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
@@ -124,6 +126,23 @@ def test_a_second_training_goes_on_inside_the_same_mask(tmp_path):
     trainer = Trainer(model, arguments(tmp_path, max_steps=2), train_dataset=rows(), callbacks=[MaskCallback(mask)])
     trainer.train()
     trainer.train()
+    assert_only_inside(model, start, mask)
+
+
+def test_the_step_that_a_float16_scaler_takes_is_the_masked_one(tmp_path):
+    """accelerate binds the step of what it wraps when it wraps it; the mask comes later."""
+    accelerator = Accelerator(cpu=True)
+    model = llama()
+    mask = random_mask(model, KINDS)
+    start, scaler = copy.deepcopy(model.state_dict()), torch.amp.GradScaler("cpu", init_scale=4.0)
+    inner = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+    optimizer = AcceleratedOptimizer(inner, device_placement=False, scaler=scaler)
+    MaskCallback(mask).on_train_begin(None, None, None, model=model, optimizer=optimizer)
+    with accelerator.accumulate(model):
+        ids = torch.arange(12).view(2, 6)
+        scaler.scale(model(input_ids=ids, labels=ids).loss).backward()
+        optimizer.step()
+    assert not optimizer.step_was_skipped
     assert_only_inside(model, start, mask)
 
 
