@@ -119,6 +119,22 @@ def test_added_later_or_with_a_masked_optimiser_it_does_the_same(tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(trained[0].parameters(), other.parameters(), strict=True))
 
 
+def test_a_resumed_training_ends_with_the_same_bits(tmp_path):
+    mask = random_mask(llama(), KINDS)
+
+    def trainer():
+        model = llama()
+        optimizers = (MaskedOptimizer(as_trainer_has_it(model), mask, model), None)
+        settings = arguments(tmp_path, max_steps=6, save_strategy="steps", save_steps=3)
+        return Trainer(model, settings, train_dataset=rows(), callbacks=[MaskCallback(mask)], optimizers=optimizers)
+
+    whole, resumed = trainer(), trainer()
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_a_second_training_goes_on_inside_the_same_mask(tmp_path):
     model = llama()
     mask = random_mask(model, KINDS)
