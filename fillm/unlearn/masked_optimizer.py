@@ -161,7 +161,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         """Bytes of state, float32 copies of weights included."""
         held = [value for state in self.state.values() for value in state.values() if isinstance(value, Tensor)]
         held += [entry.compact for entry in self._entries.values() if entry.master]
-        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+        return sum(map(_bytes, held))
 
     def state_dict(self) -> dict[str, Any]:
         """State of the selected weights, as torch's optimisers lay it out, and which weights these are."""
@@ -313,6 +313,13 @@ def _check_kind(optimizer: torch.optim.Optimizer) -> None:
 def mask_digest(mask: Mapping[str, Any]) -> str:
     """sha256 of which weights a mask selects: 64 hexadecimal digits."""
     return hashlib.sha256("".join(f"{name} {_digest(entry)} " for name, entry in mask.items()).encode()).hexdigest()
+
+
+def _bytes(tensor: Tensor) -> int:
+    """What a tensor takes, its parts together where it is made of several as the 8-bit ones of torchao are."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        return sum(_bytes(getattr(tensor, part)) for part in tensor.__tensor_flatten__()[0])
+    return tensor.numel() * tensor.element_size()
 
 
 def _digest(entry: Any) -> str:

@@ -14,12 +14,10 @@ from torch import Tensor, nn
 from fillm.capture import frozen
 from fillm.data import Reading, Row, SampleSet
 from fillm.errors import DataError, NumericsError
-from fillm.finetune.schedule import warmup_steps
 from fillm.masks import Mask
 from fillm.models import quiet_transformers, spoilt_weight, with_lora
 from fillm.rank.console import Console
 from fillm.rank.passes import Passes
-from fillm.rank.plan_lines import in_bytes
 from fillm.runs import signals_noted
 from fillm.unlearn.alternatives import read_refusals, with_refusals
 from fillm.unlearn.choosing import adapted_modules
@@ -29,16 +27,16 @@ from fillm.unlearn.freezing import frozen_outside
 from fillm.unlearn.influence import OneShot, masked_update, predicted, take_step
 from fillm.unlearn.losses import LossOptions, UnlearnLoss, make_loss
 from fillm.unlearn.masked_optimizer import MaskedOptimizer
+from fillm.unlearn.plan import plan_of, savings_lines
 from fillm.unlearn.processes import Folder, Processes
 from fillm.unlearn.reference import ReferenceCache
 from fillm.unlearn.results import UnlearnResult
-from fillm.unlearn.sampling import steps_per_epoch
 from fillm.unlearn.selected import SelectedEntries
 from fillm.unlearn.sophia import Sophia
 from fillm.unlearn.sources import Sources
-from fillm.unlearn.stopping import Evaluation, StoppingRule
+from fillm.unlearn.stopping import Evaluation
 from fillm.unlearn.task_vector import Learning, negate
-from fillm.unlearn.training import Plan, Unlearning
+from fillm.unlearn.training import Unlearning
 from fillm.unlearn.untouched import Untouched
 
 _START = "start"  # the stage that holds the losses before the first step
@@ -218,39 +216,6 @@ def _train(
         _merge(job, trained)
     state = training.progressed
     return _Outcome(kept.step, state.step, state.stopped, None, state.log, freezing.savings, training.seconds)
-
-
-def plan_of(config: UnlearnConfig, num_forget: int) -> Plan:
-    """What the loop does, from resolved settings and the size of the forget set."""
-    per_step = config.batch_size * config.gradient_accumulation
-    epoch = steps_per_epoch(num_forget, per_step)
-    steps = config.max_steps or int(config.epochs or 0) * epoch
-    return Plan(
-        steps=steps,
-        samples_per_step=per_step,
-        batch_size=config.batch_size,
-        lr=config.lr,
-        schedule=config.schedule,
-        warmup=warmup_steps(config.warmup, steps),
-        clip_norm=config.clip_norm,
-        eval_every=config.eval_every or epoch,
-        rule=StoppingRule(config.stop_forget_loss, config.stop_retain_loss),
-        autocast=torch.bfloat16 if config.mixed_precision == "bf16" else None,
-        gradient_checkpointing=config.gradient_checkpointing,
-        seed=config.seed,
-        checkpoint_every=config.checkpoint_every,
-    )
-
-
-def savings_lines(savings: Mapping[str, int | None], selected: int, parameters: int) -> list[str]:
-    """What is trained, and what is saved by freezing all else, for a person."""
-    return [
-        f"training {selected:,} of {parameters:,} weights, in {savings['tensors_trained']} of {savings['tensors']} "
-        f"tensors; no backward in {savings['layers_without_backward']} of {savings['layers']} layers",
-        f"weight gradients: {in_bytes(savings['weight_gradient_bytes'])} "
-        f"({in_bytes(savings['weight_gradient_bytes_saved'])} never formed); optimiser state: "
-        f"{in_bytes(savings['state_bytes'])} ({in_bytes(savings['state_bytes_saved'])} saved)",
-    ]
 
 
 def _optimizer(config: UnlearnConfig, model: nn.Module, mask: Mask) -> MaskedOptimizer:

@@ -7,7 +7,11 @@ import torch
 from torch import nn
 
 pytest.importorskip("accelerate")
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from datasets import Dataset
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 
 from fillm import MaskCallback, MaskedOptimizer, frozen_outside
 from fillm.errors import NumericsError, UsageError
@@ -115,6 +119,22 @@ def test_added_later_or_with_a_masked_optimiser_it_does_the_same(tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(trained[0].parameters(), other.parameters(), strict=True))
 
 
+def test_a_resumed_training_ends_with_the_same_bits(tmp_path):
+    mask = random_mask(llama(), KINDS)
+
+    def trainer():
+        model = llama()
+        optimizers = (MaskedOptimizer(as_trainer_has_it(model), mask, model), None)
+        settings = arguments(tmp_path, max_steps=6, save_strategy="steps", save_steps=3)
+        return Trainer(model, settings, train_dataset=rows(), callbacks=[MaskCallback(mask)], optimizers=optimizers)
+
+    whole, resumed = trainer(), trainer()
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_a_second_training_goes_on_inside_the_same_mask(tmp_path):
     model = llama()
     mask = random_mask(model, KINDS)
@@ -122,6 +142,23 @@ def test_a_second_training_goes_on_inside_the_same_mask(tmp_path):
     trainer = Trainer(model, arguments(tmp_path, max_steps=2), train_dataset=rows(), callbacks=[MaskCallback(mask)])
     trainer.train()
     trainer.train()
+    assert_only_inside(model, start, mask)
+
+
+def test_the_step_that_a_float16_scaler_takes_is_the_masked_one(tmp_path):
+    """accelerate binds the step of what it wraps when it wraps it; the mask comes later."""
+    accelerator = Accelerator(cpu=True)
+    model = llama()
+    mask = random_mask(model, KINDS)
+    start, scaler = copy.deepcopy(model.state_dict()), torch.amp.GradScaler("cpu", init_scale=4.0)
+    inner = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+    optimizer = AcceleratedOptimizer(inner, device_placement=False, scaler=scaler)
+    MaskCallback(mask).on_train_begin(None, None, None, model=model, optimizer=optimizer)
+    with accelerator.accumulate(model):
+        ids = torch.arange(12).view(2, 6)
+        scaler.scale(model(input_ids=ids, labels=ids).loss).backward()
+        optimizer.step()
+    assert not optimizer.step_was_skipped
     assert_only_inside(model, start, mask)
 
 
@@ -156,13 +193,20 @@ def test_a_mask_of_another_model_is_refused_before_anything_is_trained(tmp_path)
         )
 
 
+@pytest.mark.filterwarnings("ignore")  # of a package that this project does not pin
 def test_trl(tmp_path):
     trl = pytest.importorskip("trl")
+    words = {f"w{n}": n for n in range(36)} | {"[PAD]": 36}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, "[PAD]")), eos_token="w0", pad_token="[PAD]"
+    )
     model = llama()
     mask = random_mask(model, KINDS)
     start, callback = copy.deepcopy(model.state_dict()), MaskCallback(mask)
-    settings = arguments(tmp_path, max_steps=4).to_dict()
-    config = trl.SFTConfig(**{k: settings[k] for k in ("output_dir", "max_steps", "weight_decay", "use_cpu")})
-    trl.SFTTrainer(model, args=config, train_dataset=rows(), callbacks=[callback]).train()
+    given = {"max_steps": 4, "weight_decay": 0.1, "learning_rate": 0.01, "use_cpu": True, "bf16": False}
+    config = trl.SFTConfig(str(tmp_path), max_length=16, report_to=[], save_strategy="no", disable_tqdm=True, **given)
+    data = Dataset.from_list([{"input_ids": row["input_ids"].tolist()} for row in rows()])
+    trainer = trl.SFTTrainer(model, config, train_dataset=data, processing_class=tokenizer, callbacks=[callback])
+    trainer.train()
     assert_only_inside(model, start, mask)
-    assert callback.verification.outside_mask_bit_equal
+    assert callback.verification.outside_mask_bit_equal and callback.savings["layers_without_backward"] == 1
