@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fillm.data import SampleSet
-from fillm.errors import NumericsError, OutOfMemoryError
+from fillm.errors import NumericsError, OutOfMemoryError, UsageError
 from fillm.runs.memory import is_out_of_memory
 from fillm.unlearn.evaluation import arithmetic
 from fillm.unlearn.losses import UnlearnLoss
@@ -70,6 +70,7 @@ class StepGradients:
 
         Raises:
             NumericsError: a value that is not finite, with the sample.
+            UsageError: a loss that depends on none of the weights that may change.
             OutOfMemoryError: not even one sample fits.
         """
         while True:
@@ -123,8 +124,12 @@ class StepGradients:
             if not bool(finite.all()):
                 worst = samples[chosen[int((~finite).nonzero()[0, 0])]].id
                 raise NumericsError(f"{worst}: loss is not finite at step {step}; {REMEDY}")
-            if values.requires_grad:  # a sample whose own mask holds nothing that the loss depends on
+            if values.requires_grad:
                 (values.sum() * factor).backward()
+            elif self._reaches is None:  # a single sample's own mask may hold nothing that its loss depends on
+                raise UsageError(
+                    "the loss depends on no selected weight: select some that it does (rmu: at or below --rmu-layer)"
+                )
             total += float(values.detach().double().sum())
         return total
 

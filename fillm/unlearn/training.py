@@ -143,6 +143,8 @@ class Unlearning:
                     forget, retain = self._evaluate()
                     self._note(Evaluation(state.step, forget, retain))
                     row[LOG_COLUMNS.index("forget_loss")], row[LOG_COLUMNS.index("retain_loss")] = forget, retain
+                    if show:
+                        progress.message(f"step {state.step}: forget loss {forget:.4f}, retain loss {retain:.4f}")
                 row[_SECONDS] = time.monotonic() - began
                 state.log.append(row)
                 progress.advance(state.step, int(row[1]), int(row[2]), row[4])

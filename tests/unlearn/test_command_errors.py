@@ -192,3 +192,10 @@ def test_rows_without_questions(settings, tmp_path, refused):
     path = tmp_path / "tokens.jsonl"
     path.write_text(json.dumps({"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}) + "\n")
     assert "has no question to answer otherwise" in refused(forget=str(path), loss="idk")
+
+
+def test_a_mask_that_the_loss_does_not_see(unlearn, tmp_path, model_folder):
+    path = tmp_path / "norm.safetensors"
+    fillm.Mask.whole(load_model(model_folder, device="cpu"), ["model.layers.1.mlp.up_proj.weight"]).save(path)
+    with pytest.raises(UsageError, match="the loss depends on no selected weight"):
+        unlearn("run", mask=str(path), loss="rmu", rmu_layer=0)
