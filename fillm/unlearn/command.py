@@ -56,7 +56,7 @@ def run(config: UnlearnConfig) -> None:
         result, record = _unlearn(config, given, folder, processes, console, show=processes.first)
         adapter = adapter_folder(folder) if config.lora_rank is not None else None
         folder.finish(lambda path: write_result(result, path, record, tokenizer, dtypes, adapter))
-    processes.wait()
+    processes.leave()
     for line in result.lines():
         console.say(line)
     console.say(f"run folder: {Path(config.out)}")

@@ -69,6 +69,12 @@ class Processes:
         if self.count > 1:
             self._state.wait_for_everyone()
 
+    def leave(self) -> None:
+        """The work is done, in all of them."""
+        self.wait()
+        if self.count > 1:
+            self._state.destroy_process_group()
+
 
 def _joined(cpu: bool) -> Any:
     try:

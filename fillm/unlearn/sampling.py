@@ -6,6 +6,7 @@ step's forget samples stand as many retain samples, taken in turn from an endles
 
 import random
 from collections.abc import Sequence
+from functools import lru_cache
 
 from fillm.finetune.schedule import epoch_batches
 
@@ -15,35 +16,37 @@ def steps_per_epoch(num_forget: int, samples_per_step: int) -> int:
     return -(-num_forget // samples_per_step)
 
 
-def forget_positions(lengths: Sequence[int], samples_per_step: int, seed: int, step: int) -> list[int]:
-    """Positions of the forget samples of a step.
+class StepSamples:
+    """Positions of the samples of every step.
 
     Args:
         lengths: tokens of each forget sample.
-        samples_per_step: the last step of an epoch may have fewer.
+        num_retain: size of the retain set.
+        samples_per_step: of each set; the last step of an epoch may have fewer forget samples.
         seed: of the run.
-        step: number of the step, from 0.
     """
-    epoch, position = divmod(step, steps_per_epoch(len(lengths), samples_per_step))
-    return epoch_batches(lengths, samples_per_step, seed, epoch)[position]
+
+    def __init__(self, lengths: Sequence[int], num_retain: int, samples_per_step: int, seed: int) -> None:
+        self._lengths, self._num_retain, self._per_step, self._seed = lengths, num_retain, samples_per_step, seed
+        self._epoch, self._batches = -1, [[0]]  # those of the epoch that was asked for last
+
+    def forget(self, step: int) -> list[int]:
+        """Of the forget samples of a step, numbered from 0."""
+        epoch, position = divmod(step, steps_per_epoch(len(self._lengths), self._per_step))
+        if epoch != self._epoch:
+            self._epoch, self._batches = epoch, epoch_batches(self._lengths, self._per_step, self._seed, epoch)
+        return self._batches[position]
+
+    def retain(self, step: int) -> list[int]:
+        """Of the retain samples of a step: as many in every step, whatever the size of the set."""
+        begin, count = step * self._per_step, self._num_retain
+        rounds = range(begin // count, (begin + self._per_step - 1) // count + 1)
+        row = [position for number in rounds for position in _permutation(count, self._seed, number)]
+        offset = begin - rounds[0] * count
+        return row[offset : offset + self._per_step]
 
 
-def retain_positions(count: int, samples_per_step: int, seed: int, step: int) -> list[int]:
-    """Positions of the retain samples of a step: `samples_per_step` of them, whatever the size of the set.
-
-    Args:
-        count: size of the retain set.
-        samples_per_step: as of the forget set.
-        seed: of the run.
-        step: number of the step, from 0.
-    """
-    begin = step * samples_per_step
-    rounds = range(begin // count, (begin + samples_per_step - 1) // count + 1)
-    row = [position for number in rounds for position in _permutation(count, seed, number)]
-    offset = begin - rounds[0] * count
-    return row[offset : offset + samples_per_step]
-
-
+@lru_cache(maxsize=2)
 def _permutation(count: int, seed: int, number: int) -> list[int]:
     # random() is stable over Python versions, shuffle() is not promised to be
     draw = random.Random(f"{seed}:retain:{number}")

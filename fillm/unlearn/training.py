@@ -34,7 +34,7 @@ from fillm.unlearn.gradients import REMEDY, StepGradients
 from fillm.unlearn.losses import UnlearnLoss
 from fillm.unlearn.masked_optimizer import MaskedOptimizer
 from fillm.unlearn.processes import Folder, Processes
-from fillm.unlearn.sampling import forget_positions, retain_positions, steps_per_epoch
+from fillm.unlearn.sampling import StepSamples, steps_per_epoch
 from fillm.unlearn.selected import SelectedEntries
 from fillm.unlearn.sources import Sources
 from fillm.unlearn.stopping import Evaluation, StoppingRule
@@ -111,6 +111,7 @@ class Unlearning:
         self.progressed = load_checkpoint(folder, entries, optimizer) or Progressed(step=0, micro_batch=share)
         micro_batch = self.progressed.micro_batch
         self._gradients = StepGradients(model, loss, sources, processes, micro_batch, plan.autocast, reaches)
+        self._samples = StepSamples(sources.forget.lengths, len(sources.retain), plan.samples_per_step, plan.seed)
         self.steps_per_epoch = steps_per_epoch(len(sources.forget), plan.samples_per_step)
 
     def run(self, start: Evaluation, interrupted: Callable[[], str | None], show: bool = True) -> Evaluation:
@@ -191,10 +192,8 @@ class Unlearning:
     def _step(self, progress: TrainingProgress) -> list[float]:
         """One optimiser step; its row of the log, without what an evaluation adds."""
         plan, step, sources = self.plan, self.progressed.step, self.sources
-        forget = forget_positions(sources.forget.lengths, plan.samples_per_step, plan.seed, step)
-        retain: list[int] = []
-        if self.loss.uses_retain:
-            retain = retain_positions(len(sources.retain), plan.samples_per_step, plan.seed, step)
+        forget = self._samples.forget(step)
+        retain = self._samples.retain(step) if self.loss.uses_retain else []
         self._estimate_curvature(forget)
         of_forget, of_retain = self._gradients.form(forget, retain, step + 1, progress.message)
         norm = float(self._optimizer.clip_grad_norm_(plan.clip_norm or math.inf))

@@ -15,7 +15,7 @@ from fillm.unlearn.gradients import StepGradients
 from fillm.unlearn.influence import masked_update, predicted
 from fillm.unlearn.losses import LossOptions, make_loss
 from fillm.unlearn.processes import Processes
-from fillm.unlearn.sampling import forget_positions, retain_positions, steps_per_epoch
+from fillm.unlearn.sampling import StepSamples, steps_per_epoch
 from fillm.unlearn.sources import Sources
 from fillm.unlearn.stopping import Evaluation, StoppingRule
 from tests.families import VOCAB_SIZE, build_family
@@ -45,21 +45,25 @@ def plain_loss(model, sample):
 def test_an_epoch_sees_every_forget_sample_once(count, per_step, seed, epoch):
     lengths = [1 + (7 * number) % 11 for number in range(count)]
     steps = steps_per_epoch(count, per_step)
-    seen = [forget_positions(lengths, per_step, seed, epoch * steps + step) for step in range(steps)]
+    order = StepSamples(lengths, 1, per_step, seed)
+    seen = [order.forget(epoch * steps + step) for step in range(steps)]
+    assert StepSamples(lengths, 1, per_step, seed).forget(epoch * steps) == seen[0]
     assert sorted(position for batch in seen for position in batch) == list(range(count))
     assert max(map(len, seen)) <= per_step
 
 
 @given(st.integers(1, 12), st.integers(1, 30), st.integers(0, 5))
 def test_retain_samples_come_in_turn(count, per_step, seed):
-    row = [at for step in range(2 * count) for at in retain_positions(count, per_step, seed, step)]
+    order = StepSamples([1], count, per_step, seed)
+    row = [at for step in range(2 * count) for at in order.retain(step)]
     assert len(row) == 2 * count * per_step
     for begin in range(0, len(row) - count + 1, count):
         assert sorted(row[begin : begin + count]) == list(range(count))
 
 
 def test_retain_order_depends_on_the_seed():
-    assert retain_positions(50, 50, 0, 0) != retain_positions(50, 50, 1, 0) != list(range(50))
+    orders = [StepSamples([1], 50, 50, seed).retain(0) for seed in (0, 1)]
+    assert orders[0] != orders[1] != list(range(50)) != orders[0]
 
 
 CURVE = [Evaluation(0, 0.1, 0.1), Evaluation(2, 1.0, 0.3), Evaluation(4, 2.0, 0.2), Evaluation(6, 3.0, 0.9)]
