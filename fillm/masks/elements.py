@@ -16,7 +16,7 @@ from fillm.errors import NumericsError, UsageError
 from fillm.masks.choice import Choice, budget
 from fillm.masks.tensor_mask import TensorMask, pack
 
-PIECE = 1 << 20  # weights taken at a time; a multiple of 8, so that pieces share no byte
+PIECE = 1 << 16  # weights taken at a time, few enough for the cache; a multiple of 8, so that pieces share no byte
 
 
 class ElementScores(Protocol):

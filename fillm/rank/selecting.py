@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -62,12 +63,12 @@ def masks_of_samples(ranking: "Ranking", choice: Choice) -> dict[str, Mask]:
     names = ranking.per_sample["name"].to_pylist()
     columns = {field: [known[name][field] for name in names] for field in ("kind", "numel")}
     whole = ranking.per_sample.append_column("kind", [columns["kind"]]).append_column("numel", [columns["numel"]])
-    samples, masks = np.array(whole["sample"].to_pylist(), dtype=object), {}
+    whole = _in_scope(whole, layouts, choice)
+    samples, masks, provenance = np.array(whole["sample"].to_pylist(), dtype=object), {}, _provenance(ranking, choice)
     for sample in dict.fromkeys(samples.tolist()):
         table = whole.filter(pa.array(samples == sample)).sort_by("rank")
-        tensors = _unit_masks(_in_scope(table, layouts, choice), layouts, choice, ascending=False)
-        provenance = _provenance(ranking, choice) | {"sample": sample}
-        masks[sample] = Mask(tensors, provenance, _model_fingerprint(ranking))
+        tensors = _unit_masks(table, layouts, choice, ascending=False)
+        masks[sample] = Mask(tensors, provenance | {"sample": sample}, _model_fingerprint(ranking))
     return masks
 
 
@@ -125,7 +126,7 @@ class _UpdateScores:
                 "select: the ranking has no update.safetensors, where the scores of single weights are; rank again"
             )
         self._updates, self._saved = ranking.updates, set(ranking.updates)
-        dtypes = {next(iter(self._read(name, 1))).dtype for name in set(ranking.names)}
+        dtypes = {piece.dtype for name in set(ranking.names) for piece in islice(self._read(name, 1), 1)}
         self.dtype = torch.float64 if torch.float64 in dtypes else torch.float32
         self.ascending = ranking.objective != "forget"
         self.unused = float("inf") if self.ascending else 0.0

@@ -23,7 +23,7 @@ def test_scores_are_the_same_at_every_read():
 
 
 def test_a_row_says_what_it_took(tmp_path):
-    bench.main(["--shape", "tiny", "--fraction", "0.25", "--csv", str(tmp_path / "rows.csv")])
+    bench.main(["--shape", "tiny", "--fraction", "0.25", "--verify", "--csv", str(tmp_path / "rows.csv")])
     with (tmp_path / "rows.csv").open(encoding="utf-8") as file:
         [row] = csv.DictReader(file)
     assert int(row["selected"]) == int(row["weights"]) // 4
@@ -34,4 +34,4 @@ def test_a_row_says_what_it_took(tmp_path):
 def test_a_wrong_mask_is_no_result(monkeypatch):
     monkeypatch.setattr(bench, "bounds", lambda *given: (1.0, 2.0))
     with pytest.raises(SystemExit, match="the mask is wrong"):
-        bench.main(["--shape", "tiny"])
+        bench.main(["--shape", "tiny", "--verify"])
