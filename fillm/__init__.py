@@ -6,6 +6,19 @@ Importing this package loads neither torch nor triton; the names below load what
 from fillm.lazy import lazy_names
 
 __version__ = "0.1.0"
-__all__ = ["Ranking", "__version__", "finetune_model", "rank_parameters"]
+_HOMES = {
+    "Mask": "masks",
+    "MaskCallback": "unlearn",
+    "MaskedOptimizer": "unlearn",
+    "Ranking": "rank",
+    "Sophia": "unlearn",
+    "Untouched": "unlearn",
+    "Verification": "unlearn",
+    "finetune_model": "finetune",
+    "frozen_outside": "unlearn",
+    "rank_parameters": "rank",
+    "unlearn_model": "unlearn",
+}
+__all__ = [*_HOMES, "__version__"]
 
-__getattr__ = lazy_names(__name__, {"Ranking": "rank", "rank_parameters": "rank", "finetune_model": "finetune"})
+__getattr__ = lazy_names(__name__, _HOMES)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "finetune": "make the model that is to forget: train a new or a given causal language model",
     "rank": "rank a model's parameters by how much they hold of what is to be forgotten",
+    "unlearn": "unlearn a forget set inside a mask of a model's weights, and leave every other bit as it is",
 }
 
 

@@ -39,6 +39,10 @@ class StoreError(FillmError):
     """A sketch store that is damaged, in use, or was made from something else."""
 
 
+class MaskError(FillmError):
+    """A mask file that is damaged, or not what a mask file is."""
+
+
 class InterruptedRun(FillmError):
     """Stopped by a signal at a point from which `--resume` continues."""
 

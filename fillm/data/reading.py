@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fillm.data.rows import Row, load_rows
-from fillm.data.samples import SampleSet
+from fillm.data.samples import SampleSet, shared_rows, take
 from fillm.data.tokens import tokenize_rows
 from fillm.errors import DataError, UsageError
 
@@ -35,6 +35,26 @@ class RowSettings(Protocol):
     @property
     def skip_bad_rows(self) -> bool:
         """Whether rows that cannot be used are left out."""
+
+
+class SetSettings(RowSettings, Protocol):
+    """The settings of a command that reads a forget and a retain set."""
+
+    @property
+    def num_forget(self) -> int | None:
+        """How many forget samples to draw; None for all."""
+
+    @property
+    def num_retain(self) -> int | None:
+        """How many retain samples to draw; None for all."""
+
+    @property
+    def seed(self) -> int:
+        """Of the draws."""
+
+    @property
+    def strict(self) -> bool:
+        """Whether a warning about the data is an error."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +122,33 @@ class Reading:
                 raise DataError(f"{line}; raise it, or leave out --strict")
             self.warn(line)
         return found
+
+
+def forget_and_retain(
+    settings: SetSettings, tokenizer: "PreTrainedTokenizerBase | None", rows: Mapping[str, list[Row]], reading: Reading
+) -> dict[str, SampleSet]:
+    """The samples of `forget` and `retain`, or of the one that is given, as many as the settings say.
+
+    Args:
+        settings: with the sets' specs in `forget` and `retain`, by which they are called.
+        tokenizer: of the model; None if all rows carry `input_ids`.
+        rows: by the name of the set.
+        reading: of the same command.
+
+    Raises:
+        DataError: of rows that cannot be used; with `strict`, of rows that both sets share.
+        UsageError: of a count that is out of range.
+    """
+    sets = {}
+    for which, some in rows.items():
+        found = reading.samples(some, tokenizer, f"--{which}", source=getattr(settings, which) or which)
+        sets[which] = take(found, getattr(settings, f"num_{which}"), settings.seed, option=f"--num-{which}")
+    if len(sets) == 2 and (shared := shared_rows(sets["forget"], sets["retain"])):
+        line = f"forget and retain share {len(shared)} rows"
+        if settings.strict:
+            raise DataError(f"{line}; take them out of one, or leave out --strict")
+        reading.warn(line)
+    return sets
 
 
 def skipped_lines(sets: Iterable[SampleSet]) -> list[str]:

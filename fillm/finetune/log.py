@@ -10,17 +10,17 @@ LOG_COLUMNS = ("step", "epoch", "samples", "tokens", "loss", "lr", "gradient_nor
 _COUNTS = ("step", "epoch", "samples", "tokens")
 
 
-def write_log(log: Sequence[Sequence[float]], folder: Path) -> None:
-    """`log.parquet`: one row a step, columns `LOG_COLUMNS`; counts int64, the rest float64, null for NaN.
+def write_log(log: Sequence[Sequence[float]], folder: Path, names: Sequence[str] = LOG_COLUMNS) -> None:
+    """`log.parquet`: one row a step, columns `names`; counts int64, the rest float64, null for NaN.
 
     Raises:
         OSError: if the disk refuses.
     """
-    columns = list(zip(*log, strict=True))
+    columns = list(zip(*log, strict=True)) or [()] * len(names)
     arrays = [
         pa.array([int(value) for value in column], type=pa.int64())
         if name in _COUNTS
         else pa.array(column, type=pa.float64(), from_pandas=True)
-        for name, column in zip(LOG_COLUMNS, columns, strict=True)
+        for name, column in zip(names, columns, strict=True)
     ]
-    pq.write_table(pa.table(arrays, names=list(LOG_COLUMNS)), folder / "log.parquet")
+    pq.write_table(pa.table(arrays, names=list(names)), folder / "log.parquet")

@@ -1,7 +1,6 @@
 """From settings to a finished model folder."""
 
 import sys
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,18 +8,24 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 
 from fillm.config import flag_name, from_mapping
 from fillm.data import Reading, Row, SampleSet, check_fits_model
 from fillm.data.reading import DataLike, skipped_lines
-from fillm.errors import ModelError
 from fillm.finetune.architectures import architecture_config, new_model, train_tokenizer, training_texts
 from fillm.finetune.config import FREE_ON_RESUME, FinetuneConfig, resolved
 from fillm.finetune.log import LOG_COLUMNS, write_log
 from fillm.finetune.schedule import warmup_steps
 from fillm.finetune.training import Plan, Training
-from fillm.models import DTYPES, load_model, load_tokenizer, model_fingerprint, quiet_transformers, resolve_device
+from fillm.models import (
+    DTYPES,
+    load_model,
+    load_tokenizer,
+    model_fingerprint,
+    quiet_transformers,
+    resolve_device,
+    with_lora,
+)
 from fillm.runs import RunFolder, run_identity, run_record, signals_noted, write_record
 
 
@@ -168,26 +173,7 @@ def _prepare(model: PreTrainedModel, config: FinetuneConfig) -> Any:
     model.requires_grad_(config.lora_rank is None)
     if config.lora_rank is None:
         return model.float()
-    try:
-        import peft
-    except ImportError:
-        raise ModelError("--lora-rank needs the package peft; pip install 'fillm[peft]'") from None
-    settings = peft.LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=2 * config.lora_rank,
-        lora_dropout=0.0,
-        target_modules="all-linear",
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
-        task_type="CAUSAL_LM",
-    )
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning)  # peft reads what transformers has deprecated
-        torch.manual_seed(config.seed)
-        wrapped = peft.get_peft_model(model.to(DTYPES[config.dtype]), settings)
-    for parameter in wrapped.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    return wrapped
+    return with_lora(model.to(DTYPES[config.dtype]), config.lora_rank, config.seed)
 
 
 def _plan(config: FinetuneConfig, num_samples: int) -> Plan:

@@ -30,6 +30,7 @@ from fillm.finetune.progress import TrainingProgress
 from fillm.finetune.schedule import epoch_batches, rate_factor
 from fillm.models import spoilt_weight
 from fillm.runs import RunFolder
+from fillm.runs.memory import is_out_of_memory
 
 _BETAS = (0.9, 0.95)
 _LOSS, _SAMPLES, _SECONDS = (LOG_COLUMNS.index(name) for name in ("loss", "samples", "seconds"))
@@ -217,7 +218,7 @@ class Training:
                 losses = self._accumulate(indices)
                 break
             except RuntimeError as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 longest = max(self.samples[index].num_tokens for index in indices)
             if state.micro_batch == 1:
@@ -269,7 +270,3 @@ class Training:
 def _dropout_seed(seed: int, step: int, start: int) -> int:
     """A seed a forward pass: dropout then needs no random state in the checkpoint."""
     return (seed * 1_000_003 + step) * 1_000_003 + start & (1 << 63) - 1
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -6,6 +6,7 @@ from fillm.models.fingerprint import model_fingerprint
 from fillm.models.finite import spoilt_weight
 from fillm.models.heads import HeadLayout, head_layout
 from fillm.models.loading import DTYPES, load_model, load_tokenizer, quiet_transformers, resolve_device
+from fillm.models.lora import with_lora
 from fillm.models.selection import select_tensors
 
 __all__ = [
@@ -23,4 +24,5 @@ __all__ = [
     "resolve_device",
     "select_tensors",
     "spoilt_weight",
+    "with_lora",
 ]

@@ -9,7 +9,7 @@ from torch import nn
 _PIECE_BYTES = 1 << 26
 
 
-def model_fingerprint(model: nn.Module) -> str:
+def model_fingerprint(model: nn.Module, dtype: torch.dtype | None = None) -> str:
     """sha256 over names, shapes, dtypes and bytes of all parameters, in the order of their names.
 
     The same for the same weights on every device. Weights are streamed in pieces of 64 MiB: the extra memory does not
@@ -17,16 +17,18 @@ def model_fingerprint(model: nn.Module) -> str:
 
     Args:
         model: any module; its parameters must hold values (not be on the meta device).
+        dtype: take floating-point parameters as if the model had been loaded in this type.
 
     Returns:
         64 hexadecimal digits.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
-        header = json.dumps([name, list(parameter.shape), str(parameter.dtype).removeprefix("torch.")])
+        taken = dtype if dtype is not None and parameter.is_floating_point() else parameter.dtype
+        header = json.dumps([name, list(parameter.shape), str(taken).removeprefix("torch.")])
         digest.update(header.encode() + b"\n")
         flat = parameter.detach().reshape(-1)
         for piece in flat.split(max(1, _PIECE_BYTES // flat.element_size())):
             # numpy has no bfloat16; bytes it has.
-            digest.update(piece.cpu().contiguous().view(torch.uint8).numpy().data)
+            digest.update(piece.to(taken).cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -8,14 +8,16 @@ from fillm.models.catalogue import KINDS, TensorInfo
 
 
 def select_tensors(
-    catalogue: Sequence[TensorInfo], include: str | None = None, exclude: str | None = None
+    catalogue: Sequence[TensorInfo],
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
 ) -> list[TensorInfo]:
     """The tensors that `include` names and `exclude` does not, in the order of the catalogue.
 
     Args:
         catalogue: what `fillm.models.catalogue` returned.
-        include: comma-separated kinds (`mlp`, `attn`, ...) and globs on names (`*.mlp.*`); `None` or empty is all of
-            them. A tied tensor is matched by any of its names.
+        include: kinds (`mlp`, `attn`, ...) and globs on names (`*.mlp.*`), listed or separated by commas; `None` or
+            empty is all of them. A tied tensor is matched by any of its names.
         exclude: the same; what it matches is left out.
 
     Raises:
@@ -34,8 +36,9 @@ def select_tensors(
     return kept
 
 
-def _patterns(text: str | None) -> list[str]:
-    return [pattern.strip() for pattern in (text or "").split(",") if pattern.strip()]
+def _patterns(given: str | Sequence[str] | None) -> list[str]:
+    listed = [given] if isinstance(given, str) else given or []
+    return [pattern.strip() for text in listed for pattern in text.split(",") if pattern.strip()]
 
 
 def _matched(catalogue: Sequence[TensorInfo], pattern: str, flag: str) -> set[str]:

@@ -13,9 +13,9 @@ from torch import nn
 
 from fillm.capture import Capture, verify
 from fillm.config import from_mapping
-from fillm.data import Reading, Row, SampleSet, check_fits_model, shared_rows, take
-from fillm.data.reading import DataLike, skipped_lines
-from fillm.errors import DataError, UsageError
+from fillm.data import Reading, Row, SampleSet, check_fits_model
+from fillm.data.reading import DataLike, forget_and_retain, skipped_lines
+from fillm.errors import UsageError
 from fillm.models import catalogue, check_differentiable, load_model, load_tokenizer, model_fingerprint, select_tensors
 from fillm.rank.config import FORGET_ALONE, WITHOUT_GRADIENTS, RankConfig, check
 from fillm.rank.console import Console
@@ -28,6 +28,7 @@ from fillm.rank.ranking import Ranking
 from fillm.rank.ranking_files import write_files
 from fillm.rank.sketch_choice import chosen_for_memory, with_sketches_chosen
 from fillm.rank.sketch_probe import probe
+from fillm.rank.units import layouts_of
 from fillm.runs import RunFolder, run_identity, run_record
 from fillm.statistics import SketchStore, holds_store
 
@@ -181,16 +182,7 @@ def _read(config: RankConfig, forget: DataLike, retain: DataLike, console: Conso
 def _samples(
     config: RankConfig, tokenizer: Any, rows: Mapping[str, list[Row]], console: Console
 ) -> dict[str, SampleSet]:
-    reading, sets = Reading(config, console.warn), {}
-    for which, some in rows.items():
-        found = reading.samples(some, tokenizer, f"--{which}", source=getattr(config, which) or which)
-        sets[which] = take(found, getattr(config, f"num_{which}"), config.seed, option=f"--num-{which}")
-    if len(sets) == 2 and (shared := shared_rows(sets["forget"], sets["retain"])):
-        line = f"forget and retain share {len(shared)} rows"
-        if config.strict:
-            raise DataError(f"{line}; take them out of one, or leave out --strict")
-        console.warn(line)
-    return sets
+    return forget_and_retain(config, tokenizer, rows, Reading(config, console.warn))
 
 
 @memory_explained()
@@ -263,6 +255,7 @@ def _rank(
         updates=scores.update or None,
         samples=_sample_table(sets, passes, job.stored),
         per_sample=scores.per_sample,
+        tensors=layouts_of(model, scope, config.granularity),
         settings=settings,
         record=record,
     )

@@ -16,6 +16,7 @@ from fillm.errors import InterruptedRun, NumericsError, OutOfMemoryError
 from fillm.models import spoilt_weight
 from fillm.rank.console import Console
 from fillm.runs import RunFolder, signals_noted
+from fillm.runs.memory import is_out_of_memory
 
 
 class Statistic(Protocol):
@@ -181,7 +182,7 @@ class Passes:
                 )
                 break
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 size = max(len(part) for part in parts)
                 longest = max(len(samples[i].input_ids) for i in batch)
@@ -234,18 +235,12 @@ def memory_explained() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         reason = str(error).partition("\n")[0] or "no reason given"
         raise OutOfMemoryError(
             f"out of memory outside of a batch ({reason}); --dry-run says what a run takes; give --include, or --dtype"
         ) from None
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    # The CPU's allocator raises a plain RuntimeError: "DefaultCPUAllocator: can't allocate ..." or "not enough memory".
-    told = any(words in str(error) for words in ("DefaultCPUAllocator", "not enough memory"))
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or told
 
 
 def peak_memory(device: torch.device) -> int:

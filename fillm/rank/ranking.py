@@ -10,7 +10,9 @@ import pyarrow as pa
 from torch import Tensor
 
 from fillm.errors import NumericsError, RunFolderError, UsageError
+from fillm.masks import LAYOUT_SCHEMA, Mask, make_choice
 from fillm.rank.ranking_files import LazyTensors, check_files, read_record, read_table, write_files
+from fillm.rank.selecting import mask_of, masks_of_samples
 from fillm.runs import RunFolder
 
 _INDEXED = ("row", "head")  # granularities at which one tensor has several rows
@@ -35,6 +37,8 @@ class Ranking:
         samples: `id`, `set` (forget or retain), `tokens`, `loss` per sample, or None.
         per_sample: with `soir-per-sample`, a ranking for every forget sample: `sample`, `rank`, `name`, `score`,
             `score_low`, `score_high`, `note`; else None.
+        tensors: how the units lie in their tensors, as `fillm.masks.layout_table` has it; None of rankings that were
+            made without a model, or by a fillm that did not keep it: no mask can be selected from these.
         settings: every setting of the run.
         record: what else is known of the run: versions, fingerprints, seconds.
     """
@@ -49,10 +53,12 @@ class Ranking:
         updates: Mapping[str, Tensor] | None = None,
         samples: pa.Table | None = None,
         per_sample: pa.Table | None = None,
+        tensors: pa.Table | None = None,
         settings: Mapping[str, Any] | None = None,
         record: Mapping[str, Any] | None = None,
     ) -> None:
         self.table, self.updates, self.samples, self.per_sample = table, updates, samples, per_sample
+        self.tensors = tensors
         self.method, self.objective, self.granularity = method, objective, granularity
         self.settings, self.record = dict(settings or {}), dict(record or {})
 
@@ -68,6 +74,7 @@ class Ranking:
         updates: Mapping[str, Tensor] | None = None,
         samples: pa.Table | None = None,
         per_sample: pa.Table | None = None,
+        tensors: pa.Table | None = None,
         settings: Mapping[str, Any] | None = None,
         record: Mapping[str, Any] | None = None,
     ) -> "Ranking":
@@ -86,6 +93,7 @@ class Ranking:
             updates: by tensor name.
             samples: `id`, `set`, `tokens`, `loss`.
             per_sample: as the attribute.
+            tensors: as the attribute.
             settings: plain values, for YAML.
             record: plain values, for YAML.
 
@@ -115,6 +123,7 @@ class Ranking:
             updates=updates,
             samples=None if samples is None else _checked_samples(samples),
             per_sample=per_sample,
+            tensors=tensors,
             settings=settings,
             record=record,
         )
@@ -145,6 +154,46 @@ class Ranking:
             unit = row["name"] + (f"[{row['index']}]" if "index" in row else "")
             lines.append(f"  {row['rank']}  {unit}  {row['score']:.5g}")
         return "\n".join(lines + (["  ..."] if len(self) > 5 else []))
+
+    def select(
+        self,
+        fraction: float | None = None,
+        side: str | None = None,
+        of: str = "parameters",
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        proportional: bool = False,
+        band: tuple[float, float] | None = None,
+        above: float | None = None,
+    ) -> Mask:
+        """The mask of a part of the ranking (docs/masks.md): by `fraction`, `band` or `above`.
+
+        Units are taken in the order of the ranking, rank 1 first, while they fit; one at least. Fractions are of what
+        `include` and `exclude` leave.
+
+        Args:
+            fraction: how much to take, 0.1 if nothing else is said.
+            side: `top` (if not said) or `bottom`, which takes the last rank first. Units noted as unused are taken by
+                `bottom` alone; so are single weights of score 0 or, where the smallest come first, infinity.
+            of: `parameters`, or `tensors` for a ranking of whole tensors.
+            include: kinds and globs on names, listed or separated by commas.
+            exclude: the same.
+            proportional: the same fraction of every kind (`mlp`, `attn`, ...), each ordered by itself.
+            band: from this fraction of the order to that one.
+            above: what stands above this score: larger ones, or smaller ones where the smallest come first.
+
+        Raises:
+            UsageError: for a choice that cannot be or takes nothing.
+        """
+        return mask_of(self, make_choice(fraction, side, of, include, exclude, proportional, band, above))
+
+    def select_per_sample(self, *arguments: Any, **choice: Any) -> dict[str, Mask]:
+        """A mask for every forget sample, by its id, from the rankings of `soir-per-sample`; arguments as `select`.
+
+        Raises:
+            UsageError: as `select`, and if no single samples were ranked.
+        """
+        return masks_of_samples(self, make_choice(*arguments, **choice))
 
     def save(self, dir: str | os.PathLike[str], overwrite: bool = False) -> Path:
         """Writes a run folder, which appears whole or not at all.
@@ -190,11 +239,19 @@ class Ranking:
                 updates=LazyTensors(folder, files) if "update.safetensors" in files else None,
                 samples=read_table(folder / "samples.parquet") if "samples.parquet" in files else None,
                 per_sample=read_table(folder / "per_sample.parquet") if "per_sample.parquet" in files else None,
+                tensors=_read_tensors(folder) if "tensors.parquet" in files else None,
                 settings=record.pop("settings"),
                 record=record,
             )
         except KeyError as error:
             raise RunFolderError(f"{folder / 'run.yaml'}: says nothing of {error}; rank again") from None
+
+
+def _read_tensors(folder: Path) -> pa.Table:
+    table = read_table(folder / "tensors.parquet")
+    if not table.schema.equals(LAYOUT_SCHEMA):
+        raise RunFolderError(f"{folder / 'tensors.parquet'}: its columns are not those of a ranking")
+    return table
 
 
 def schema(granularity: str) -> pa.Schema:

@@ -16,6 +16,7 @@ from fillm.errors import RunFolderError
 from fillm.figures import score_heatmap
 from fillm.runs import RUN_RECORD, write_record
 from fillm.runs.state_files import check_file, file_sha256, save_tensors
+from fillm.runs.tensor_files import read_streamed
 
 if TYPE_CHECKING:
     from fillm.rank.ranking import Ranking
@@ -56,15 +57,31 @@ class LazyTensors(Mapping[str, Tensor]):
         return self._opened
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in set(self._file().keys()):
+        if name not in self:
             raise KeyError(name)
         return self._file().get_tensor(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in set(self._file().keys())
+
+    def pieces(self, name: str, entries: int) -> Iterator[Tensor]:
+        """The entries of one tensor in flat order, `entries` at a time; no more is in memory."""
+        if name not in self:
+            raise KeyError(name)
+        return read_streamed(self._path, name, entries)
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._file().keys()))
 
     def __len__(self) -> int:
         return len(self._file().keys())
+
+
+def pieces_of(tensors: Mapping[str, Tensor], name: str, entries: int) -> Iterator[Tensor]:
+    """The entries of one tensor in flat order, `entries` at a time, wherever it lies."""
+    if isinstance(tensors, LazyTensors):
+        return tensors.pieces(name, entries)
+    return iter(tensors[name].detach().cpu().flatten().split(entries))
 
 
 def write_files(ranking: "Ranking", folder: Path) -> None:
@@ -81,6 +98,8 @@ def write_files(ranking: "Ranking", folder: Path) -> None:
         write_table(ranking.samples, folder / "samples.parquet")
     if ranking.per_sample is not None:
         write_table(ranking.per_sample, folder / "per_sample.parquet")
+    if ranking.tensors is not None:
+        write_table(ranking.tensors, folder / "tensors.parquet")
     if len(ranking):
         _draw(ranking, folder / "heatmap.png")
     described = {
@@ -99,7 +118,14 @@ def write_files(ranking: "Ranking", folder: Path) -> None:
     write_record(folder, described)
 
 
-def write_table(table: pa.Table, path: Path) -> None:
+def table_bytes(table: pa.Table) -> bytes:
+    """What `write_table` would write."""
+    file = io.BytesIO()
+    write_table(table, file)
+    return file.getvalue()
+
+
+def write_table(table: pa.Table, path: Path | io.BytesIO) -> None:
     """Parquet with every option that reaches the bytes fixed, and a checksum on every page."""
     pq.write_table(
         table.replace_schema_metadata(None).combine_chunks(),

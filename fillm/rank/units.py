@@ -1,9 +1,11 @@
 """What is ranked: tensors, rows, attention heads or single weights; scores of all from `u` (docs/method.md)."""
 
+import pyarrow as pa
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from fillm.masks import TensorLayout, layout_table
 from fillm.models import TensorInfo, head_layout
 from fillm.statistics import Groups
 
@@ -26,6 +28,19 @@ def groups_of(model: nn.Module, scope: list[TensorInfo], granularity: str) -> di
         elif granularity == "head" and (layout := head_layout(model, info)) is not None:
             out[info.name] = Groups(layout.axis if len(info.shape) > 1 else 0, layout.index, layout.num_heads)
     return out
+
+
+def layouts_of(model: nn.Module, scope: list[TensorInfo], granularity: str) -> pa.Table:
+    """Where the units of this granularity lie, for masks: the table of `fillm.masks.layout_table`."""
+    groups = groups_of(model, scope, granularity)
+    layouts = []
+    for info in scope:
+        if granularity in ("tensor", "element"):
+            layouts.append((info.name, TensorLayout(info.shape)))
+        elif (group := groups.get(info.name)) is not None:
+            index = None if granularity == "row" else group.index
+            layouts.append((info.name, TensorLayout(info.shape, group.axis, index)))
+    return layout_table(layouts)
 
 
 def sizes(update: Tensor, group: Groups | None, score: str) -> Tensor:

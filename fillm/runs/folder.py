@@ -184,11 +184,7 @@ class RunFolder:
         Raises:
             RunFolderError: if it is damaged.
         """
-        found = load_pair(self.partial, _STATE)
-        if found is None:
-            return None
-        tensors, record = found
-        return record["stage"], record["cursor"], tensors, record["meta"]
+        return read_state(self.partial)
 
     def save_stage(self, name: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Keeps the result of a finished stage; the state of the pass that led to it is dropped.
@@ -205,8 +201,7 @@ class RunFolder:
         Raises:
             RunFolderError: if it is damaged.
         """
-        found = load_pair(self.partial, f"stage-{name}")
-        return None if found is None else (found[0], found[1]["meta"])
+        return read_stage(self.partial, name)
 
     def finish(self, writer: Callable[[Path], Written]) -> Written:
         """Has the final files written, lets the folder appear under its name, and clears the states away.
@@ -267,6 +262,21 @@ class RunFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def read_state(partial: Path) -> tuple[str, int, dict[str, Tensor], dict[str, Any]] | None:
+    """`RunFolder.load_state` of a folder that another process holds."""
+    found = load_pair(partial, _STATE)
+    if found is None:
+        return None
+    tensors, record = found
+    return record["stage"], record["cursor"], tensors, record["meta"]
+
+
+def read_stage(partial: Path, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """`RunFolder.load_stage` of a folder that another process holds."""
+    found = load_pair(partial, f"stage-{name}")
+    return None if found is None else (found[0], found[1]["meta"])
 
 
 def _occupied(path: Path) -> bool:

@@ -7,7 +7,7 @@ digits are known, from the most significant down, until the whole key of the bud
 bits are written. Nothing is sorted, joined or copied. Ties go to the lowest (tensor, flat index); -0 equals +0.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -131,17 +131,50 @@ def _cpu(scores: Sequence[Tensor], budget: int, instruction_set: str = "") -> tu
     return bits, threshold
 
 
-def _keys(block: Tensor) -> Tensor:
+def keys_of(block: Tensor) -> Tensor:
     """Signed integers with the order of the scores, -0 as +0: [n] -> [n], int64, in the range of the scores' width."""
     width = 8 * block.element_size()
     stored = (block + 0.0).view(INTEGERS[block.element_size()]).to(torch.int64)  # -0 + 0 = +0, all else unchanged
     return stored ^ ((stored >> 63) & ((1 << (width - 1)) - 1))
 
 
+def find_key(read: Callable[[], Iterable[Tensor]], budget: int, dtype: torch.dtype) -> tuple[int, int]:
+    """The key of the budget-th largest score, and how many scores of that key the budget still takes.
+
+    Args:
+        read: gives all scores anew, in flat blocks without NaN, at each of its `8 itemsize / 16` calls; so they need
+            not lie in memory at the same time.
+        budget: from 1 to the number of scores.
+        dtype: of the scores.
+    """
+    width, prefix, remaining = 8 * dtype.itemsize, 0, budget
+    for shift in range(width - DIGIT_BITS, -1, -DIGIT_BITS):
+        totals = torch.zeros(1 << DIGIT_BITS, dtype=torch.int64)
+        first = shift + DIGIT_BITS == width
+        for block in read():
+            keys = keys_of(block)
+            if not first:
+                keys = keys[keys >> (shift + DIGIT_BITS) == prefix]
+            digits = (keys >> shift) + (1 << (DIGIT_BITS - 1)) if first else (keys >> shift) & 0xFFFF
+            totals = totals.to(block.device)
+            totals += torch.bincount(digits, minlength=1 << DIGIT_BITS)
+        digit, remaining = descend(totals, remaining)
+        prefix = digit - (1 << (DIGIT_BITS - 1)) if first else (prefix << DIGIT_BITS) | digit
+    return prefix, remaining
+
+
+def mark(block: Tensor, key: int, ties: int) -> tuple[Tensor, int]:
+    """Keys above `key` and the first `ties` equal ones: [n] -> ([n], bool), and the ties that are left."""
+    keys = keys_of(block)
+    level = keys == key
+    level &= level.cumsum(0) <= ties
+    return (keys > key) | level, ties - int(level.sum())
+
+
 def _torch(scores: Sequence[Tensor], budget: int) -> tuple[list[Tensor], Tensor]:
     """Torch's operators, block by block, on any device. P entries each -> [ceil(P / 8)] each, scalar."""
     flat = [tensor.contiguous().flatten() for tensor in scores]
-    width, device = 8 * flat[0].element_size(), flat[0].device
+    device = flat[0].device
     for t, tensor in enumerate(flat):
         if any(bool(block.isnan().any()) for block in tensor.split(BLOCK_ENTRIES)):
             raise first_nan(flat, t)
@@ -149,20 +182,10 @@ def _torch(scores: Sequence[Tensor], budget: int) -> tuple[list[Tensor], Tensor]
         return [torch.zeros(-(-tensor.shape[0] // 8), dtype=torch.uint8, device=device) for tensor in flat], (
             torch.full((), torch.inf, device=device)
         )
-    prefix, remaining = 0, budget
-    for shift in range(width - DIGIT_BITS, -1, -DIGIT_BITS):
-        totals = torch.zeros(1 << DIGIT_BITS, dtype=torch.int64, device=device)
-        first = shift + DIGIT_BITS == width
-        for tensor in flat:
-            for block in tensor.split(BLOCK_ENTRIES):
-                keys = _keys(block)
-                if not first:
-                    keys = keys[keys >> (shift + DIGIT_BITS) == prefix]
-                digits = (keys >> shift) + (1 << (DIGIT_BITS - 1)) if first else (keys >> shift) & 0xFFFF
-                totals += torch.bincount(digits, minlength=1 << DIGIT_BITS)
-        digit, remaining = descend(totals, remaining)
-        prefix = digit - (1 << (DIGIT_BITS - 1)) if first else (prefix << DIGIT_BITS) | digit
-    return _write(flat, prefix, remaining), value_of(prefix, flat[0])
+    key, ties = find_key(
+        lambda: (block for tensor in flat for block in tensor.split(BLOCK_ENTRIES)), budget, flat[0].dtype
+    )
+    return _write(flat, key, ties), value_of(key, flat[0])
 
 
 def descend(totals: Tensor, remaining: int) -> tuple[int, int]:
@@ -185,11 +208,8 @@ def _write(flat: Sequence[Tensor], key: int, ties: int) -> list[Tensor]:
     for tensor in flat:
         parts = [torch.empty(0, dtype=torch.uint8, device=tensor.device)]
         for block in tensor.split(BLOCK_ENTRIES):  # a multiple of 8, so that blocks share no byte
-            keys = _keys(block)
-            level = keys == key
-            level &= level.cumsum(0) <= ties
-            ties -= int(level.sum())
-            parts.append(pack_bits((keys > key) | level))
+            chosen, ties = mark(block, key, ties)
+            parts.append(pack_bits(chosen))
         bits.append(torch.cat(parts))
     return bits
 

@@ -26,7 +26,7 @@ COLUMNS = [
     "rank", "name", "kind", "layer", "numel", "score", "score_low", "score_high", "damping", "mean_retain_sq_norm",
     "forget_norm", "predicted_forget_gain", "retain_damage", "note",
 ]  # fmt: skip
-FILES = ["heatmap.png", "ranking.csv", "ranking.parquet", "run.yaml", "samples.parquet"]
+FILES = ["heatmap.png", "ranking.csv", "ranking.parquet", "run.yaml", "samples.parquet", "tensors.parquet"]
 RESULTS = ["ranking.csv", "ranking.parquet", "samples.parquet", "update.safetensors"]
 
 

@@ -1,0 +1,1 @@
+"""Masks of models that do not fit into memory."""

@@ -1,0 +1,278 @@
+"""From a model, a mask and two sets to a model that has forgotten, and the measurements beside it."""
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fillm.capture import frozen
+from fillm.data import Reading, Row, SampleSet
+from fillm.errors import DataError, NumericsError
+from fillm.masks import Mask
+from fillm.models import quiet_transformers, spoilt_weight, with_lora
+from fillm.rank.console import Console
+from fillm.rank.passes import Passes
+from fillm.runs import signals_noted
+from fillm.unlearn.alternatives import read_refusals, with_refusals
+from fillm.unlearn.choosing import adapted_modules
+from fillm.unlearn.config import INFLUENCE, TASK_VECTOR, UnlearnConfig, loss_options
+from fillm.unlearn.evaluation import arithmetic, evaluate
+from fillm.unlearn.freezing import frozen_outside
+from fillm.unlearn.influence import OneShot, masked_update, predicted, take_step
+from fillm.unlearn.losses import LossOptions, UnlearnLoss, make_loss
+from fillm.unlearn.masked_optimizer import MaskedOptimizer
+from fillm.unlearn.plan import plan_of, savings_lines
+from fillm.unlearn.processes import Folder, Processes
+from fillm.unlearn.reference import ReferenceCache
+from fillm.unlearn.results import UnlearnResult
+from fillm.unlearn.selected import SelectedEntries
+from fillm.unlearn.sophia import Sophia
+from fillm.unlearn.sources import Sources
+from fillm.unlearn.stopping import Evaluation
+from fillm.unlearn.task_vector import Learning, negate
+from fillm.unlearn.training import Unlearning
+from fillm.unlearn.untouched import Untouched
+
+_START = "start"  # the stage that holds the losses before the first step
+
+
+@dataclass
+class Job:
+    """All that a run works on.
+
+    Attributes:
+        config: resolved.
+        model: changed in place.
+        fingerprint: of it.
+        mask: what may change.
+        reaches: of every forget sample the tensors of its own mask, or None.
+        updates: `u` of the ranking, where it has any.
+        rows: of the forget set, for refusals.
+        tokenizer: of the model; None where all rows carry tokens.
+        forget, retain: the sets.
+        evaluated: the retain samples that evaluations take.
+        folder: of the run.
+        processes: of the run.
+        console: where to speak.
+        show: whether progress is shown.
+    """
+
+    config: UnlearnConfig
+    model: nn.Module
+    fingerprint: str
+    mask: Mask
+    reaches: Sequence[frozenset[str]] | None
+    updates: Mapping[str, Tensor] | None
+    rows: list[Row]
+    tokenizer: Any
+    forget: SampleSet
+    retain: SampleSet
+    evaluated: SampleSet
+    folder: Folder
+    processes: Processes
+    console: Console
+    show: bool
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """Type of the arithmetic; None is that of the weights."""
+        return torch.bfloat16 if self.config.mixed_precision == "bf16" else None
+
+    def measure(self, model: nn.Module) -> tuple[float, float]:
+        """Mean losses of the forget set and of the evaluated retain samples, the same in every process."""
+        size = -(-self.config.batch_size // self.processes.count)
+        sets = (self.forget, self.evaluated)
+        losses = [evaluate(model, samples, self.processes, size, self.autocast) for samples in sets]
+        return float(losses[0].mean()), float(losses[1].mean())
+
+
+def carry_out(job: Job) -> UnlearnResult:
+    """Unlearns, and checks what became of the model.
+
+    Raises:
+        FillmError: one line.
+        RuntimeError: a weight outside the mask has moved: a fault of this program, and nothing is saved.
+    """
+    model = job.model
+    # What cannot be is refused here, before anything is kept that would have to be resumed.
+    way = _prepared_step(job) if job.config.loss == INFLUENCE else _prepared_training(job)
+    with frozen(model):
+        untouched = Untouched.before(model, job.mask)
+        before = _start(job)
+        outcome = way(before)
+        verification = untouched.verify(model)
+        if not verification.outside_mask_bit_equal:
+            raise RuntimeError(f"weights outside the mask have moved, of {', '.join(verification.differing[:3])}")
+        if not verification.mask_applied:
+            job.console.warn("no selected weight has changed: the model is the one that was given")
+        after = Evaluation(outcome.kept, *job.measure(model))
+    return UnlearnResult(
+        model=model,
+        mask=job.mask,
+        verification=verification,
+        before=before,
+        after=after,
+        steps=outcome.steps,
+        stopped=outcome.stopped,
+        one_shot=outcome.one_shot,
+        log=outcome.log,
+        savings=outcome.savings,
+        seconds=outcome.seconds,
+    )
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a way of unlearning tells: see `UnlearnResult`; `kept` is the step whose weights the model has."""
+
+    kept: int
+    steps: int
+    stopped: str
+    one_shot: OneShot | None
+    log: list[list[float]]
+    savings: dict[str, int | None]
+    seconds: float
+
+
+def _start(job: Job) -> Evaluation:
+    """The losses before the first step, measured once a run."""
+    saved = job.folder.load_stage(_START) if job.processes.first else None
+    if not job.processes.decide(saved is not None):
+        losses = torch.tensor(job.measure(job.model), dtype=torch.float64)
+        if not bool(losses.isfinite().all()):
+            spoilt = spoilt_weight(job.model)
+            cause = f": {spoilt} holds NaN or infinity; give a model whose weights are finite" if spoilt else ""
+            raise NumericsError(f"forget and retain loss are {losses.tolist()} before the first step{cause}")
+        job.folder.save_stage(_START, {"losses": losses}, {})
+    else:
+        losses = (saved or job.folder.load_stage(_START) or ({}, {}))[0]["losses"]
+    forget, retain = losses.tolist()
+    return Evaluation(0, forget, retain)
+
+
+def _prepared_step(job: Job) -> Callable[[Evaluation], _Outcome]:
+    return partial(_one_step, job, masked_update(job.model, job.mask, job.updates))
+
+
+def _one_step(job: Job, update: Mapping[str, Tensor], before: Evaluation) -> _Outcome:
+    passes = Passes(job.console, folder=job.folder, checkpoint_seconds=job.config.checkpoint_every or 1e-9)
+    with passes.stopping():
+        one_shot = predicted(job.model, update, job.forget, job.evaluated, job.config.eta, passes)
+    take_step(SelectedEntries(job.model, job.mask), update, job.mask, one_shot.eta)
+    return _Outcome(1, 0, "", one_shot, [], {}, 0.0)
+
+
+def _prepared_training(job: Job) -> Callable[[Evaluation], _Outcome]:
+    config = job.config
+    loss: UnlearnLoss = Learning()
+    if config.loss != TASK_VECTOR:
+        loss = make_loss(config.loss, LossOptions(seed=config.seed, **loss_options(config)))
+        loss.check(job.model)
+    alternatives = _alternatives(job) if loss.uses_alternatives else None
+    targets = None if config.lora_rank is None else adapted_modules(job.model, job.mask)
+    return partial(_train, job, loss, alternatives, targets)
+
+
+def _train(
+    job: Job, loss: UnlearnLoss, alternatives: SampleSet | None, targets: list[str] | None, before: Evaluation
+) -> _Outcome:
+    config = job.config
+    sources = _sources(job, loss, alternatives)
+    trained, mask = job.model, job.mask
+    if targets is not None:
+        trained = with_lora(job.model, int(config.lora_rank or 0), config.seed, targets).to(job.processes.device)
+        mask = Mask.whole(trained, [name for name, p in trained.named_parameters() if p.requires_grad])
+    with ExitStack() as stack:
+        freezing = stack.enter_context(frozen_outside(trained, mask))
+        entries = SelectedEntries(trained, mask)
+        start = entries.take() if config.loss == TASK_VECTOR else {}
+        plan = plan_of(config, len(job.forget))
+        measure = partial(job.measure, trained)
+        training = Unlearning(
+            trained,
+            loss,
+            sources,
+            _optimizer(config, trained, mask),
+            entries,
+            plan,
+            job.folder,
+            job.processes,
+            measure,
+            job.reaches,
+        )
+        for line in savings_lines(freezing.savings, mask.count, sum(p.numel() for p in job.model.parameters())):
+            job.console.note(line)
+        with signals_noted() as interrupted:
+            kept = training.run(before, interrupted, job.show)
+        if config.loss == TASK_VECTOR:
+            negate(entries, start, float(config.eta or 0.0))
+    if targets is not None:
+        _merge(job, trained)
+    state = training.progressed
+    return _Outcome(kept.step, state.step, state.stopped, None, state.log, freezing.savings, training.seconds)
+
+
+def _optimizer(config: UnlearnConfig, model: nn.Module, mask: Mask) -> MaskedOptimizer:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    kind = Sophia if config.optimizer == "sophia" else torch.optim.AdamW
+    optimizer = kind([group for group in groups if group["params"]], lr=config.lr)
+    return MaskedOptimizer(optimizer, mask, model, master_weights=True)
+
+
+def _alternatives(job: Job) -> SampleSet:
+    """The forget samples with refusals for answers, position by position."""
+    config = job.config
+    rows = with_refusals(job.rows, job.forget, read_refusals(config.idk), config.seed)
+    found = Reading(config, job.console.warn).samples(rows, job.tokenizer, "--forget", source="refusals")
+    if len(found) != len(job.forget):
+        raise DataError("--max-length leaves no room for some refusals; raise it, or give shorter ones with --idk")
+    return found
+
+
+def _sources(job: Job, loss: UnlearnLoss, alternatives: SampleSet | None) -> Sources:
+    """The samples of both terms; what the loss needs of the untouched model is recorded by the first process."""
+    sets = {"forget": job.forget, "retain": job.retain, "alternatives": alternatives}
+
+    def open_all() -> dict[str, ReferenceCache]:
+        with arithmetic(job.processes.device, job.autocast):
+            return {
+                name: ReferenceCache.make(
+                    job.folder.partial / f"reference-{name}",
+                    job.model,
+                    sets[name],
+                    recorded,
+                    fingerprint=job.fingerprint,
+                    notice=job.console.note,
+                )
+                for name, recorded in loss.needs.items()
+            }
+
+    if job.processes.first:
+        open_all()
+    job.processes.wait()
+    return Sources(job.forget, job.retain, alternatives, open_all())
+
+
+def _merge(job: Job, trained: Any) -> None:
+    """Adds the adapters to the weights they stand beside; a copy of them is kept for the run's folder."""
+    if job.processes.first:
+        shutil.rmtree(adapter_folder(job.folder), ignore_errors=True)
+        with quiet_transformers():
+            trained.save_pretrained(adapter_folder(job.folder))
+    trained.merge_and_unload()
+    job.model.requires_grad_(False)
+
+
+def adapter_folder(folder: Folder) -> Path:
+    """Where adapters that were trained wait for the run to finish."""
+    return folder.partial / "adapter"
