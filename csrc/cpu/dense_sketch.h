@@ -61,8 +61,9 @@ struct DenseSketchArguments {
 // `instruction_set` as listed by instruction_sets(), or "" for the fastest; throws std::invalid_argument.
 void sketch_dense(const DenseSketchArguments& arguments, const char* instruction_set);
 
-// Rows of a map: out[i, dim] are the entries of coordinates[i], scaled; `dtype` is float32 or float64.
-void dense_rows(const DenseMap& map, const int64_t* coordinates, int64_t count, void* out, Dtype dtype, int threads,
-                const char* instruction_set);
+// Rows of a map: out[i, 0 .. dim), rows `stride` entries apart, are the entries of coordinates[i], scaled; `dtype` is
+// float32 or float64.
+void dense_rows(const DenseMap& map, const int64_t* coordinates, int64_t count, void* out, int64_t stride, Dtype dtype,
+                int threads, const char* instruction_set);
 
 }  // namespace fillm

@@ -66,7 +66,7 @@ inline void circle(uint32_t word, T& cosine, T& sine) {
     const int32_t rest = static_cast<int32_t>(word) - quadrant * (1 << 22);
     const T x = static_cast<T>(rest) * static_cast<T>(6.28318530717958647693 * 0x1p-24), square = x * x;
     const T c = series(kSeries<T>.cosine, square), s = x * series(kSeries<T>.sine, square);
-    cosine = (quadrant & 1 ? s : c) * static_cast<T>(1 - (quadrant + 1 & 2));
+    cosine = (quadrant & 1 ? s : c) * static_cast<T>(1 - ((quadrant + 1) & 2));
     sine = (quadrant & 1 ? c : s) * static_cast<T>(1 - (quadrant & 2));
 }
 

@@ -134,11 +134,26 @@ void multiply(const ProductTask& task) {
     }
 }
 
-constexpr FactoredKernels kFactoredKernels[kDtypes] = {
-    {VectorOf<float>::width, project<float>, multiply<float>},
-    {VectorOf<double>::width, project<double>, multiply<double>},
-    {VectorOf<float>::width, project<BFloat16>, multiply<BFloat16>},
-    {VectorOf<float>::width, project<Float16>, multiply<Float16>}};
+// An addition an entry, to bins that only the hash knows: nothing for a vector, but a row's seldom wait for each other.
+template <class T>
+void fold(const FoldTask& task) {
+    const T* values = static_cast<const T*>(task.values);
+    for (int64_t r = 0; r < task.rows; ++r, values += task.stride) {
+        const T* signs = static_cast<const T*>(task.input_signs) + (task.outputs[r].sign ? task.columns : 0);
+        T* bins = static_cast<T*>(task.bins) + task.outputs[r].bin;
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < task.columns; ++i) bins[task.input_bins[i]] += values[i] * signs[i];
+    }
+}
+
+template <class S>
+constexpr FactoredKernels factored_for() {
+    using T = typename Computes<S>::type;
+    return {VectorOf<T>::width, project<S>, multiply<S>, fold<T>};
+}
+
+constexpr FactoredKernels kFactoredKernels[kDtypes] = {factored_for<float>(), factored_for<double>(),
+                                                       factored_for<BFloat16>(), factored_for<Float16>()};
 
 }  // namespace
 }  // namespace fillm
