@@ -37,7 +37,7 @@ void fillm::bind_factored_sketch(py::module_& module) {
     module.def(
         "tensorsketch",
         [matrix](const Rows& dy, const Rows& x, uintptr_t offsets, int64_t samples, int64_t dim,
-                 const std::vector<uint64_t>& seeds, uintptr_t out, int computes, int threads,
+                 const std::vector<uint64_t>& seeds, uintptr_t out, int dtype, int threads,
                  const std::string& instruction_set) {
             fillm::tensorsketch({{matrix(dy), matrix(x)},
                                  pointer<const int64_t>(offsets),
@@ -46,12 +46,12 @@ void fillm::bind_factored_sketch(py::module_& module) {
                                  seeds.data(),
                                  static_cast<int64_t>(seeds.size()),
                                  pointer<void>(out),
-                                 static_cast<Dtype>(computes),
+                                 static_cast<Dtype>(dtype),
                                  threads},
                                 instruction_set.c_str());
         },
         py::arg("dy"), py::arg("x"), py::arg("offsets"), py::arg("samples"), py::arg("dim"), py::arg("seeds"),
-        py::arg("out"), py::arg("computes"), py::arg("threads"), py::arg("instruction_set"),
+        py::arg("out"), py::arg("dtype"), py::arg("threads"), py::arg("instruction_set"),
         py::call_guard<py::gil_scoped_release>());
 
     module.def(

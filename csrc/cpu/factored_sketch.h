@@ -41,14 +41,23 @@ struct ProductTask {
     void* out;  // rows `columns` entries apart
 };
 
-// Adds rows of gradients to bins[h_o + h'_i], not yet modulo k.
+// Adds some rows of the gradients of up to `lanes` samples to bins[maps][2 dim][lanes], at h_o + h'_i.
 struct FoldTask {
-    const void* values;  // [rows, columns], `stride` entries apart
-    int64_t stride, rows, columns;
-    const Placement* outputs;    // [rows]
-    const uint32_t* input_bins;  // [columns]
-    const void* input_signs;     // [2, columns] of the computing type: the signs, and their opposites
-    void* bins;                  // [2 k]
+    const void* values;  // [samples][rows, columns], samples `stride` entries apart
+    int64_t stride, samples, rows, columns;
+    const Placement* outputs;  // of the first row, maps `outputs_stride` apart
+    int64_t outputs_stride;
+    const Placement* inputs;   // of the first column, likewise
+    int64_t inputs_stride, maps, dim;
+    void* bins;
+};
+
+// out[s, k] = the sum over parts of bins[part][k][s] + bins[part][dim + k][s], in order.
+struct UnfoldTask {
+    const void* bins;  // [parts][2 dim][lanes], parts `part_stride` entries apart
+    int64_t parts, part_stride, dim, samples;
+    void* out;  // rows `out_stride` entries apart
+    int64_t out_stride;
 };
 
 struct FactoredKernels {
@@ -56,6 +65,7 @@ struct FactoredKernels {
     void (*project)(const ProjectTask&);
     void (*multiply)(const ProductTask&);
     void (*fold)(const FoldTask&);
+    void (*unfold)(const UnfoldTask&);
 };
 
 const FactoredKernels* factored_generic_kernels();  // kDtypes entries
@@ -93,13 +103,13 @@ void sketch_narrow(const SketchArguments& arguments, int64_t piece, const char* 
 // ---- TensorSketch ----------------------------------------------------------------------------------------------------
 
 struct TensorSketchArguments {
-    Matrix sides[2];         // dy, x, of the computing type; read up to multiples of kSidePad columns
+    Matrix sides[2];         // dy, x
     const int64_t* offsets;  // [samples + 1]
     int64_t samples, dim;
     const uint64_t* seeds;   // [maps]
     int64_t maps;
-    void* out;               // [samples, maps, dim], written
-    Dtype computes;          // float32 or float64, of all
+    void* out;               // [samples, maps, dim], float32 (float64 for float64), written
+    Dtype dtype;
     int threads;
 };
 

@@ -242,21 +242,17 @@ def is_cheaper_formed(lengths: Tensor, inputs: int, outputs: int, dim: int, maps
 
 def _formed(x: Tensor, dy: Tensor, offsets: Tensor, dim: int, seeds: list[int], instruction_set: str) -> Tensor:
     """From some rows of each gradient at a time, folded into the bins of all maps."""
-    wide = accumulation_dtype(x.dtype)
-    out = torch.empty(offsets.shape[0] - 1, len(seeds) * dim, dtype=wide)
-    padded = {  # read in whole vectors
-        name: torch.nn.functional.pad(part.to(wide), (0, -part.shape[1] % SIDE_PAD)).contiguous()
-        for name, part in (("dy", dy), ("x", x))
-    }
+    x, dy = _along_rows(x), _along_rows(dy)
+    out = torch.empty(offsets.shape[0] - 1, len(seeds) * dim, dtype=accumulation_dtype(x.dtype))
     native.extension.tensorsketch(
-        dy=(padded["dy"].data_ptr(), padded["dy"].shape[1], dy.shape[1]),
-        x=(padded["x"].data_ptr(), padded["x"].shape[1], x.shape[1]),
+        dy=(dy.data_ptr(), dy.stride(0), dy.shape[1]),
+        x=(x.data_ptr(), x.stride(0), x.shape[1]),
         offsets=offsets.data_ptr(),
         samples=out.shape[0],
         dim=dim,
         seeds=seeds,
         out=out.data_ptr(),
-        computes=_code(out),
+        dtype=_code(x),
         threads=torch.get_num_threads(),
         instruction_set=instruction_set,
     )
