@@ -50,17 +50,6 @@ void fillm::bind_sketch(py::module_& module) {
         py::arg("instruction_set"), py::call_guard<py::gil_scoped_release>());
 
     module.def(
-        "dense_rows",
-        [](uintptr_t coordinates, int64_t count, uintptr_t out, int64_t stride, uint64_t seed, uint32_t kind, int64_t dim, int dtype,
-           int threads, const std::string& instruction_set) {
-            fillm::dense_rows({seed, kind, dim}, fillm::pointer<const int64_t>(coordinates), count,
-                              fillm::pointer<void>(out), stride, static_cast<fillm::Dtype>(dtype), threads,
-                              instruction_set.c_str());
-        },
-        py::arg("coordinates"), py::arg("count"), py::arg("out"), py::arg("stride"), py::arg("seed"), py::arg("kind"), py::arg("dim"),
-        py::arg("dtype"), py::arg("threads"), py::arg("instruction_set"), py::call_guard<py::gil_scoped_release>());
-
-    module.def(
         "sketch_tile",
         [](uintptr_t values, int64_t stride, int64_t rows, int64_t columns, int64_t row, int64_t column,
            int64_t inputs, uintptr_t bins, uint64_t seed, uint32_t kind, int64_t chunks, int64_t ranges, int64_t width,

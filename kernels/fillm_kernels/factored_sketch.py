@@ -22,14 +22,20 @@ from fillm_kernels.dispatch import Backend, register, select, triton_backend
 from fillm_kernels.errors import ShapeError
 from fillm_kernels.products import ieee_products, product_by_entry
 from fillm_kernels.seed_law import KINDS as SEED_LAW_KINDS
-from fillm_kernels.sides import SIDES, SKETCH_OF_A_SIDE, CountSketch, checked_dims, listed, projection_rows, sides_of, tensorsketch_side
+from fillm_kernels.sides import (
+    SIDES,
+    SKETCH_OF_A_SIDE,
+    CountSketch,
+    checked_dims,
+    listed,
+    projection_rows,
+    sides_of,
+    tensorsketch_side,
+)
 from fillm_kernels.sketch import sketch
+from fillm_kernels.tensorsketch import count_sketch, from_gradients, is_cheaper_formed
 
 BLOCK_ENTRIES = 1 << 21  # entries of the sketched rows held at a time
-SIDE_PAD = 16  # numbers that rows are padded to a multiple of, for the extension (csrc/cpu/factored_sketch.h)
-# Nanoseconds of a core with AVX-512: an entry of G_b and token, an entry and map, a number of a transform and bit of its
-# length, a coordinate of a token and map.
-FORM_COST, FOLD_COST, TRANSFORM_COST, PLACE_COST = 0.01, 0.4, 0.3, 0.5
 
 
 def factored_sketch(
@@ -124,7 +130,7 @@ def _torch(x: Tensor, dy: Tensor, offsets: Tensor, dims: list[int], kind: str, s
 def _multiplied(
     x: Tensor, dy: Tensor, offsets: Tensor, dims: list[int], sides: Sequence[Side], *, folded: bool = False
 ) -> Tensor:
-    """What the sides (of dy, of x) make of the rows, multiplied sample by sample: outer products, or `folded` spectra."""
+    """What the sides (of dy, of x) make of the rows, multiplied sample by sample: as spectra if `folded`."""
     bounds = offsets.tolist()
     samples, dtype = len(bounds) - 1, accumulation_dtype(x.dtype)
     width, dtype = (dims[0] // 2 + 1, dtype.to_complex()) if folded else (math.prod(dims), dtype)
@@ -175,9 +181,9 @@ def _cpu(
     instruction_set: str = "",
 ) -> Tensor:
     """C++ (csrc/cpu/factored_sketch.cpp, tensorsketch.cpp), all maps in one visit of x and dy."""
+    x, dy = (part if part.stride(1) == 1 or part.shape[1] <= 1 else part.contiguous() for part in (x, dy))
     if kind == "tensorsketch":
         return _tensorsketch(x, dy, offsets, dims[0], seeds, instruction_set)
-    x, dy = (_along_rows(part) for part in (x, dy))
     out = torch.empty(offsets.shape[0] - 1, len(seeds) * math.prod(dims), dtype=accumulation_dtype(x.dtype))
     sides = list(zip(*(sides_of(kind, seed, dims) for seed in seeds), strict=True))  # by side, then by seed
     native.extension.factored_sketch(
@@ -189,29 +195,19 @@ def _cpu(
         samples=out.shape[0],
         kind=SEED_LAW_KINDS.index(SKETCH_OF_A_SIDE[kind]),
         out=out.data_ptr(),
-        dtype=_code(x),
+        dtype=native.address(x)[-1],
         threads=torch.get_num_threads(),
         instruction_set=instruction_set,
     )
     return out
 
 
-def _along_rows(part: Tensor) -> Tensor:
-    return part if part.stride(1) == 1 or part.shape[1] <= 1 else part.contiguous()
-
-
-def _code(part: Tensor) -> int:
-    return native.DTYPE_CODES[str(part.dtype).removeprefix("torch.")]
-
-
-def _tensorsketch(
-    x: Tensor, dy: Tensor, offsets: Tensor, dim: int, seeds: list[int], instruction_set: str
-) -> Tensor:
+def _tensorsketch(x: Tensor, dy: Tensor, offsets: Tensor, dim: int, seeds: list[int], instruction_set: str) -> Tensor:
     """Every sample in the cheaper of two ways. [B, maps * k]."""
     lengths = offsets.diff()
     formed = is_cheaper_formed(lengths, x.shape[1], dy.shape[1], dim, len(seeds))
     out = torch.empty(lengths.shape[0], len(seeds) * dim, dtype=accumulation_dtype(x.dtype))
-    for chosen, run in ((formed, _formed), (~formed, _transformed)):
+    for chosen, run in ((formed, from_gradients), (~formed, _from_spectra)):
         if chosen.all():
             return run(x, dy, offsets, dim, seeds, instruction_set)
         rows = chosen.repeat_interleave(lengths)
@@ -220,71 +216,14 @@ def _tensorsketch(
     return out
 
 
-def is_cheaper_formed(lengths: Tensor, inputs: int, outputs: int, dim: int, maps: int) -> Tensor:
-    """Which samples' TensorSketches cost less from gradients that are formed than from transforms of every token.
-
-    A choice of each sample's own length, so that its bits do not depend on the others.
-
-    Args:
-        lengths: tokens of each sample, [B].
-        inputs: I.
-        outputs: O.
-        dim: k.
-        maps: how many sketches of each sample are wanted; gradients are formed once for all.
-
-    Returns:
-        [B], bool.
-    """
-    formed = inputs * outputs * (FORM_COST * lengths + FOLD_COST * maps)
-    spectra = 2 * dim * math.log2(2 * dim) * TRANSFORM_COST + (inputs + outputs) * PLACE_COST
-    return formed <= lengths * maps * spectra
-
-
-def _formed(x: Tensor, dy: Tensor, offsets: Tensor, dim: int, seeds: list[int], instruction_set: str) -> Tensor:
-    """From some rows of each gradient at a time, folded into the bins of all maps."""
-    x, dy = _along_rows(x), _along_rows(dy)
-    out = torch.empty(offsets.shape[0] - 1, len(seeds) * dim, dtype=accumulation_dtype(x.dtype))
-    native.extension.tensorsketch(
-        dy=(dy.data_ptr(), dy.stride(0), dy.shape[1]),
-        x=(x.data_ptr(), x.stride(0), x.shape[1]),
-        offsets=offsets.data_ptr(),
-        samples=out.shape[0],
-        dim=dim,
-        seeds=seeds,
-        out=out.data_ptr(),
-        dtype=_code(x),
-        threads=torch.get_num_threads(),
-        instruction_set=instruction_set,
-    )
-    return out
-
-
-def _transformed(x: Tensor, dy: Tensor, offsets: Tensor, dim: int, seeds: list[int], instruction_set: str) -> Tensor:
-    """From spectra of count sketches of every token."""
-    x, dy = _along_rows(x), _along_rows(dy)
-    count = partial(_count_sketch, dim=dim, instruction_set=instruction_set)
-    halves = [
+def _from_spectra(x: Tensor, dy: Tensor, offsets: Tensor, dim: int, seeds: list[int], instruction_set: str) -> Tensor:
+    """`from_gradients`, by the transforms of every token's count sketches."""
+    count = partial(count_sketch, dim=dim, instruction_set=instruction_set)
+    maps = [
         _multiplied(x, dy, offsets, [dim], [partial(count, seed=seed, side=n) for n in range(2)], folded=True)
         for seed in seeds
     ]
-    return torch.cat(halves, 1)
-
-
-def _count_sketch(rows: Tensor, dim: int, seed: int, side: int, instruction_set: str) -> Tensor:
-    """[n, width] -> [n, k], by one side of a TensorSketch."""
-    out = torch.empty(rows.shape[0], dim + -dim % SIDE_PAD, dtype=accumulation_dtype(rows.dtype))
-    native.extension.count_sketch(
-        rows=(rows.data_ptr(), rows.stride(0), rows.shape[1]),
-        count=rows.shape[0],
-        dim=dim,
-        seed=seed,
-        side=side,
-        out=out.data_ptr(),
-        dtype=_code(rows),
-        threads=torch.get_num_threads(),
-        instruction_set=instruction_set,
-    )
-    return out[:, :dim]
+    return torch.cat(maps, 1)
 
 
 @torch.library.custom_op("fillm_kernels::factored_sketch", mutates_args=())

@@ -273,7 +273,8 @@ def _cpu(
     wide = accumulation_dtype(x.dtype)
     law = None
     if sketching and sketching.kind in DENSE:
-        sketches.copy_(sketch_formed(x, dy, offsets, sketching, partial(sketch_on_cpu, instruction_set=instruction_set)))
+        run = partial(sketch_on_cpu, instruction_set=instruction_set)
+        sketches.copy_(sketch_formed(x, dy, offsets, sketching, run))
     elif sketching:
         law = BlockMap.of(sketching.kind, sketching.seed, sketching.dim, sketching.nonzeros)
         sketches = torch.empty_like(sketches, dtype=wide)
