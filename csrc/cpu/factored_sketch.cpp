@@ -1,14 +1,17 @@
-// Driver of factored_sketch with sparse sides: rows are projected a block at a time, then multiplied sample by sample.
+// Driver of factored_sketch: rows are projected a block at a time, then multiplied sample by sample.
 //
 // A row's projection depends on the row alone, and a sample's products are added up token by token, so neither blocks
 // nor threads nor neighbours change a bit.
 #include "factored_sketch.h"
 
 #include <algorithm>
+#include <numeric>
 #include <stdexcept>
 #include <vector>
 
+#include "dense_sketch.h"
 #include "instruction_sets.h"
+#include "matmul.h"
 #include "parallel.h"
 #include "seed_law.h"
 
@@ -17,15 +20,6 @@ namespace {
 
 constexpr int64_t kBlockEntries = 1 << 21;  // projected entries held at a time
 constexpr int64_t kTilesAtOnce = 4, kStrip = 32;
-
-const FactoredKernels& kernels_of(Dtype dtype, const char* instruction_set) {
-    const int index = instruction_set_index(instruction_set);
-#ifdef FILLM_X86
-    if (index == 1) return factored_avx2_kernels()[dtype];
-    if (index == 2) return factored_avx512_kernels()[dtype];
-#endif
-    return index == 0 ? factored_generic_kernels()[dtype] : throw std::invalid_argument("no such kernels");
-}
 
 // Maps of `dim` bins in `chunks` equal parts, one map a seed.
 struct NarrowMaps {
@@ -64,6 +58,19 @@ std::vector<Placement> placements_of(const NarrowMaps& of, int64_t first, int64_
     return table;
 }
 
+// Rows of Gaussian maps side by side, [count, maps, padded_side(dim)], zeros in the padding.
+std::vector<unsigned char> entries_of(const NarrowMaps& of, int64_t count, Dtype computes, int threads,
+                                      const char* instruction_set) {
+    const int64_t stride = of.maps * padded_side(of.dim), item = itemsize_of(computes);
+    std::vector<unsigned char> entries(static_cast<size_t>(count * stride * item));
+    std::vector<int64_t> coordinates(static_cast<size_t>(count));
+    std::iota(coordinates.begin(), coordinates.end(), int64_t{0});
+    for (int64_t m = 0; m < of.maps; ++m)
+        dense_rows({of.seeds[m], of.kind, of.dim}, coordinates.data(), count,
+                   entries.data() + m * padded_side(of.dim) * item, stride, computes, threads, instruction_set);
+    return entries;
+}
+
 template <class T>
 void add_rows(const T* rows, int64_t count, int64_t padded, int64_t dim, T* out) {
     for (int64_t r = 0; r < count; ++r)
@@ -81,19 +88,33 @@ double scale_of(const FactoredSide& side) {
 
 }  // namespace
 
+const FactoredKernels& factored_kernels(Dtype dtype, const char* instruction_set) {
+    const int index = instruction_set_index(instruction_set);
+#ifdef FILLM_X86
+    if (index == 1) return factored_avx2_kernels()[dtype];
+    if (index == 2) return factored_avx512_kernels()[dtype];
+#endif
+    return index == 0 ? factored_generic_kernels()[dtype] : throw std::invalid_argument("no such kernels");
+}
+
 void factored_sketch(const FactoredSketchArguments& arguments, const char* instruction_set) {
-    const FactoredKernels& kernels = kernels_of(arguments.dtype, instruction_set);
+    const FactoredKernels& kernels = factored_kernels(arguments.dtype, instruction_set);
     const FactoredSide(&sides)[2] = arguments.sides;
+    const bool dense = arguments.kind == kGaussian;
     for (const FactoredSide& side : sides)
-        if (side.chunks != 1 && side.chunks != 2 && side.chunks != 4) throw std::invalid_argument("chunks: 1, 2 or 4");
+        if (!dense && side.chunks != 1 && side.chunks != 2 && side.chunks != 4)
+            throw std::invalid_argument("chunks: 1, 2 or 4");
     const int64_t maps = arguments.maps, rows = arguments.samples ? arguments.offsets[arguments.samples] : 0;
     const int64_t k_out = sides[0].dim, k_in = sides[1].dim, item = arguments.dtype == kFloat64 ? 8 : 4;
+    const Dtype computes = item == 8 ? kFloat64 : kFloat32;
     int64_t padded[2];
     std::vector<Placement> placements[2];
+    std::vector<unsigned char> entries[2];
     for (int s = 0; s < 2; ++s) {
         padded[s] = maps * padded_side(sides[s].dim);
         const NarrowMaps of{sides[s].seeds, maps, sides[s].dim, sides[s].chunks, arguments.kind};
-        placements[s] = placements_of(of, 0, sides[s].rows.columns, arguments.threads);
+        if (dense) entries[s] = entries_of(of, sides[s].rows.columns, computes, arguments.threads, instruction_set);
+        else placements[s] = placements_of(of, 0, sides[s].rows.columns, arguments.threads);
     }
     std::fill_n(static_cast<unsigned char*>(arguments.out), arguments.samples * maps * k_out * k_in * item, 0);
 
@@ -101,22 +122,36 @@ void factored_sketch(const FactoredSketchArguments& arguments, const char* instr
     const int64_t step = std::max(lanes, kBlockEntries / (padded[0] + padded[1]) / lanes * lanes);
     const int64_t held = std::min(step, rows);
     unsigned char* projected[2];
-    projected[0] = static_cast<unsigned char*>(scratch(static_cast<size_t>(held * (padded[0] + padded[1]) * item)));
+    projected[0] =
+        static_cast<unsigned char*>(kept_scratch(static_cast<size_t>(held * (padded[0] + padded[1]) * item)));
     projected[1] = projected[0] + held * padded[0] * item;
 
     int64_t first = 0;  // the first sample that has rows in the block
     for (int64_t begin = 0; begin < rows; begin += step) {
         const int64_t end = std::min(begin + step, rows), tiles = (end - begin + lanes - 1) / lanes;
-        parallel(2 * tiles, kTilesAtOnce, arguments.threads, [&](int64_t from, int64_t to) {
+        const auto from_row = [&](int s, int64_t row) {
+            const Matrix& matrix = sides[s].rows;
+            return static_cast<const unsigned char*>(matrix.data) +
+                   (begin + row) * matrix.stride * itemsize_of(arguments.dtype);
+        };
+        for (int s = 0; dense && s < 2; ++s) {
+            MatmulArguments g{};
+            g.m = end - begin, g.n = padded[s], g.k = sides[s].rows.columns;
+            g.a = {from_row(s, 0), sides[s].rows.stride, 1, arguments.dtype};
+            g.b = {entries[s].data(), padded[s], 1, computes};
+            g.alpha = 1, g.out = projected[s], g.out_row_stride = padded[s], g.out_column_stride = 1;
+            g.computes = computes, g.threads = arguments.threads;
+            matmul(g, instruction_set);
+        }
+        parallel(dense ? 0 : 2 * tiles, kTilesAtOnce, arguments.threads, [&](int64_t from, int64_t to) {
             void* bins = item_scratch(static_cast<size_t>(std::max(padded[0], padded[1]) * lanes * item));
             for (int64_t i = from; i < to; ++i) {
                 const int s = i < tiles ? 0 : 1;
                 const int64_t row = (s ? i - tiles : i) * lanes;
                 const Matrix& matrix = sides[s].rows;
-                const int64_t at = (begin + row) * matrix.stride * itemsize_of(arguments.dtype);
-                kernels.project({static_cast<const unsigned char*>(matrix.data) + at, matrix.stride, matrix.columns,
-                                 std::min(lanes, end - begin - row), placements[s].data(), maps * sides[s].chunks,
-                                 padded[s], scale_of(sides[s]), bins, projected[s] + row * padded[s] * item});
+                kernels.project({from_row(s, row), matrix.stride, matrix.columns, std::min(lanes, end - begin - row),
+                                 placements[s].data(), maps * sides[s].chunks, padded[s], scale_of(sides[s]), bins,
+                                 projected[s] + row * padded[s] * item});
             }
         });
         while (first < arguments.samples && arguments.offsets[first + 1] <= begin) ++first;
@@ -140,7 +175,7 @@ void factored_sketch(const FactoredSketchArguments& arguments, const char* instr
 }
 
 void sketch_narrow(const SketchArguments& arguments, int64_t piece, const char* instruction_set) {
-    const FactoredKernels& kernels = kernels_of(arguments.dtype, instruction_set);
+    const FactoredKernels& kernels = factored_kernels(arguments.dtype, instruction_set);
     const SketchMap& map = arguments.map;
     const NarrowMaps of{&map.seed, 1, map.dim(), map.chunks, map.kind};
     const int64_t dim = map.dim(), padded = padded_side(dim), lanes = kernels.lanes;

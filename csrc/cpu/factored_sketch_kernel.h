@@ -134,11 +134,61 @@ void multiply(const ProductTask& task) {
     }
 }
 
-constexpr FactoredKernels kFactoredKernels[kDtypes] = {
-    {VectorOf<float>::width, project<float>, multiply<float>},
-    {VectorOf<double>::width, project<double>, multiply<double>},
-    {VectorOf<float>::width, project<BFloat16>, multiply<BFloat16>},
-    {VectorOf<float>::width, project<Float16>, multiply<Float16>}};
+// Lanes are samples: an entry's bin is the same for all of them.
+template <class T>
+void fold(const FoldTask& task) {
+    constexpr int W = VectorOf<T>::width;
+    Vector<T> v[W];
+    for (int64_t r = 0; r < task.rows; ++r) {
+        const ProjectTask row{static_cast<const T*>(task.values) + r * task.columns, task.stride, task.columns,
+                              task.samples, nullptr, 0, 0, 1.0, nullptr, nullptr};
+        for (int64_t first = 0; first < task.columns; first += W) {
+            const int64_t count = task.columns - first < W ? task.columns - first : W;
+            load_columns<T, T>(row, first, count, v);
+            for (int64_t m = 0; m < task.maps; ++m) {
+                const Placement output = task.outputs[m * task.outputs_stride + r];
+                const Placement* inputs = task.inputs + m * task.inputs_stride + first;
+                T* bins = static_cast<T*>(task.bins) + (m * 2 * task.dim + output.bin) * W;
+                for (int64_t c = 0; c < count; ++c) {
+                    T* bin = bins + static_cast<int64_t>(inputs[c].bin) * W;
+                    store(bin, load(bin) + flipped<T>(v[c], inputs[c].sign ^ output.sign));
+                }
+            }
+        }
+    }
+}
+
+// Sums of the parts modulo k, lanes turned into rows.
+template <class T>
+void unfold(const UnfoldTask& task) {
+    constexpr int W = VectorOf<T>::width;
+    const T* bins = static_cast<const T*>(task.bins);
+    Vector<T> v[W];
+    for (int64_t first = 0; first < task.dim; first += W) {
+        const int64_t count = task.dim - first < W ? task.dim - first : W;
+        for (int64_t k = 0; k < W; ++k) {
+            v[k] = Vector<T>{};
+            for (int64_t part = 0; k < count && part < 2 * task.parts; ++part)
+                v[k] += load(bins + (part / 2 * task.part_stride + part % 2 * task.dim * W) + (first + k) * W);
+        }
+        transpose<T>(v);
+        for (int64_t s = 0; s < task.samples; ++s) {
+            T row[W];
+            store(row, v[s]);
+            std::memcpy(static_cast<T*>(task.out) + s * task.out_stride + first, row,
+                        static_cast<size_t>(count) * sizeof(T));
+        }
+    }
+}
+
+template <class S>
+constexpr FactoredKernels factored_for() {
+    using T = typename Computes<S>::type;
+    return {VectorOf<T>::width, project<S>, multiply<S>, fold<T>, unfold<T>};
+}
+
+constexpr FactoredKernels kFactoredKernels[kDtypes] = {factored_for<float>(), factored_for<double>(),
+                                                       factored_for<BFloat16>(), factored_for<Float16>()};
 
 }  // namespace
 }  // namespace fillm

@@ -28,7 +28,8 @@ void parallel(int64_t count, int64_t piece, int threads, const Body& body) {
 }
 
 // Memory of one thread, 64-byte aligned, kept between calls: a fresh block per call would be paid for in page faults.
-// Slot 0 is the calling thread's for a whole call, slots 1 and 2 those of a work item, which may run on the same thread.
+// Slot 0 is the calling thread's for a whole call, slots 1 and 2 those of a work item, which may run on the same thread;
+// slot 3 is for what a driver keeps while it calls another one.
 template <int SLOT>
 void* thread_memory(size_t bytes) {
     struct Block {
@@ -45,6 +46,7 @@ void* thread_memory(size_t bytes) {
 }
 
 inline void* scratch(size_t bytes) { return thread_memory<0>(bytes); }
+inline void* kept_scratch(size_t bytes) { return thread_memory<3>(bytes); }
 inline void* item_scratch(size_t bytes) { return thread_memory<1>(bytes); }
 
 }  // namespace fillm

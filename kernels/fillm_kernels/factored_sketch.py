@@ -22,8 +22,18 @@ from fillm_kernels.dispatch import Backend, register, select, triton_backend
 from fillm_kernels.errors import ShapeError
 from fillm_kernels.products import ieee_products, product_by_entry
 from fillm_kernels.seed_law import KINDS as SEED_LAW_KINDS
-from fillm_kernels.sides import SIDES, CountSketch, checked_dims, listed, projection_rows, sides_of, tensorsketch_side
+from fillm_kernels.sides import (
+    SIDES,
+    SKETCH_OF_A_SIDE,
+    CountSketch,
+    checked_dims,
+    listed,
+    projection_rows,
+    sides_of,
+    tensorsketch_side,
+)
 from fillm_kernels.sketch import sketch
+from fillm_kernels.tensorsketch import count_sketch, from_gradients, is_cheaper_formed
 
 BLOCK_ENTRIES = 1 << 21  # entries of the sketched rows held at a time
 
@@ -104,19 +114,26 @@ def sample_groups(bounds: list[int], step: int) -> Iterator[tuple[int, int]]:
         first = last
 
 
+Side = Callable[[Tensor], Tensor]  # rows [n, width] -> [n, k], float32 or float64
+
+
 def _torch(x: Tensor, dy: Tensor, offsets: Tensor, dims: list[int], kind: str, seed: int) -> Tensor:
     """Rows sketched in blocks (those of `factored*` by whatever runs `sketch`), then a product a sample; any device."""
+    if kind != "tensorsketch":
+        return _multiplied(x, dy, offsets, dims, [partial(_sketched, of=of) for of in sides_of(kind, seed, dims)])
+    sides = [
+        CountSketch(part.shape[1], dims[0], seed, side, x.device) for side, part in zip(SIDES, (dy, x), strict=True)
+    ]
+    return _multiplied(x, dy, offsets, dims, sides, folded=True)
+
+
+def _multiplied(
+    x: Tensor, dy: Tensor, offsets: Tensor, dims: list[int], sides: Sequence[Side], *, folded: bool = False
+) -> Tensor:
+    """What the sides (of dy, of x) make of the rows, multiplied sample by sample: as spectra if `folded`."""
     bounds = offsets.tolist()
     samples, dtype = len(bounds) - 1, accumulation_dtype(x.dtype)
-    folded = kind == "tensorsketch"
-    if folded:
-        sides = [
-            CountSketch(part.shape[1], dims[0], seed, side, x.device) for side, part in zip(SIDES, (dy, x), strict=True)
-        ]
-        width, dtype = dims[0] // 2 + 1, dtype.to_complex()
-    else:
-        sides = [partial(_sketched, of=of) for of in sides_of(kind, seed, dims)]
-        width = math.prod(dims)
+    width, dtype = (dims[0] // 2 + 1, dtype.to_complex()) if folded else (math.prod(dims), dtype)
     sums = torch.zeros(samples, width, dtype=dtype, device=x.device)
     step = max(1, BLOCK_ENTRIES // sum(dims))
     with ieee_products():
@@ -163,10 +180,10 @@ def _cpu(
     seeds: list[int],
     instruction_set: str = "",
 ) -> Tensor:
-    """C++ (csrc/cpu/factored_sketch.cpp) for sparse sides, all maps in one visit of x and dy; torch for the others."""
-    if kind != "factored-sjlt":
-        return for_each_seed(_torch)(x, dy, offsets, dims, kind, seeds)
+    """C++ (csrc/cpu/factored_sketch.cpp, tensorsketch.cpp), all maps in one visit of x and dy."""
     x, dy = (part if part.stride(1) == 1 or part.shape[1] <= 1 else part.contiguous() for part in (x, dy))
+    if kind == "tensorsketch":
+        return _tensorsketch(x, dy, offsets, dims[0], seeds, instruction_set)
     out = torch.empty(offsets.shape[0] - 1, len(seeds) * math.prod(dims), dtype=accumulation_dtype(x.dtype))
     sides = list(zip(*(sides_of(kind, seed, dims) for seed in seeds), strict=True))  # by side, then by seed
     native.extension.factored_sketch(
@@ -176,13 +193,37 @@ def _cpu(
         },
         offsets=offsets.data_ptr(),
         samples=out.shape[0],
-        kind=SEED_LAW_KINDS.index("sjlt"),
+        kind=SEED_LAW_KINDS.index(SKETCH_OF_A_SIDE[kind]),
         out=out.data_ptr(),
-        dtype=native.DTYPE_CODES[str(x.dtype).removeprefix("torch.")],
+        dtype=native.address(x)[-1],
         threads=torch.get_num_threads(),
         instruction_set=instruction_set,
     )
     return out
+
+
+def _tensorsketch(x: Tensor, dy: Tensor, offsets: Tensor, dim: int, seeds: list[int], instruction_set: str) -> Tensor:
+    """Every sample in the cheaper of two ways. [B, maps * k]."""
+    lengths = offsets.diff()
+    formed = is_cheaper_formed(lengths, x.shape[1], dy.shape[1], dim, len(seeds))
+    out = torch.empty(lengths.shape[0], len(seeds) * dim, dtype=accumulation_dtype(x.dtype))
+    for chosen, run in ((formed, from_gradients), (~formed, _from_spectra)):
+        if chosen.all():
+            return run(x, dy, offsets, dim, seeds, instruction_set)
+        rows = chosen.repeat_interleave(lengths)
+        own = torch.nn.functional.pad(lengths[chosen].cumsum(0), (1, 0))
+        out[chosen] = run(x[rows], dy[rows], own, dim, seeds, instruction_set)
+    return out
+
+
+def _from_spectra(x: Tensor, dy: Tensor, offsets: Tensor, dim: int, seeds: list[int], instruction_set: str) -> Tensor:
+    """`from_gradients`, by the transforms of every token's count sketches."""
+    count = partial(count_sketch, dim=dim, instruction_set=instruction_set)
+    maps = [
+        _multiplied(x, dy, offsets, [dim], [partial(count, seed=seed, side=n) for n in range(2)], folded=True)
+        for seed in seeds
+    ]
+    return torch.cat(maps, 1)
 
 
 @torch.library.custom_op("fillm_kernels::factored_sketch", mutates_args=())

@@ -99,7 +99,7 @@ def _suits_extension(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return x.numel() * weight.shape[0] >= LEAST_WORK and (bias is None or bias.shape == weight.shape[:1])
 
 
-def product_by_entry(a: Tensor, b: Tensor) -> Tensor:
+def product_by_entry(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """`product` of matrices, where every entry has bits of its own row and column alone.
 
     A library's product takes another order for another number of threads, and, where it is narrow, for another place of
@@ -108,13 +108,15 @@ def product_by_entry(a: Tensor, b: Tensor) -> Tensor:
     Args:
         a: [M, K], floating, any strides.
         b: [K, N], of the same dtype.
+        out: [M, N] to write to, float32 (float64 for float64), any strides; None for memory of its own.
 
     Returns:
         [M, N], float32 or float64.
     """
     if native.extension is None or a.device.type != "cpu":
-        return product(a, b)
-    out = a.new_empty(a.shape[0], b.shape[1], dtype=accumulation_dtype(a.dtype))
+        return product(a, b) if out is None else out.copy_(product(a, b))
+    if out is None:
+        out = a.new_empty(a.shape[0], b.shape[1], dtype=accumulation_dtype(a.dtype))
     _multiply(out, a, b, None)
     return out
 

@@ -9,6 +9,7 @@ read and written once for a block of samples. No [B, O, I] is ever in memory. Wh
 """
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -30,11 +31,12 @@ from fillm_kernels.products import ieee_products, product, product_by_entry
 from fillm_kernels.rows import nonzero_rows
 from fillm_kernels.seed_law import KINDS, BlockMap
 from fillm_kernels.sketch import DENSE, check_map
+from fillm_kernels.sketch import _cpu as sketch_on_cpu
 from fillm_kernels.sketch import _reference as sketch_in_float64
 from fillm_kernels.sketch import _torch as sketch_on_torch
 
 BLOCK_ENTRIES = 1 << 22  # entries of gradients that are formed at a time, where they are: 16 MiB in float32
-SAMPLES = 16  # whose blocks of rows are sketched together
+SAMPLES = 64  # whose blocks of rows are sketched together: every entry of the map is made once for all of them
 
 
 class Moments(NamedTuple):
@@ -246,11 +248,9 @@ def sketch_formed(x: Tensor, dy: Tensor, offsets: Tensor, sketching: Sketching, 
             last = min(group + SAMPLES, samples)
             for first in range(0, outputs, step):
                 rows = dy[:, first : first + step]
-                formed = x.new_zeros(last - group, rows.shape[1], inputs, dtype=wide)
-                for sample in range(group, last):
-                    begin, end = bounds[sample], bounds[sample + 1]
-                    if end > begin:
-                        formed[sample - group] = product_by_entry(rows[begin:end].T, x[begin:end])
+                formed = x.new_empty(last - group, rows.shape[1], inputs, dtype=wide)
+                for own, (begin, end) in zip(formed, pairwise(bounds[group : last + 1]), strict=True):
+                    product_by_entry(rows[begin:end].T, x[begin:end], own)
                 sketches[group:last] += run(formed.flatten(1), *sketching, first * inputs)
     return sketches
 
@@ -267,13 +267,14 @@ def _cpu(
     sketching: Sketching | None,
     instruction_set: str = "",
 ) -> Found:
-    """C++ (csrc/cpu/sample_moments.cpp), without the rows of dy that are all zero; dense sketches by products."""
+    """C++ (csrc/cpu/sample_moments.cpp), without the rows of dy that are all zero; dense sketches of formed blocks."""
     dim = sketching.dim if sketching else None
     norms, dots, row_norms, sketches = _empty(x, dy, offsets, v is not None, rows, dim, torch.float64)
     wide = accumulation_dtype(x.dtype)
     law = None
     if sketching and sketching.kind in DENSE:
-        sketches.copy_(sketch_formed(x, dy, offsets, sketching, sketch_on_torch))
+        run = partial(sketch_on_cpu, instruction_set=instruction_set)
+        sketches.copy_(sketch_formed(x, dy, offsets, sketching, run))
     elif sketching:
         law = BlockMap.of(sketching.kind, sketching.seed, sketching.dim, sketching.nonzeros)
         sketches = torch.empty_like(sketches, dtype=wide)

@@ -107,35 +107,33 @@ def _reference(g: Tensor, dim: int, kind: str, seed: int, nonzeros: int, offset:
 
 
 def _cpu(g: Tensor, dim: int, kind: str, seed: int, nonzeros: int, offset: int, instruction_set: str = "") -> Tensor:
-    """C++ (csrc/cpu/sketch.cpp) for the sparse kinds; products for the dense ones. [B, P] on the CPU -> [B, dim]."""
-    if kind in DENSE:
-        return project(g, dim, kind, seed, offset)
+    """C++ (csrc/cpu/sketch.cpp, dense_sketch.cpp). [B, P] on the CPU -> [B, dim]."""
     if g.stride(1) != 1 and g.shape[1] > 1:
         step = max(1, BLOCK_ENTRIES // max(1, g.shape[0]))
         parts = [
-            _cpu(piece.contiguous(), dim, kind, seed, nonzeros, offset + at * step)
+            _cpu(piece.contiguous(), dim, kind, seed, nonzeros, offset + at * step, instruction_set)
             for at, piece in enumerate(g.split(step, 1))
         ]
         return torch.stack(parts).sum(0)
-    law = BlockMap.of(kind, seed, dim, nonzeros)
     out = torch.empty(g.shape[0], dim, dtype=accumulation_dtype(g.dtype))
-    native.extension.sketch(
-        values=g.data_ptr(),
-        stride=g.stride(0),
-        samples=g.shape[0],
-        count=g.shape[1],
-        offset=offset,
-        out=out.data_ptr(),
-        seed=seed,
-        kind=KINDS.index(kind),
-        chunks=law.chunks,
-        ranges=law.ranges,
-        width=law.width,
-        scale=law.scale,
-        dtype=native.DTYPE_CODES[str(g.dtype).removeprefix("torch.")],
-        threads=torch.get_num_threads(),
-        instruction_set=instruction_set,
-    )
+    shared = {
+        "values": g.data_ptr(),
+        "stride": g.stride(0),
+        "samples": g.shape[0],
+        "count": g.shape[1],
+        "offset": offset,
+        "out": out.data_ptr(),
+        "seed": seed,
+        "kind": KINDS.index(kind),
+        "dtype": native.DTYPE_CODES[str(g.dtype).removeprefix("torch.")],
+        "threads": torch.get_num_threads(),
+        "instruction_set": instruction_set,
+    }
+    if kind in DENSE:
+        native.extension.sketch_dense(dim=dim, **shared)
+        return out
+    law = BlockMap.of(kind, seed, dim, nonzeros)
+    native.extension.sketch(chunks=law.chunks, ranges=law.ranges, width=law.width, scale=law.scale, **shared)
     return out
 
 

@@ -104,8 +104,7 @@ def outer_sketch_contract(kind: str, dim: int) -> Contract:
     return Contract(
         f"outer_sketch {kind}", "sample_moments", fk.outer_sketch,
         lambda shape, dtype: {**ragged(shape, dtype), "dim": dim, "kind": kind, "seed": 2**40 + 3},
-        answer, roundoff=INEXACT if kind == "gaussian" else 0.0, thread_proof=kind not in ("gaussian", "rademacher"),
-        many_programs=True,
+        answer, roundoff=INEXACT if kind == "gaussian" else 0.0, many_programs=True,
     )  # fmt: skip
 
 
@@ -117,11 +116,10 @@ def sketch_contract(kind: str, dim: int) -> Contract:
     def answer(a: Arguments) -> list[Tensor]:
         return [a["g"].double() @ projection(kind, a["seed"], dim, a["g"].shape[1], offset=a["offset"])]
 
-    dense = kind in ("gaussian", "rademacher")
     return Contract(
         f"sketch {kind}", "sketch", fk.sketch, build, answer, roundoff=INEXACT if kind == "gaussian" else 0.0,
-        anything_goes=frozenset({("g", "longer")}), thread_proof=not dense, many_programs=True,
-        not_on=("cuda",) if dense else (),
+        anything_goes=frozenset({("g", "longer")}), many_programs=True,
+        not_on=("cuda",) if kind in ("gaussian", "rademacher") else (),
     )  # fmt: skip
 
 
@@ -130,7 +128,7 @@ def factored_contract(kind: str, *dims: int) -> Contract:
         f"factored_sketch {kind}", "factored_sketch", fk.factored_sketch,
         lambda shape, dtype: {**ragged(shape, dtype), "dims": dims, "kind": kind, "seed": 2**40 + 3},
         lambda a: [two_sided(kind, a["seed"], dims, of(a))],
-        roundoff=0.0 if kind == "factored-sjlt" else INEXACT, thread_proof=kind == "factored-sjlt",
+        roundoff=0.0 if kind == "factored-sjlt" else INEXACT, thread_proof=kind != "tensorsketch",
         many_programs=True,
     )  # fmt: skip
 

@@ -1,10 +1,12 @@
 import importlib
 import math
+from itertools import pairwise
 
 import pytest
 import torch
 from fillm_kernels import BackendError, DtypeError, ShapeError, factored_sketch, native
 from fillm_kernels.factored_sketch import _reference
+from fillm_kernels.tensorsketch import from_gradients, is_cheaper_formed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -138,14 +140,63 @@ def test_several_maps_lie_side_by_side(backend, kind, dims, monkeypatch):
 
 
 @pytest.mark.parametrize("dims", [(1, 1), (6, 3), (8, 16), (16, 40), (130, 17)])
+@pytest.mark.parametrize("kind", ["factored", "factored-sjlt"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("instruction_set", native.instruction_sets())
-def test_every_instruction_set_and_width_of_a_side(instruction_set, dtype, dims):
+def test_every_instruction_set_and_width_of_a_side(instruction_set, dtype, kind, dims):
     for inputs, outputs in WIDTHS[:4]:
         x, dy, offsets = ragged([9, 0, 40, 1, 33], inputs, outputs, dtype)
-        got = module._cpu(x, dy, offsets, list(dims), "factored-sjlt", [3, 9], instruction_set)
-        want = [_reference(x, dy, offsets, list(dims), "factored-sjlt", seed) for seed in (3, 9)]
+        got = module._cpu(x, dy, offsets, list(dims), kind, [3, 9], instruction_set)
+        want = [_reference(x, dy, offsets, list(dims), kind, seed) for seed in (3, 9)]
         assert_within(got, torch.cat(want, 1), bound(x, dy, offsets))
+
+
+@pytest.mark.parametrize("way", [from_gradients, module._from_spectra])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("instruction_set", native.instruction_sets())
+def test_both_ways_to_a_tensorsketch_on_every_instruction_set(instruction_set, dtype, way):
+    # 19 samples fill a vector of lanes and a part of the next; blocks of 42 x 128 entries, whole and not.
+    lengths = [9, 0, 40, 1, 33, *range(14)]
+    for inputs, outputs in ((1, 1), (7, 130), (131, 43), (64, 64)):
+        x, dy, offsets = ragged(lengths, inputs, outputs, dtype)
+        for dim in (1, 7, 40, 600):
+            got = way(x, dy, offsets, dim, [3, 9], instruction_set)
+            want = [_reference(x, dy, offsets, [dim], "tensorsketch", seed) for seed in (3, 9)]
+            assert_within(got, torch.cat(want, 1), bound(x, dy, offsets))
+
+
+def test_the_cheaper_way_is_a_samples_own_choice():
+    # Transforms of a token cost the same however large the gradient is; to form it pays for many tokens.
+    lengths = torch.tensor([0, 1, 30, 300])
+    assert is_cheaper_formed(lengths, 256, 256, 2048, 2).tolist() == [False, False, True, True]
+    assert is_cheaper_formed(lengths, 4096, 4096, 64, 2).tolist() == [False] * 4
+    assert not is_cheaper_formed(lengths[:0], 8, 8, 8, 1).any()
+
+
+def test_a_batch_in_which_samples_go_both_ways():
+    lengths = [0, 30, 1, 60, 1, 0]
+    x, dy, offsets = ragged(lengths, 64, 60)
+    chosen = is_cheaper_formed(offsets.diff(), 64, 60, 64, 2)
+    assert chosen.tolist() == [False, True, False, True, False, False]
+    got = factored_sketch(x, dy, offsets, 64, "tensorsketch", [3, 9])
+    want = [_reference(x, dy, offsets, [64], "tensorsketch", seed) for seed in (3, 9)]
+    assert_within(got, torch.cat(want, 1), bound(x, dy, offsets))
+
+
+def test_neither_threads_nor_neighbours_change_a_bit_of_what_is_formed(monkeypatch):
+    x, dy, offsets = ragged([*range(35)], 70, 90)  # large enough for parts with bins of their own
+    before, results = torch.get_num_threads(), []
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(torch.nan))
+    try:
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            results.append(from_gradients(x, dy, offsets, 40, [3, 4], ""))
+    finally:
+        torch.set_num_threads(before)
+    bounds = list(pairwise(offsets.tolist()))
+    alone = [from_gradients(x[a:b], dy[a:b], torch.tensor([0, b - a]), 40, [3, 4], "") for a, b in bounds]
+    assert all(torch.equal(result, results[0]) for result in (*results[1:], torch.cat(alone)))
 
 
 def test_blocks_of_rows_and_neighbours_change_no_bit_of_sparse_sides():

@@ -223,8 +223,8 @@ def test_strided_inputs(monkeypatch, backend, kind):
 @pytest.mark.parametrize("kind", DENSE)
 def test_gradients_are_formed_in_blocks_of_rows_whose_offsets_follow_the_law(monkeypatch, backend, kind):
     monkeypatch.setenv("FILLM_BACKEND", backend)
-    monkeypatch.setattr(importlib.import_module("fillm_kernels.sample_moments"), "BLOCK_ENTRIES", 16 * 33 * 7)
-    x, dy, offsets = ragged([4, 7, 0, 9] * 5, 33, 50)  # more samples than are formed together, 8 blocks of rows
+    monkeypatch.setattr(importlib.import_module("fillm_kernels.sample_moments"), "BLOCK_ENTRIES", 64 * 33 * 7)
+    x, dy, offsets = ragged([4, 7, 0, 9] * 20, 33, 50)  # more samples than are formed together, 8 blocks of rows
     seen = []
 
     def spy(formed: Tensor, *arguments: object) -> Tensor:

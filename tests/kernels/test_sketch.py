@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.kernels.law import projection
 from tests.kernels.ragged import DTYPES, assert_within, precision
 
 BACKENDS = ("cpu", "torch", "triton", "cuda", "reference")  # cuda: on the CPU, tests/kernels/cuda_host.py
@@ -61,7 +62,7 @@ def test_every_backend_agrees_with_the_definition_in_float64(backend, kind, dtyp
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", SPARSE)
+@pytest.mark.parametrize("kind", SKETCHES)
 @pytest.mark.parametrize("instruction_set", native.instruction_sets())
 def test_every_instruction_set_of_this_processor(instruction_set, kind, dtype):
     for samples, count, dim in SHAPES:
@@ -84,6 +85,30 @@ def test_many_rows_in_few_bins_have_the_bits_of_single_rows(instruction_set, dty
             want = _reference(g, dim, kind, 9, nonzeros, offset)
             # No bin holds more than the whole row: at most 1500 terms, 64 roundings of their sum.
             assert_within(together, want, 64 * precision(dtype) * g.double().abs().sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", module.DENSE)
+@pytest.mark.parametrize("instruction_set", native.instruction_sets())
+def test_dense_kinds_of_many_rows_have_the_bits_of_single_rows(instruction_set, kind, dtype):
+    # Over 256 rows, two panels of 64 columns and two pieces of 4096 coordinates, none of them full; for fewer rows,
+    # every way to cut them into blocks of 8, 4, 2 and 1.
+    for samples, count, dim, offset in ((261, 70, 67, 4060), (15, 130, 65, 2**40 + 31), (3, 4200, 2, 9)):
+        g = torch.randn(samples, count).to(dtype)
+        together = _cpu(g, dim, kind, 9, 4, offset, instruction_set)
+        some = range(0, samples, 1 + samples // 9)
+        alone = [_cpu(g[row : row + 1], dim, kind, 9, 4, offset, instruction_set) for row in some]
+        assert torch.equal(together[list(some)], torch.cat(alone))
+        assert_within(together, _reference(g, dim, kind, 9, 4, offset), bound(g, dim, kind))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 300), st.integers(1, 140), st.integers(0, 2**50), st.integers(0, 2**62))
+def test_a_rademacher_sketch_keeps_integers_exact(samples, count, dim, offset, seed):
+    g = torch.randint(-8, 9, (samples, count), dtype=torch.float64)
+    got = (_cpu(g, dim, "rademacher", seed, 4, offset) * math.sqrt(dim)).round()
+    want = projection("rademacher", seed, dim, count, offset=offset) * math.sqrt(dim)
+    assert torch.equal(got, g @ want.round())
 
 
 def cases(outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
@@ -171,9 +196,9 @@ def test_bits_do_not_depend_on_the_split_of_the_batch(backend, kind, monkeypatch
     assert torch.equal(sketch(g, 20, kind, 3), together)
 
 
-@pytest.mark.parametrize("kind", SPARSE)
+@pytest.mark.parametrize("kind", SKETCHES)
 def test_bits_depend_neither_on_threads_nor_on_memory_that_was_never_written(kind, monkeypatch):
-    g, before, results = torch.randn(3, 200_000), torch.get_num_threads(), []
+    g, before, results = torch.randn(3, 30_000 if kind in module.DENSE else 200_000), torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
