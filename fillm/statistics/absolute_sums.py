@@ -40,7 +40,17 @@ def mean_absolute(products: InnerProducts) -> Estimate:
         for x, w in zip(cosine.split(BLOCK), weight.split(BLOCK), strict=True)
     )
     doubt = DOUBT_TWO_SIDED if products.halves is not None else DOUBT
-    return Estimate(torch.full_like(total, kept) / count, doubt / BAR * (total - kept).clamp(min=0.0) / count)
+    error = torch.hypot(doubt / BAR * (total - kept).clamp(min=0.0), _noise_left(products, noise))
+    return Estimate(torch.full_like(total, kept) / count, error / count)
+
+
+def _noise_left(products: InnerProducts, noise: float) -> Tensor:
+    """One standard error of `sum_ij s_ij d_ij` with the signs as they are, a scalar: what does not average out.
+
+    Noise of `d_ij` and `d_i'j'` has the covariance `noise K_ii' <v_j, v_j'>`: pairs that are few, or alike, share it.
+    """
+    signed = products.gram.combined(products.cross.sign())  # sum_i s_ij g_i, a column for every v_j
+    return (noise * ((signed.T @ signed) * products.targets.part(torch.arange(signed.shape[1]))).sum()).sqrt()
 
 
 def _rounding_error(products: InnerProducts) -> Tensor:

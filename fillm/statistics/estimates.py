@@ -16,6 +16,7 @@ from fillm.statistics.gram_form import MOST_PAIRED, InnerProducts, RowsGram
 
 BAR = 1.9  # standard errors: holds 94 % of a normal variable
 LEAST_POOLED = 4  # tensors, below which there is nothing to learn from the others
+PRIOR_PAIRS = 16  # of samples, whose measured noise counts as much as what bins of one side would have
 LEAST_SPREAD = 0.9  # of the mean correction: the least by which tensors are taken to differ
 
 
@@ -37,27 +38,28 @@ def sketched_products(
         gram = RowsGram(rows, torch.ones_like(q))
         nothing = torch.zeros_like(squares)
         return InnerProducts(numel, q, gram.times(targets.T), squares, gram, nothing, (rows, targets.T))
-    gram, cross = _stretched(rows, q, targets, squares)
-    noise = measured_noise(gram, q)
-    if noise is None:
-        noise = _one_sided_noise(to, numel)
-    elif to.halves == 1:
-        noise = min(noise, _one_sided_noise(to, numel))  # which bounds the variance
-    found = InnerProducts(numel, q, cross, squares, gram, torch.full_like(squares, noise))
+    gram, right = _stretched(rows, q), _stretched(targets, squares)
+    noise = torch.full_like(squares, _noise(to, gram, q, numel))
+    found = InnerProducts(numel, q, _between(gram, right), squares, gram, noise, targets=right)
     if not to.kind.startswith("factored"):
         return found
     halves = []
     for part in (slice(None, to.dim // 2), slice(to.dim // 2, None)):
-        gram, cross = _stretched(rows[:, part], q, targets[:, part], squares)
-        halves.append(replace(found, gram=gram, cross=cross, noise=2.0 * found.noise))
+        gram, right = _stretched(rows[:, part], q), _stretched(targets[:, part], squares)
+        halves.append(replace(found, cross=_between(gram, right), gram=gram, noise=2.0 * noise, targets=right))
     return replace(found, halves=tuple(halves))
 
 
-def _stretched(rows: Tensor, q: Tensor, targets: Tensor, squares: Tensor) -> tuple[RowsGram, Tensor]:
-    """Gram matrix and cross terms of sketches that are as long as their gradients."""
-    lengths = torch.cat([block.double().square().sum(1) for block in rows.split(1 << 12)]) if len(rows) else q
-    gram = RowsGram(rows, _stretch(q, lengths))
-    return gram, gram.times((targets * _stretch(squares, targets.square().sum(1))[:, None]).T)
+def _stretched(rows: Tensor, exact: Tensor) -> RowsGram:
+    """Sketches that are as long as their gradients, whose squared lengths are `exact`."""
+    found = torch.cat([block.double().square().sum(1) for block in rows.split(1 << 12)]) if len(rows) else exact
+    scale = torch.where(found > 0, (exact / found.clamp(min=torch.finfo(torch.float64).tiny)).sqrt(), 0.0)
+    return RowsGram(rows, scale)
+
+
+def _between(gram: RowsGram, right: RowsGram) -> Tensor:
+    """Inner products of the rows of both, [n, m]."""
+    return gram.times((right.rows * right.scale[:, None]).T)
 
 
 def measured_noise(gram: RowsGram, q: Tensor) -> float | None:
@@ -77,16 +79,24 @@ def measured_noise(gram: RowsGram, q: Tensor) -> float | None:
     return float(pairs) / (some.numel() * (some.numel() - 1))
 
 
+def _noise(to: SketchMap, gram: RowsGram, q: Tensor, numel: int) -> float:
+    """The measured variance; few pairs may look quiet by chance, and leave it near that of even bins."""
+    measured, even = measured_noise(gram, q), _one_sided_noise(to, numel)
+    if measured is None:
+        return even
+    samples = int((q > 0).sum())
+    pairs = samples * (samples - 1) / 2
+    weighed = (pairs * measured + PRIOR_PAIRS * even) / (pairs + PRIOR_PAIRS)
+    # Bins of one side bound the variance; projected factors only add to it.
+    return min(weighed, even) if to.halves == 1 else max(weighed, measured)
+
+
 def _one_sided_noise(to: SketchMap, numel: int) -> float:
     """`nu = 1/k`; of bins of one length, which coordinates share without replacement, `(P - k) / ((P - 1) k)`.
 
     The latter is in Li and Li, OPORP, arXiv 2302.03505.
     """
     return (numel - to.dim) / (numel - 1) / to.dim if to.kind == "oporp" else 1.0 / to.dim
-
-
-def _stretch(exact: Tensor, found: Tensor) -> Tensor:
-    return torch.where(found > 0, (exact / found.clamp(min=torch.finfo(torch.float64).tiny)).sqrt(), 0.0)
 
 
 @dataclass(frozen=True)

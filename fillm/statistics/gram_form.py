@@ -128,6 +128,7 @@ class InnerProducts:
         noise: variance of an entry of `cross` in units of `q_i |v_j|^2`, [m]; 0 where inner products are exact.
         primal: the gradients [n, P], in the type they are kept in, and the right-hand sides [P, m], float64, where they
             are at hand.
+        targets: Gram matrix of the right-hand sides among themselves, where inner products come from sketches.
         halves: what each half of the numbers says alone, where the noise is that of projected factors, which depends on
             more than lengths and angles.
     """
@@ -139,6 +140,7 @@ class InnerProducts:
     gram: Gram
     noise: Tensor
     primal: tuple[Tensor, Tensor] | None = None
+    targets: RowsGram | None = None
     halves: "tuple[InnerProducts, InnerProducts] | None" = None
 
     def damping(self, factor: float) -> float:
@@ -309,8 +311,8 @@ def _finished(
     along = torch.where(noise * cross < 1.0, along, 0.0).clamp(min=0.0)
     residual = noise * products.squares * rest.clamp(max=1.0) * left
     added = residual * through
-    spread = 2.0 * residual.square() * through_pairs + 4.0 * residual * (dots_slope - residual * through_pairs)
-    dots_error = spread.clamp(min=0.0).sqrt()
+    steep = (dots_slope - residual * through_pairs).clamp(min=0.0)  # and to this one
+    dots_error = (2.0 * residual.square() * through_pairs + 4.0 * residual * steep).sqrt()
     mean_error = (residual * products.gram.square(summed)).sqrt() / max(1, len(dots))
     apart = torch.full_like(rest, torch.nan)
     return Step(c, along, rest, error, dots, added, dots_error, mean_error, share, apart)
