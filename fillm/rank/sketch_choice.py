@@ -19,7 +19,7 @@ AUTO_MEMORY = "8GiB"
 LEAST_DIM, LARGEST_DIM = 64, 1 << 18
 # Relative error bars that are enough: of a bracket as wide as `--tolerance`, and of the true inverse.
 SMALL_BAR, SMALL_WOODBURY_BAR = 5e-4, 1e-2
-UNPROMISED_DIM = 4096  # where nothing is promised: what noise does to absolute values falls with 1/k, without a bound
+UNPROMISED_DIM = 4096  # where nothing is promised: what noise does falls with 1/k, without a bound of its own
 # Time over plain forward + backward by size, from the timing of benchmarks/results/compression.csv.
 OVER_PLAIN = {
     "countsketch": {256: 0.88, 4096: 0.89, 65536: 1.38},
@@ -101,22 +101,31 @@ def chosen_for_memory(
         return config, ""
     asked, itemsize = config.memory or AUTO_MEMORY, 2 if config.sketch_dtype == "bfloat16" else 4
     dims = _dims(config, scope, samples, retain, asked, itemsize)
-    promised = config.canonical_method not in ("first-order", "memflex")
+    # Bars are foretold of `|u|` alone; sums of absolute values, and damages, have far wider ones.
+    promised = config.canonical_method not in ("first-order", "memflex") and config.objective == "forget"
     found = measure() if measure is not None and promised else None
     kinds = AUTO_KINDS if found else AUTO_KINDS[:1]
     options = [_option(config, kind, dims, retain, found, promised) for kind in kinds]
     # What is enough beats what is not; then the time, or the bar.
     best = min(options, key=lambda one: (not one.enough, over_plain(one.kind, one.dim) if one.enough else one.bar))
     taken = sketch_bytes(scope, best.dim, samples, itemsize)
-    bar = "" if best.bar is None else f"error bars of about {100.0 * best.bar:.1g} % expected"
-    if promised and measure is None:
+    whole = all(info.numel <= best.dim for info in scope)
+    bar = "" if best.bar is None or whole else f"error bars of about {100.0 * best.bar:.1g} % expected"
+    if bar and measure is None:
         bar += " if gradients are far from parallel (the run measures that and may choose otherwise)"
-    why = "as many numbers as are ever taken" if best.dim == LARGEST_DIM else f"all that {asked} holds"
+    if whole:
+        why = "every gradient is kept whole"
+    elif not best.enough:
+        why = "as many numbers as are ever taken" if best.dim == LARGEST_DIM else f"all that {asked} holds"
+    elif promised:
+        why = "more numbers are not needed"
+    else:
+        why = "nothing is promised of these, and more numbers (--compression KIND --sketch-dim) tell more"
     facts = (
         f"{in_bytes(taken)} for {samples} samples and {len(scope)} tensors",
         bar,
         f"passes take about {over_plain(best.kind, best.dim):.2g} of plain forward + backward",
-        "more numbers are not needed" if best.enough else why,
+        why,
     )
     line = f"compression auto: {best.kind} to {best.dim} numbers, {'; '.join(filter(None, facts))}"
     return dataclasses.replace(config, compression=best.kind, sketch_dim=best.dim, memory=None), line

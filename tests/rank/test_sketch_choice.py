@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 import fillm
 from fillm.rank.sketch_choice import OVER_PLAIN, bar_of_unlike, over_plain
@@ -80,6 +81,33 @@ def test_the_bar_that_is_promised_is_about_the_one_that_comes(settings, capsys, 
     bars = torch.tensor([(row["score_high"] - row["score_low"]) / 2.0 / row["score"] for row in rows])
     # One digit is said, from fewer samples than there are and for bars that differ by tensor.
     assert promised / 3.0 < float(bars.median()) < 3.0 * promised
+
+
+@pytest.mark.parametrize(
+    "settings", [{"method": "first-order"}, {"objective": "retain"}, {"objective": "trade-off"}], ids=str
+)
+def test_no_bar_is_promised_of_what_noise_may_spoil(settings, capsys) -> None:
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=97, hidden_size=32, intermediate_size=160, num_hidden_layers=1, num_attention_heads=4
+        )
+    ).requires_grad_(False)
+    ranking = fillm.rank_parameters(
+        model.eval(), None, FORGET_ROWS, RETAIN_ROWS, compression="auto", progress=True, **settings
+    )
+    (line,) = (one for one in capsys.readouterr().err.splitlines() if "compression auto" in one)
+    assert (ranking.settings["compression"], ranking.settings["sketch_dim"]) == ("countsketch", 4096)
+    assert max(row["numel"] for row in ranking) > 4096
+    assert "nothing is promised" in line and "expected" not in line and "not needed" not in line
+
+
+@pytest.mark.parametrize("settings", [{}, {"objective": "retain"}, {"sketch_dtype": "bfloat16"}], ids=str)
+def test_where_every_gradient_is_kept_whole_it_says_so(settings, capsys) -> None:
+    fillm.rank_parameters(
+        family("llama")[0], None, FORGET_ROWS, RETAIN_ROWS, compression="auto", progress=True, **settings
+    )
+    (line,) = (one for one in capsys.readouterr().err.splitlines() if "compression auto" in one)
+    assert line.endswith("; every gradient is kept whole") and "expected" not in line
 
 
 def test_times_are_those_of_the_study() -> None:
