@@ -49,8 +49,10 @@ def _noise_left(products: InnerProducts, noise: float) -> Tensor:
 
     Noise of `d_ij` and `d_i'j'` has the covariance `noise K_ii' <v_j, v_j'>`: pairs that are few, or alike, share it.
     """
-    signed = products.gram.combined(products.cross.sign())  # sum_i s_ij g_i, a column for every v_j
-    return (noise * ((signed.T @ signed) * products.targets.part(torch.arange(signed.shape[1]))).sum()).sqrt()
+    signs = products.cross.sign()
+    of_sums = signs.T @ products.gram.product(signs)  # of sum_i s_ij g_i among themselves, [m, m]
+    among = products.targets.part(torch.arange(signs.shape[1]))
+    return (noise * (of_sums * among).sum().clamp(min=0.0)).sqrt()
 
 
 def _rounding_error(products: InnerProducts) -> Tensor:
