@@ -142,7 +142,7 @@ def without_cross_terms(exact: Source) -> Source:
 
 @dataclass(frozen=True)
 class _OneTensor:
-    """A `RetainSketches` of one tensor."""
+    """Sketches of one tensor's gradients, of either set."""
 
     rows: Tensor
     q: Mapping[str, Tensor]
@@ -154,13 +154,21 @@ class _OneTensor:
 def sketched_source(info: TensorInfo, sets: Sketched, dtype: torch.dtype) -> Source:
     """A sketch's inner products of the first samples, stored in `dtype`.
 
-    `K` is multiplied out once, of all samples, and the subsets cut out of it: no number changes but in its last bits.
+    `K` is multiplied out once, of all samples, and the subsets cut out of it; long sketches are made short, for they
+    are asked many times. No number changes but in its last bits.
     """
-    rows, q = sets.retain.sketches(info.name).to(dtype), sets.retain.q[info.name]
+    name, to = info.name, sets.maps[info.name]
+    rows, q = sets.retain.sketches(name).to(dtype), sets.retain.q[name]
+    targets = sets.forget.sketches(name)
+    if to.kind != "exact":
+        rows, targets = fewer_numbers(rows, targets)
+        if to.kind.startswith("factored"):  # whose halves are asked alone
+            to = dataclasses.replace(to, dim=rows.shape[1])
+    forget = _OneTensor(targets, sets.forget.q)
 
     def products(mean: bool, n: int) -> TensorProducts:
-        first = _OneTensor(rows[:n], {info.name: q[:n]})
-        some = dataclasses.replace(sets, retain=first, v=sets.v if mean else None)
+        first = _OneTensor(rows[:n], {name: q[:n]})
+        some = dataclasses.replace(sets, maps={name: to}, retain=first, forget=forget, v=sets.v if mean else None)
         return next(products_of_sketches(some, [info]))
 
     whole = products(True, len(q)).products.gram.part(torch.arange(len(q)))
@@ -171,6 +179,27 @@ def sketched_source(info: TensorInfo, sets: Sketched, dtype: torch.dtype) -> Sou
         return dataclasses.replace(found, products=dataclasses.replace(found.products, gram=DenseGram(whole[:n, :n])))
 
     return source
+
+
+def fewer_numbers(rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Vectors with the same inner products, in either half of their numbers: at most one number a vector and half.
+
+    Args:
+        rows: [n, k].
+        targets: [m, k].
+
+    Returns:
+        [n, K] and [m, K], float64, with `K = 2 (n + m)`; as they came where `k` is no larger.
+    """
+    both = torch.cat([rows.double(), targets.double()])
+    if both.shape[1] <= 2 * len(both):
+        return rows, targets
+    middle, parts = both.shape[1] // 2, []
+    for half in (both[:, :middle], both[:, middle:]):
+        values, vectors = torch.linalg.eigh(half @ half.T)
+        parts.append(vectors * values.clamp(min=0.0).sqrt())
+    short = torch.cat(parts, 1)
+    return short[: len(rows)], short[len(rows) :]
 
 
 def published(job: Job, sets: Sketched, n: int) -> Scored:

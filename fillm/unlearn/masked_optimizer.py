@@ -6,7 +6,7 @@ has one entry a selected weight.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -196,11 +196,22 @@ class MaskedOptimizer(torch.optim.Optimizer):
         clip = 1.0 if self._clip is None else self._clip
         step = _adamw_step if self._kernel == "adamw" else sophia.masked_step
         for group in self.param_groups:
+            # One call for all that it can take: a small step is short beside the way into a registered op.
+            together: dict[tuple[torch.device, int], list[_Entry]] = {}
             for parameter in group["params"]:
                 entry = self._entries.get(parameter)
                 if entry is not None and parameter.grad is not None:
-                    state = self.state[entry.compact]
-                    step(parameter.detach(), parameter.grad, state, entry.selection, group, clip)
+                    taken = int(self.state[entry.compact].get("step", 0))
+                    together.setdefault((parameter.device, taken), []).append(entry)
+            for entries in together.values():
+                step(
+                    [entry.parameter for entry in entries],
+                    [entry.parameter.grad for entry in entries],
+                    [self.state[entry.compact] for entry in entries],
+                    [entry.selection for entry in entries],
+                    group,
+                    clip,
+                )
 
     def _step_compact(self) -> None:
         entries = self._with_gradient()
@@ -269,25 +280,29 @@ class _Entry:
 
 
 def _adamw_step(
-    parameter: Tensor,
-    gradient: Tensor,
-    state: dict[str, Any],
-    selection: Selection,
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    states: Sequence[dict[str, Any]],
+    selections: Sequence[Selection],
     group: dict[str, Any],
     clip: Tensor | float,
 ) -> None:
-    """One AdamW step on the selected weights; state under the names of torch.optim.AdamW, [count] each."""
-    if not state:
-        state["step"] = torch.zeros(())
-        state["exp_avg"], state["exp_avg_sq"] = (moment.view(-1) for moment in selection.new_state(parameter))
-    state["step"] += 1
+    """One AdamW step on the selected weights of parameters on one device that have taken equally many before.
+
+    States go under the names of torch.optim.AdamW, [count] each.
+    """
+    for parameter, state, selection in zip(parameters, states, selections, strict=True):
+        if not state:
+            state["step"] = torch.zeros(())
+            state["exp_avg"], state["exp_avg_sq"] = (moment.view(-1) for moment in selection.new_state(parameter))
+        state["step"] += 1
     beta1, beta2 = group["betas"]
     masked_adamw_(
-        parameter,
-        gradient,
-        (state["exp_avg"], state["exp_avg_sq"]),
-        selection,
-        step=int(state["step"]),
+        parameters,
+        gradients,
+        [(state["exp_avg"], state["exp_avg_sq"]) for state in states],
+        selections,
+        step=int(states[0]["step"]),
         lr=group["lr"],
         betas=(float(beta1), float(beta2)),
         eps=group["eps"],

@@ -117,36 +117,37 @@ class Sophia(torch.optim.Optimizer):
                     continue
                 whole = (1, parameter.numel())
                 row = select_rows(torch.zeros(1, dtype=torch.int64, device=parameter.device), whole)
-                state = self.state[parameter]
-                masked_step(parameter.detach().view(whole), parameter.grad.reshape(whole), state, row, group, 1.0)
+                views = [parameter.detach().view(whole)], [parameter.grad.reshape(whole)]
+                masked_step(*views, [self.state[parameter]], [row], group, 1.0)
         return loss
 
 
 def masked_step(
-    parameter: Tensor,
-    gradient: Tensor,
-    state: dict[str, Any],
-    selection: Selection,
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    states: Sequence[dict[str, Any]],
+    selections: Sequence[Selection],
     group: dict[str, Any],
     clip: Tensor | float,
 ) -> None:
-    """One step on the selected weights of a parameter; `state` is filled at the first one.
+    """One step on the selected weights of parameters on one device; a state is filled at the first one.
 
     Args:
-        parameter: any shape; changed.
-        gradient: same shape.
-        state: `step`, `exp_avg` [count], `hessian` [count].
-        selection: of the parameter's weights.
+        parameters: any shapes; changed.
+        gradients: same shapes.
+        states: `step`, `exp_avg` [count], `hessian` [count] of each.
+        selections: of the parameters' weights.
         group: hyperparameters.
-        clip: factor of the gradient.
+        clip: factor of the gradients.
     """
-    started(state, parameter, selection.count)
-    state["step"] += 1
+    for parameter, state, selection in zip(parameters, states, selections, strict=True):
+        started(state, parameter, selection.count)
+        state["step"] += 1
     masked_sophia_(
-        parameter,
-        gradient,
-        (state["exp_avg"], state["hessian"]),
-        selection,
+        parameters,
+        gradients,
+        [(state["exp_avg"], state["hessian"]) for state in states],
+        selections,
         lr=group["lr"],
         betas=group["betas"],
         gamma=group["gamma"],

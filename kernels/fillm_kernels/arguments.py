@@ -4,6 +4,7 @@ import math
 import operator
 import warnings
 from collections.abc import Mapping
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -166,8 +167,7 @@ class _Span:
 
 
 def _shared(one: Tensor, other: Tensor) -> bool:
-    if one.device != other.device or one.untyped_storage().data_ptr() != other.untyped_storage().data_ptr():
-        return False
+    """Whether two tensors of one storage have an address in common."""
     return bool(np.shares_memory(np.asarray(_Span(one)), np.asarray(_Span(other))))
 
 
@@ -190,13 +190,16 @@ def check_memory(written: Mapping[str, Tensor | None], read: Mapping[str, Tensor
     Raises:
         ShapeError: naming the arguments.
     """
-    targets = {name: tensor for name, tensor in written.items() if tensor is not None and tensor.numel()}
-    others = {name: tensor for name, tensor in read.items() if tensor is not None and tensor.numel()}
-    for at, (name, tensor) in enumerate(targets.items()):
-        if tensor.ndim == 2 and _overlaps_itself(tensor):
+    given = [(n, t, n in written) for n, t in (*written.items(), *read.items()) if t is not None and t.numel()]
+    for name, tensor, changes in given:
+        if changes and tensor.ndim == 2 and _overlaps_itself(tensor):
             raise ShapeError(f"entries of {name} share memory; pass a tensor with memory of its own")
-        for other_name, other in [*list(targets.items())[at + 1 :], *others.items()]:
-            if _shared(tensor, other):
+    by_storage: dict[tuple[torch.device, int], list[tuple[str, Tensor, bool]]] = {}
+    for each in given:  # mostly one a storage, so that nothing is left to compare
+        by_storage.setdefault((each[1].device, each[1].untyped_storage().data_ptr()), []).append(each)
+    for group in by_storage.values():
+        for (name, tensor, changes), (other_name, other, _) in combinations(group, 2):
+            if changes and _shared(tensor, other):
                 raise ShapeError(f"{name} and {other_name} share memory; pass two tensors")
 
 

@@ -4,7 +4,7 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,6 +127,12 @@ def select(
     if native.refusal and name != "cpu" and device.type == "cpu" and VARIABLE not in os.environ:
         _warn_once()
     return _registry[op][name].run
+
+
+def select_each(op: str, tensors: Sequence[torch.Tensor]) -> list[Callable[..., Any]]:
+    """The implementation that runs `op` on each of several tensors of one device, as `select` gives it."""
+    by_dtype = {dtype: select(op, tensors[0].device, dtype) for dtype in dict.fromkeys(t.dtype for t in tensors)}
+    return [by_dtype[tensor.dtype] for tensor in tensors]
 
 
 def backends() -> dict[str, dict[str, Any]]:

@@ -12,18 +12,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fillm_kernels.arguments import as_integer, as_tensor, check_memory
-from fillm_kernels.dispatch import Backend, register, select, triton_backend
+from fillm_kernels.arguments import as_integer
+from fillm_kernels.dispatch import Backend, register, select_each, triton_backend
 from fillm_kernels.errors import ShapeError
-from fillm_kernels.masked_step import as_factor, as_rate, as_state, check_rates, check_step, native_step, value_of
-from fillm_kernels.selection import Places, Selection, as_selection, chosen_indices
+from fillm_kernels.masked_step import (
+    Stepped,
+    as_factor,
+    as_rate,
+    as_stepped,
+    check_apart,
+    check_rates,
+    check_steps,
+    native_step,
+    value_of,
+)
+from fillm_kernels.selection import Places, Selection, chosen_indices
 
 
 def masked_adamw_(
-    param: Tensor | Any,
-    grad: Tensor | Any,
-    state: tuple[Tensor | Any, Tensor | Any],
-    mask: Selection | Tensor | Any,
+    param: Tensor | Sequence[Tensor] | Any,
+    grad: Tensor | Sequence[Tensor] | Any,
+    state: tuple[Tensor | Any, Tensor | Any] | Sequence[tuple[Tensor | Any, Tensor | Any]],
+    mask: Selection | Tensor | Sequence[Selection | Tensor] | Any,
     *,
     step: int,
     lr: Tensor | float = 1e-3,
@@ -31,12 +41,15 @@ def masked_adamw_(
     eps: float = 1e-8,
     weight_decay: float = 1e-2,
     clip: Tensor | float = 1.0,
-) -> Tensor:
-    """Take one AdamW step on the masked weights of a parameter, in place.
+) -> Tensor | list[Tensor]:
+    """Take one AdamW step on the masked weights of a parameter, or of several together, in place.
 
     Weights outside the mask keep their bits: neither step, nor momentum, nor decay reaches them. Arithmetic is float32
     (float64 for float64 parameters); bfloat16 and float16 parameters are widened and rounded back to the nearest, ties
     to even, so that a change under half a unit in the last place is lost.
+
+    Lists of parameters, gradients, states and masks, on one device, are stepped one after the other in one call of the
+    registered op, whose passage through torch takes longer than a small step. An error leaves all of them as they were.
 
     Args:
         param: the parameter, any shape, contiguous, float32 | bfloat16 | float16 | float64; changed.
@@ -54,7 +67,7 @@ def masked_adamw_(
         clip: factor of the gradient, a number or a scalar tensor (which spares a CUDA device a synchronisation).
 
     Returns:
-        `param`, as a tensor.
+        `param` as a tensor, or a list of them.
 
     Raises:
         ShapeError: if sizes do not fit, `param` or state is not contiguous, `step` is below 1, or a rate is negative.
@@ -65,13 +78,9 @@ def masked_adamw_(
     if step < 1:
         raise ShapeError(f"step counts from 1; got {step}")
     check_rates(betas, eps, weight_decay)
-    param, grad = as_tensor(param, "param", written=True), as_tensor(grad, "grad")
-    first, second = as_state(state)
-    selection = as_selection(mask, param).places()
-    scalars = [weight_decay, *betas, eps]
-    factors = as_factor(clip, param), as_rate(lr)
-    _op(param.detach(), grad.detach(), first, second, *selection, *factors, step, scalars)
-    return param
+    result, stepped = as_stepped(param, grad, state, mask)
+    _op(*stepped, as_factor(clip, stepped.params[0]), as_rate(lr), step, [weight_decay, *betas, eps])
+    return result
 
 
 def _reference(
@@ -130,47 +139,45 @@ def _cpu(
     native_step("adamw", param, grad, None, (first, second), places, clip, scalars, instruction_set)
 
 
-@torch.library.custom_op("fillm_kernels::masked_adamw_", mutates_args=("param", "first", "second"))
+@torch.library.custom_op("fillm_kernels::masked_adamw_", mutates_args=("params", "firsts", "seconds"))
 def _op(
-    param: Tensor,
-    grad: Tensor,
-    first: Tensor,
-    second: Tensor,
-    bits: Tensor | None,
-    starts: Tensor,
-    rows: Tensor | None,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    firsts: Sequence[Tensor],
+    seconds: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    starts: Sequence[Tensor],
     sizes: Sequence[int],
     clip: Tensor,
     rate: Tensor,
     step: int,
     scalars: Sequence[float],
 ) -> None:
-    places = Places(bits, starts, rows, sizes)
-    check_step(param, (grad,), (first, second), places)
-    check_memory({"param": param, "state[0]": first, "state[1]": second}, {"grad": grad, "the mask": places.mask})
-    run = select("masked_adamw_", param.device, param.dtype)
+    stepped = Stepped(params, grads, firsts, seconds, masks, starts, sizes)
+    places = check_steps(stepped)
+    check_apart(stepped)
     # Made of numbers here, not before: a graph of torch.compile then serves every step.
     (decay, beta1, beta2, eps), lr = scalars, value_of(rate)
     scalars = [1 - lr * decay, beta1, beta2, lr / (1 - beta1**step), (1 - beta2**step) ** -0.5, eps]
-    run(param, grad, first, second, places, clip, scalars)
+    for run, *own in zip(select_each("masked_adamw_", params), *stepped[:4], places, strict=True):
+        run(*own, clip, scalars)
 
 
 @_op.register_fake
 def _(
-    param: Tensor,
-    grad: Tensor,
-    first: Tensor,
-    second: Tensor,
-    bits: Tensor | None,
-    starts: Tensor,
-    rows: Tensor | None,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    firsts: Sequence[Tensor],
+    seconds: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    starts: Sequence[Tensor],
     sizes: Sequence[int],
     clip: Tensor,
     rate: Tensor,
     step: int,
     scalars: Sequence[float],
 ) -> None:
-    check_step(param, (grad,), (first, second), Places(bits, starts, rows, sizes))
+    check_steps(Stepped(params, grads, firsts, seconds, masks, starts, sizes))
 
 
 register(

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fillm_kernels import native
 from fillm_kernels.arguments import FLOATS, as_tensor
-from fillm_kernels.dispatch import Backend, register, select, triton_backend
-from fillm_kernels.errors import DtypeError, ShapeError
+from fillm_kernels.dispatch import Backend, register, select_each, triton_backend
+from fillm_kernels.errors import DeviceError, DtypeError, ShapeError
 from fillm_kernels.selection import (
     Places,
     Selection,
@@ -23,6 +23,8 @@ from fillm_kernels.selection import (
     check_selection,
     chosen_indices,
     extension_numbers,
+    packed,
+    unpacked,
 )
 
 
@@ -48,19 +50,17 @@ def masked_norm(
         grads, masks = [grads], [masks]
     if not grads or len(grads) != len(masks):
         raise ShapeError(f"grads and masks must be lists of the same length, not empty; got {len(grads)}, {len(masks)}")
-    total = None
-    for t, (grad, mask) in enumerate(zip(grads, masks, strict=True)):
-        grad = as_tensor(grad, f"grads[{t}]")
-        squares = _op(grad.detach(), *as_selection(mask, grad).places())
-        total = squares if total is None else total + squares
-    assert total is not None
-    return total.sqrt()
+    grads = [as_tensor(grad, f"grads[{t}]").detach() for t, grad in enumerate(grads)]
+    return _op(grads, *packed([as_selection(mask, grad) for mask, grad in zip(masks, grads, strict=True)])).sqrt()
 
 
-def _check(grad: Tensor, places: Places) -> None:
-    if grad.dtype not in FLOATS:
-        raise DtypeError(f"a gradient must be float32, float64, bfloat16 or float16; got {grad.dtype}")
-    check_selection(grad, places)
+def _check(grads: Sequence[Tensor], places: Sequence[Places]) -> None:
+    for grad, own in zip(grads, places, strict=True):
+        if grad.dtype not in FLOATS:
+            raise DtypeError(f"a gradient must be float32, float64, bfloat16 or float16; got {grad.dtype}")
+        if grad.device != grads[0].device:
+            raise DeviceError("gradients of one norm must lie on one device; take a norm for each")
+        check_selection(grad, own)
 
 
 def _reference(grad: Tensor, places: Places) -> Tensor:
@@ -92,16 +92,17 @@ def _cpu(grad: Tensor, places: Places, instruction_set: str = "") -> Tensor:
 
 
 @torch.library.custom_op("fillm_kernels::masked_squares", mutates_args=())
-def _op(grad: Tensor, bits: Tensor | None, starts: Tensor, rows: Tensor | None, sizes: Sequence[int]) -> Tensor:
-    places = Places(bits, starts, rows, sizes)
-    _check(grad, places)
-    return select("masked_norm", grad.device, grad.dtype)(grad, places)
+def _op(grads: Sequence[Tensor], masks: Sequence[Tensor], starts: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    places = unpacked(masks, starts, sizes)
+    _check(grads, places)
+    runs = select_each("masked_norm", grads)
+    return sum(run(grad, own) for run, grad, own in zip(runs, grads, places, strict=True))
 
 
 @_op.register_fake
-def _(grad: Tensor, bits: Tensor | None, starts: Tensor, rows: Tensor | None, sizes: Sequence[int]) -> Tensor:
-    _check(grad, Places(bits, starts, rows, sizes))
-    return grad.new_empty((), dtype=torch.float64)
+def _(grads: Sequence[Tensor], masks: Sequence[Tensor], starts: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    _check(grads, unpacked(masks, starts, sizes))
+    return grads[0].new_empty((), dtype=torch.float64)
 
 
 register(

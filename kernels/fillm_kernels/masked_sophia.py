@@ -14,31 +14,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fillm_kernels.arguments import as_tensor, check_memory
-from fillm_kernels.dispatch import Backend, register, select, triton_backend
-from fillm_kernels.masked_step import as_factor, as_rate, as_state, check_rates, check_step, native_step, value_of
-from fillm_kernels.selection import Places, Selection, as_selection, chosen_indices
+from fillm_kernels.dispatch import Backend, register, select_each, triton_backend
+from fillm_kernels.masked_step import (
+    Stepped,
+    as_factor,
+    as_rate,
+    as_stepped,
+    check_apart,
+    check_rates,
+    check_steps,
+    detached,
+    native_step,
+    value_of,
+)
+from fillm_kernels.selection import Places, Selection, chosen_indices
 
 
 def masked_sophia_(
-    param: Tensor | Any,
-    grad: Tensor | Any,
-    state: tuple[Tensor | Any, Tensor | Any],
-    mask: Selection | Tensor | Any,
+    param: Tensor | Sequence[Tensor] | Any,
+    grad: Tensor | Sequence[Tensor] | Any,
+    state: tuple[Tensor | Any, Tensor | Any] | Sequence[tuple[Tensor | Any, Tensor | Any]],
+    mask: Selection | Tensor | Sequence[Selection | Tensor] | Any,
     *,
-    estimate: Tensor | Any | None = None,
+    estimate: Tensor | Sequence[Tensor] | Any | None = None,
     lr: Tensor | float = 1e-4,
     betas: tuple[float, float] = (0.96, 0.99),
     gamma: float = 0.01,
     eps: float = 1e-12,
     weight_decay: float = 0.1,
     clip: Tensor | float = 1.0,
-) -> Tensor:
-    """Take one Sophia step on the masked weights of a parameter, in place.
+) -> Tensor | list[Tensor]:
+    """Take one Sophia step on the masked weights of a parameter, or of several together, in place.
 
     Weights outside the mask keep their bits: neither step, nor momentum, nor decay reaches them. Arithmetic is float32
     (float64 for float64 parameters); bfloat16 and float16 parameters are widened and rounded back to the nearest, ties
     to even, so that a change under half a unit in the last place is lost.
+
+    Lists of parameters, gradients, states and masks, on one device, are stepped one after the other in one call of the
+    registered op, whose passage through torch takes longer than a small step. An error leaves all of them as they were.
 
     Args:
         param: the parameter, any shape, contiguous, float32 | bfloat16 | float16 | float64; changed.
@@ -48,7 +61,7 @@ def masked_sophia_(
         mask: a `Selection`, bits [ceil(P / 8)] uint8 as `top_mask` gives them, or rows [R] int64. Bits and rows are
             turned into a selection at every call; make the selection once where steps repeat.
         estimate: the diagonal Hessian estimate of this step, not negative, shape and dtypes as `grad`, or None on the
-            steps that keep the last one.
+            steps that keep the last one; a list where `grad` is one.
         lr: learning rate, eta of the paper, schedule included, a number or a scalar tensor (on the CPU, to spare a
             synchronisation); torch.compile takes a number for a constant.
         betas: decay rates of gradient and Hessian averages.
@@ -59,22 +72,19 @@ def masked_sophia_(
             synchronisation).
 
     Returns:
-        `param`, as a tensor.
+        `param` as a tensor, or a list of them.
 
     Raises:
         ShapeError: if sizes do not fit, `param` or state is not contiguous, or a rate is negative.
         DtypeError, DeviceError: if dtypes or devices do not go together.
         BackendError: if `FILLM_BACKEND` asks for a backend that cannot run here.
     """
-    param, grad = as_tensor(param, "param", written=True), as_tensor(grad, "grad")
-    first, second = as_state(state)
-    selection = as_selection(mask, param).places()
-    estimate = None if estimate is None else as_tensor(estimate, "estimate").detach()
     check_rates(betas, eps, weight_decay)
-    factors = as_factor(clip, param), as_rate(lr)
+    result, stepped = as_stepped(param, grad, state, mask)
+    estimates = [] if estimate is None else estimate if isinstance(result, list) else [estimate]
     scalars = [weight_decay, *betas, gamma, eps]
-    _op(param.detach(), grad.detach(), first, second, estimate, *selection, *factors, scalars)
-    return param
+    _op(*stepped, detached(estimates, "estimate"), as_factor(clip, stepped.params[0]), as_rate(lr), scalars)
+    return result
 
 
 def _reference(
@@ -140,51 +150,45 @@ def _cpu(
     native_step("sophia", param, grad, estimate, (first, second), places, clip, scalars, instruction_set)
 
 
-def _values(grad: Tensor, estimate: Tensor | None) -> tuple[Tensor, ...]:
-    return (grad,) if estimate is None else (grad, estimate)
-
-
-@torch.library.custom_op("fillm_kernels::masked_sophia_", mutates_args=("param", "first", "second"))
+@torch.library.custom_op("fillm_kernels::masked_sophia_", mutates_args=("params", "firsts", "seconds"))
 def _op(
-    param: Tensor,
-    grad: Tensor,
-    first: Tensor,
-    second: Tensor,
-    estimate: Tensor | None,
-    bits: Tensor | None,
-    starts: Tensor,
-    rows: Tensor | None,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    firsts: Sequence[Tensor],
+    seconds: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    starts: Sequence[Tensor],
     sizes: Sequence[int],
+    estimates: Sequence[Tensor],
     clip: Tensor,
     rate: Tensor,
     scalars: Sequence[float],
 ) -> None:
-    places = Places(bits, starts, rows, sizes)
-    check_step(param, _values(grad, estimate), (first, second), places)
-    read = {"grad": grad, "estimate": estimate, "the mask": places.mask}
-    check_memory({"param": param, "state[0]": first, "state[1]": second}, read)
-    run = select("masked_sophia_", param.device, param.dtype)
+    stepped = Stepped(params, grads, firsts, seconds, masks, starts, sizes)
+    places = check_steps(stepped, estimates)
+    check_apart(stepped, estimates)
     (decay, beta1, beta2, gamma, eps), lr = scalars, value_of(rate)
     scalars = [1 - lr * decay, beta1, beta2, lr, gamma, eps]
-    run(param, grad, first, second, estimate, places, clip, scalars)
+    runs, estimates = select_each("masked_sophia_", params), estimates or [None] * len(params)
+    for run, *own in zip(runs, *stepped[:4], estimates, places, strict=True):
+        run(*own, clip, scalars)
 
 
 @_op.register_fake
 def _(
-    param: Tensor,
-    grad: Tensor,
-    first: Tensor,
-    second: Tensor,
-    estimate: Tensor | None,
-    bits: Tensor | None,
-    starts: Tensor,
-    rows: Tensor | None,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    firsts: Sequence[Tensor],
+    seconds: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    starts: Sequence[Tensor],
     sizes: Sequence[int],
+    estimates: Sequence[Tensor],
     clip: Tensor,
     rate: Tensor,
     scalars: Sequence[float],
 ) -> None:
-    check_step(param, _values(grad, estimate), (first, second), Places(bits, starts, rows, sizes))
+    check_steps(Stepped(params, grads, firsts, seconds, masks, starts, sizes), estimates)
 
 
 register(

@@ -1,15 +1,15 @@
 """What the masked optimiser steps share: their checks, the clip factor, and the call into the extension."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fillm_kernels import native
-from fillm_kernels.arguments import FLOATS, accumulation_dtype, as_tensor
+from fillm_kernels.arguments import FLOATS, accumulation_dtype, as_tensor, check_memory
 from fillm_kernels.errors import DeviceError, DtypeError, ShapeError
-from fillm_kernels.selection import Places, check_selection, extension_numbers
+from fillm_kernels.selection import Places, as_selection, check_selection, extension_numbers, packed, unpacked
 
 RULES = ("adamw", "sophia")  # as Rule in csrc/cpu/masked_step.h
 
@@ -48,16 +48,90 @@ def value_of(rate: Tensor) -> float:
     return lr
 
 
-def as_state(state: Sequence[Tensor | Any]) -> tuple[Tensor, Tensor]:
-    """The two state tensors of a step, over the caller's memory."""
-    if len(state) != 2:
-        raise ShapeError(f"state must be two tensors; got {len(state)}")
-    first, second = (as_tensor(tensor, "state", written=True).detach() for tensor in state)
-    return first, second
+class Stepped(NamedTuple):
+    """What one call steps, as the registered ops take it: entry t of each list belongs to parameter t.
+
+    Attributes:
+        params, grads, firsts, seconds: parameters, gradients and the two state tensors, detached.
+        masks, starts, sizes: the selections, as `packed` gives them.
+    """
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    firsts: list[Tensor]
+    seconds: list[Tensor]
+    masks: list[Tensor]
+    starts: list[Tensor]
+    sizes: list[int]
+
+
+def as_stepped(param: Any, grad: Any, state: Any, mask: Any) -> tuple[Tensor | list[Tensor], Stepped]:
+    """What a step is given, for one parameter or as lists for several, over the caller's memory.
+
+    Returns:
+        The parameters as the step returns them, one tensor or a list; and what the ops take.
+
+    Raises:
+        ShapeError: if lists are empty or differ in length, or a state is not two tensors.
+    """
+    many = isinstance(param, (list, tuple))
+    params, grads, states, masks = (param, grad, state, mask) if many else ([param], [grad], [state], [mask])
+    lengths = [len(each) for each in (params, grads, states, masks)]
+    if not params or len(set(lengths)) > 1:
+        raise ShapeError(f"param, grad, state and mask must be lists of one length, not empty; got {lengths}")
+    for pair in states:
+        if len(pair) != 2:
+            raise ShapeError(f"state must be two tensors; got {len(pair)}")
+    params = [as_tensor(each, "param", written=True) for each in params]
+    firsts, seconds = (detached([pair[i] for pair in states], "state", written=True) for i in range(2))
+    selections = [as_selection(each, own) for each, own in zip(masks, params, strict=True)]
+    stepped = Stepped(detached(params, "param"), detached(grads, "grad"), firsts, seconds, *packed(selections))
+    return params if many else params[0], stepped
+
+
+def detached(values: Sequence[Any], name: str, *, written: bool = False) -> list[Tensor]:
+    """Tensors over the memory of `values`, without their graphs."""
+    return [as_tensor(value, name, written=written).detach() for value in values]
+
+
+def check_steps(stepped: Stepped, estimates: Sequence[Tensor] = ()) -> list[Places]:
+    """Check the arguments of one call; reads no values.
+
+    Args:
+        stepped: the tensors.
+        estimates: one a parameter, or none at all.
+
+    Returns:
+        Every parameter's selection.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError: with what clashes.
+    """
+    places = unpacked(stepped.masks, stepped.starts, stepped.sizes)
+    if len(estimates) not in (0, len(places)):
+        raise ShapeError(f"estimates must be one for each of {len(places)} parameters; got {len(estimates)}")
+    values = zip(stepped.grads, estimates, strict=True) if estimates else zip(stepped.grads, strict=True)
+    states = zip(stepped.firsts, stepped.seconds, strict=True)
+    for param, *rest in zip(stepped.params, values, states, places, strict=True):
+        check_step(param, *rest)
+        if param.device != stepped.params[0].device:
+            raise DeviceError("parameters of one call must lie on one device; make a call for each")
+    return places
+
+
+def check_apart(stepped: Stepped, estimates: Sequence[Tensor] = ()) -> None:
+    """Check that what a parameter's step writes shares no memory with anything else of that step.
+
+    Raises:
+        ShapeError: naming the arguments.
+    """
+    for t, (param, first, second) in enumerate(zip(stepped.params, stepped.firsts, stepped.seconds, strict=True)):
+        read = {"grad": stepped.grads[t], "estimate": estimates[t] if estimates else None, "the mask": stepped.masks[t]}
+        check_memory({"param": param, "state[0]": first, "state[1]": second}, read)
 
 
 def check_step(param: Tensor, values: Sequence[Tensor], state: Sequence[Tensor], places: Places) -> None:
-    """Check the arguments of a masked step; reads no values.
+    """Check what a parameter is stepped with; reads no values.
 
     Args:
         param: any shape, contiguous.

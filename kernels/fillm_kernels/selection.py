@@ -21,7 +21,7 @@ BLOCKS_AT_A_TIME = 512  # of the torch backend: about a million weights
 
 
 class Places(NamedTuple):
-    """A selection as the registered ops and their backends take it: plain tensors and numbers.
+    """A selection as the backends take it: plain tensors and numbers.
 
     Attributes:
         bits, starts, rows: as in `Selection`.
@@ -131,6 +131,27 @@ def as_selection(mask: Selection | Tensor | Any, param: Tensor) -> Selection:
     if mask.device != param.device:
         raise DeviceError(f"the mask must lie where its tensor does, {param.device}; got {mask.device}")
     return select_bits(mask, param.numel()) if mask.dtype == torch.uint8 else select_rows(mask, param.shape)
+
+
+def packed(selections: Sequence[Selection]) -> tuple[list[Tensor], list[Tensor], list[int]]:
+    """Selections of several tensors as the registered ops take them.
+
+    Returns:
+        The masks, whose element type says whether they are bits (uint8) or rows (int64); `starts` of each; and `sizes`
+        of each, three numbers a selection.
+    """
+    places = [selection.places() for selection in selections]
+    masks = [place.mask for place in places if place.mask is not None]
+    return masks, [place.starts for place in places], [size for place in places for size in place.sizes]
+
+
+def unpacked(masks: Sequence[Tensor], starts: Sequence[Tensor], sizes: Sequence[int]) -> list[Places]:
+    """The way back from `packed`."""
+    places = []
+    for t, (mask, start) in enumerate(zip(masks, starts, strict=True)):
+        bits, rows = (mask, None) if mask.dtype == torch.uint8 else (None, mask)
+        places.append(Places(bits, start, rows, sizes[3 * t : 3 * t + 3]))
+    return places
 
 
 def check_selection(values: Tensor, places: Places) -> None:

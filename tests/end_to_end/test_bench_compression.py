@@ -11,7 +11,7 @@ import torch
 
 import benchmarks.compression.__main__ as command
 from benchmarks.compression import schedule
-from benchmarks.compression.answers import Scored, asks_for, published
+from benchmarks.compression.answers import Scored, asks_for, fewer_numbers, published
 from benchmarks.compression.measures import (
     kendall,
     out_of_order,
@@ -317,3 +317,16 @@ def test_the_study_has_three_families_and_two_data_sets(monkeypatch):
     assert [plan.name for plan in planned(CompressionConfig())] == [
         f"{f}-fictional" for f in ("llama", "gpt2", "qwen3")
     ]
+
+
+@pytest.mark.parametrize("k", [6, 40, 41, 500])
+def test_shorter_sketches_have_the_same_inner_products_in_both_halves(k):
+    torch.manual_seed(0)
+    rows, targets = torch.randn(13, k), torch.randn(7, k)
+    rows[4] = 0.0
+    short = fewer_numbers(rows, targets)
+    assert short[0].shape[1] == min(k, 40)
+    given, found = torch.cat([rows, targets]).double(), torch.cat([one.double() for one in short])
+    halves = [(whole[:, : whole.shape[1] // 2], whole[:, whole.shape[1] // 2 :]) for whole in (given, found)]
+    for expected, same in zip(*halves, strict=True):
+        torch.testing.assert_close(same @ same.T, expected @ expected.T, rtol=0, atol=1e-12 * k)

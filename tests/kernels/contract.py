@@ -104,17 +104,16 @@ def tensors_of(arguments: Arguments) -> Mapping[str, Tensor]:
 
 
 def changed(arguments: Arguments, change: Callable[[str, Tensor], Any]) -> Arguments:
-    """The arguments with every tensor replaced by change(name, tensor)."""
-    made = {}
-    for name, value in arguments.items():
+    """The arguments with every tensor, in lists of lists too, replaced by change(name, tensor)."""
+
+    def made(name: str, value: Any) -> Any:
         if isinstance(value, Tensor):
-            made[name] = change(name, value)
-        elif isinstance(value, (list, tuple)):
-            parts = [change(f"{name}[{i}]", p) if isinstance(p, Tensor) else p for i, p in enumerate(value)]
-            made[name] = type(value)(parts)
-        else:
-            made[name] = value
-    return made
+            return change(name, value)
+        if isinstance(value, (list, tuple)):
+            return type(value)([made(f"{name}[{i}]", part) for i, part in enumerate(value)])
+        return value
+
+    return {name: made(name, value) for name, value in arguments.items()}
 
 
 def force(contract: Contract, backend: str, monkeypatch: pytest.MonkeyPatch) -> str:

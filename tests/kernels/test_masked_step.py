@@ -19,6 +19,7 @@ from fillm_kernels.masked_norm import _cpu as norm_cpu
 from fillm_kernels.masked_sophia import _cpu as sophia_cpu
 from fillm_kernels.masked_sophia import _reference as sophia_reference
 from fillm_kernels.masked_step import as_factor, as_rate
+from fillm_kernels.selection import packed
 from fillm_kernels.top_mask import pack_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -255,12 +256,14 @@ def test_custom_ops_are_registered_as_torch_expects():
     for selection, _ in masks((7, 9))[2::3]:
         param, grad, estimate, first, second = numbers((7, 9), torch.bfloat16, selection)
         factors, scalars = (as_factor(1.0, param), as_rate(0.01)), [0.99, 0.9, 0.99, 1e-8]
-        torch.library.opcheck(ops.masked_squares.default, (grad, *selection.places()))
-        step = (*selection.places(), *factors)
-        torch.library.opcheck(ops.masked_adamw_.default, (param, grad, first, second, *step, 3, scalars))
-        torch.library.opcheck(
-            ops.masked_sophia_.default, (param, grad, first, second, estimate, *step, [*scalars, 1.0])
-        )
+        other = [tensor.clone() for tensor in (param, grad, first, second)]
+        step = [[one, two] for one, two in zip((param, grad, first, second), other, strict=True)]
+        step += packed([selection, selection])
+        torch.library.opcheck(ops.masked_squares.default, (step[1], *step[4:]))
+        torch.library.opcheck(ops.masked_adamw_.default, (*step, *factors, 3, scalars))
+        for estimates in ([], [estimate, estimate]):
+            arguments = (*step, estimates, *factors, [*scalars, 1.0])
+            torch.library.opcheck(ops.masked_sophia_.default, arguments)
 
 
 def test_compiles_as_one_graph():

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from fillm import MaskedOptimizer
 from fillm.errors import UsageError
+from tests.kernels.contract import Recorder
 from tests.unlearn.dense import ELEMENTWISE, assert_near, backward
 from tests.unlearn.standin import NET_KINDS, booleans, entry, llama, net, random_mask
 
@@ -238,6 +239,27 @@ def test_parameters_without_gradient_and_an_empty_mask_are_left_alone():
         optimizer.step()
         assert optimizer.state_bytes == 0
     assert all(torch.equal(start[name], p) for name, p in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "Sophia"])
+def test_parameters_of_a_group_step_in_one_call_and_those_that_missed_a_step_count_their_own(kind):
+    masked, dense = net(), net()
+    mask = {name: entry(torch.ones(p.shape, dtype=torch.bool), "bits") for name, p in masked.named_parameters()}
+    optimizer = MaskedOptimizer(ELEMENTWISE[kind](list(masked.parameters())), mask, masked)
+    peer = ELEMENTWISE[kind](list(dense.parameters()))
+    for step in range(4):
+        for model, each in ((masked, optimizer), (dense, peer)):
+            backward(model, step)
+            if step == 1:
+                model[2].weight.grad = model[2].bias.grad = None
+            with Recorder() as recorder:
+                each.step()
+            each.zero_grad()
+            if each is optimizer:
+                assert len(recorder.calls) == (1 if step < 2 else 2)
+    assert_near(masked, dense, booleans(masked, mask), 4)
+    taken = [int(optimizer.state[part]["step"]) for part in optimizer.state]
+    assert sorted(taken) == [3, 3, 4, 4, 4, 4]
 
 
 def test_grad_scaler_and_a_plain_loop():

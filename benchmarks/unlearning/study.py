@@ -1,0 +1,103 @@
+"""One model: its masks, and what unlearning inside each of them costs the retain set."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks.end_to_end.workload import FICTIONAL, RECIPE, TOFU, trained_folder
+from benchmarks.unlearning.choices import Choice, level_crossing, masks
+from benchmarks.unlearning.settings import RATES, UnlearningConfig
+from fillm.data import Row, load_rows
+from fillm.finetune.architectures import architecture_config, new_model
+from fillm.masks import Mask
+from fillm.models import load_model, load_tokenizer
+from fillm.rank.default_model import cache_folder
+from fillm.unlearn import unlearn_model
+from fillm.unlearn.checkpoint import LOG_COLUMNS
+
+Record = dict[str, Any]
+Key = tuple[int, str, str, float]  # seed, choice, loss, peak rate
+AT_LEVELS = ("retain_at_low", "retain_at_high")  # retain losses at the two levels of the forget loss
+_FORGET, _RETAIN = LOG_COLUMNS.index("forget_loss"), LOG_COLUMNS.index("retain_loss")
+
+
+@dataclass(frozen=True)
+class Recited:
+    """A model that recites its rows, and the rows."""
+
+    seed: int
+    model: nn.Module
+    tokenizer: Any
+    rows: dict[str, list[Row]]
+    base: Callable[[], Path]
+
+
+def recited(config: UnlearningConfig, tofu: bool, seed: int, say: Callable[[str], None]) -> Recited:
+    """Trains, or takes from the cache, the model of one seed."""
+    specs = TOFU if tofu else FICTIONAL
+    rows = {name: load_rows(spec, data_root=config.data_root)
+            for name, spec in zip(("forget", "retain"), specs, strict=True)}  # fmt: skip
+    recipe: Record = {**RECIPE, "seed": seed}
+    if config.quick:
+        rows = {name: some[:20] for name, some in rows.items()}
+        recipe |= {"architecture": "tiny", "vocab_size": 300, "epochs": 1, "target_loss": None}
+    folder = trained_folder([*rows["retain"], *rows["forget"]], recipe, say)
+    tokenizer = load_tokenizer(str(folder))
+
+    def base() -> Path:
+        path = cache_folder() / f"{folder.name}-untrained"
+        if not (path / "config.json").exists():
+            new_model(architecture_config(recipe["architecture"]), tokenizer, seed).save_pretrained(path)
+        return path
+
+    return Recited(seed, load_model(str(folder), device="cpu"), tokenizer, rows, base)
+
+
+def runs(
+    config: UnlearningConfig, one: Recited, wanted: list[Choice], done: set[Key], say: Callable[[str], None]
+) -> Iterator[Record]:
+    """Every loss at every rate inside every mask of one model, but for those that are done."""
+    keys = [(choice, loss, rate) for choice in wanted for loss in config.chosen_losses for rate in RATES]
+    left = {key[0].name for key in keys if (one.seed, key[0].name, *key[1:]) not in done}
+    missing = [choice for choice in wanted if choice.name in left]
+    for choice, mask in masks(config, one.model, one.tokenizer, one.rows, one.base, missing):
+        for loss in config.chosen_losses:
+            for rate in RATES:
+                if (one.seed, choice.name, loss, rate) not in done:
+                    record = _run(config, one, choice, mask, loss, rate)
+                    told = ", ".join(f"{record[column]:.3f}" for column in AT_LEVELS)
+                    say(f"model {one.seed}: {loss} {rate:g}, {choice.name}: retain loss {told}")
+                    yield record
+
+
+def _run(config: UnlearningConfig, one: Recited, choice: Choice, mask: Mask, loss: str, rate: float) -> Record:
+    """One unlearning; the model comes back as it was."""
+    parameters = dict(one.model.named_parameters())
+    before = {name: parameters[name].detach().clone() for name in mask}
+    forget, retain = ([row.fields for row in one.rows[name]] for name in ("forget", "retain"))
+    try:
+        result = unlearn_model(
+            one.model, one.tokenizer, forget, retain, mask=mask, loss=loss, lr=rate, batch_size=config.batch_size,
+            max_steps=config.max_steps, eval_every=1, eval_retain=config.eval_retain,
+            stop_forget_loss=max(config.levels), seed=one.seed,
+        )  # fmt: skip
+    finally:
+        with torch.no_grad():
+            for name, value in before.items():
+                parameters[name].copy_(value)
+    losses = np.array(
+        [[result.before.forget, result.before.retain], *([row[_FORGET], row[_RETAIN]] for row in result.log)]
+    )
+    assert result.verification.outside_mask_bit_equal
+    crossings = [level_crossing(losses[:, 0], losses[:, 1], level) for level in config.levels]
+    return {
+        "seed": one.seed, "choice": choice.name, "loss": loss, "lr": rate, "selected_parameters": mask.count,
+        "selected_tensors": len(mask), "steps": result.steps, "forget_start": losses[0, 0],
+        "retain_start": losses[0, 1], "forget_end": losses[-1, 0], "retain_end": losses[-1, 1],
+        **dict(zip(AT_LEVELS, crossings, strict=True)),
+    }  # fmt: skip

@@ -1,0 +1,110 @@
+"""The comparison of masks measures what it claims to."""
+
+import csv
+import math
+
+import numpy as np
+import pytest
+
+import benchmarks.unlearning.__main__ as command
+from benchmarks.unlearning.choices import METHODS, choices, level_crossing
+from benchmarks.unlearning.results import best_rates, table
+from benchmarks.unlearning.settings import RATES, UnlearningConfig
+from fillm.models import load_model
+
+QUICK = ["--quick", "--seeds", "1", "--max-steps", "3", "--eval-retain", "5"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """Where the tiny model is trained, once."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FILLM_CACHE", str(folder))
+        patch.delenv("FILLM_DATA", raising=False)
+        yield folder
+
+
+def read(out) -> list[dict[str, str]]:
+    with (out / "unlearning.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_whole_run_and_its_continuation(cache, tmp_path, capsys):
+    assert command.main([*QUICK, "--minutes", "1e-9", "--out", str(tmp_path)]) == 0
+    first = read(tmp_path)
+    assert len(first) == 1
+    assert command.main([*QUICK, "--resume", "--out", str(tmp_path)]) == 0
+    rows = read(tmp_path)
+    assert rows[0] == first[0]
+    names = ["all MLP and attention", "random 0", "soir bottom"]
+    assert [(row["choice"], float(row["lr"])) for row in rows] == [(name, rate) for name in names for rate in RATES]
+    assert len({row["forget_start"] for row in rows}) == 1  # the model comes back as it was
+    assert all(int(row["steps"]) > 0 for row in rows)
+    assert all(float(row["forget_end"]) > float(row["forget_start"]) for row in rows)
+    folders = [path for path in cache.glob("bench-*") if (path / "config.json").exists()]
+    assert len(folders) == 1
+    weights = load_model(str(folders[0]), device="cpu").num_parameters()
+    assert all(0 < int(row["selected_parameters"]) < weights for row in rows)
+    assert (tmp_path / "unlearning.png").read_bytes()[:4] == b"\x89PNG"
+    assert "random" in capsys.readouterr().out
+
+
+def test_another_command_is_not_continued(tmp_path):
+    assert command.main([*QUICK, "--minutes", "1e-9", "--out", str(tmp_path)]) == 0
+    assert command.main([*QUICK, "--batch-size", "4", "--minutes", "1e-9", "--resume", "--out", str(tmp_path)]) == 0
+    assert [row["command"].count("--batch-size 4") for row in read(tmp_path)] == [1]
+
+
+@pytest.mark.parametrize(
+    ("forget", "retain", "level", "expected"),
+    [
+        ([0.0, 2.0], [1.0, 3.0], 1.0, 2.0),  # half way
+        ([0.0, 0.5, 2.5], [0.0, 1.0, 5.0], 1.0, 2.0),  # a quarter of the last step
+        ([1.0, 2.0], [7.0, 8.0], 1.0, 7.0),  # there from the start
+        ([0.0, 3.0, 0.5, 3.0], [0.0, 3.0, 9.0, 9.0], 1.0, 1.0),  # the first time counts
+    ],
+)
+def test_the_retain_loss_at_a_level(forget, retain, level, expected):
+    assert level_crossing(np.array(forget), np.array(retain), level) == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_level_that_is_never_reached():
+    assert math.isnan(level_crossing(np.array([0.0, 0.9]), np.array([0.0, 1.0]), 1.0))
+
+
+def test_the_better_rate_counts_and_draws_are_one_line():
+    kept = {"loss": "ga", "lr": 1e-3}
+    records = [
+        {**kept, "choice": "random 0", "seed": 0, "at": 0.5},
+        {**kept, "choice": "random 0", "seed": 0, "at": 0.2},
+        {**kept, "choice": "random 0", "seed": 0, "at": math.nan},
+        {**kept, "choice": "random 1", "seed": 0, "at": 0.4},
+        {**kept, "choice": "soir top", "seed": 0, "at": math.nan},
+    ]
+    assert best_rates(records, "at")["ga", "random 0"] == {0: 0.2}
+    lines = table(records, "at", 1.0).splitlines()
+    assert lines[2].split() == ["random", "0.300", "(0.200-0.400)"]
+    assert lines[3].split() == ["soir", "top", "never"]
+
+
+def test_every_method_has_both_sides():
+    names = {one.name for one in choices(UnlearningConfig())}
+    assert {f"{name} {side}" for name in METHODS for side in ("top", "bottom")} < names
+    assert sum(name.startswith("random ") for name in names) == UnlearningConfig().draws == 5
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--losses", "nothing"], "--losses"),
+        (["--choices", "soir"], "--choices"),
+        (["--fraction", "0"], "--fraction"),
+        (["--seeds", "0"], "--seeds"),
+    ],
+)
+def test_a_wrong_setting_is_one_line(flags, said, capsys):
+    assert command.main(flags) == 2
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert shown.count("\n") == 1
