@@ -52,7 +52,7 @@ class Job:
         fingerprint: of it.
         mask: what may change.
         reaches: of every forget sample the tensors of its own mask, or None.
-        updates: `u` of the ranking, where it has any.
+        updates: `u` of the ranking, for `influence`.
         rows: of the forget set, for refusals.
         tokenizer: of the model; None where all rows carry tokens.
         forget, retain: the sets.
