@@ -75,7 +75,7 @@ def updates_for(ranking: Ranking, model: nn.Module, fingerprint: str) -> Mapping
         raise UsageError(f"--loss influence: a ranking by {ranking.method} has no u; rank with --method {methods}")
     if not _same_weights(ranking.model_fingerprint, model, fingerprint):
         raise UsageError(
-            f"--loss influence: the ranking is of other weights (model fingerprints {ranking.model_fingerprint[:12]}... "
+            f"--loss influence: the ranking is of other weights (fingerprints {ranking.model_fingerprint[:12]}... "
             f"and {fingerprint[:12]}...); rank the model that is to forget"
         )
     return ranking.updates

@@ -131,7 +131,7 @@ def test_influence_along_the_u_of_another_model(refused, make_ranking, tmp_path,
     model.save_pretrained(tmp_path / "changed")
     word_tokenizer().save_pretrained(tmp_path / "changed")
     line = refused(model=str(tmp_path / "changed"), mask=str(path), **given)
-    assert "the ranking is of other weights (model fingerprints" in line
+    assert "the ranking is of other weights (fingerprints" in line
 
 
 def test_influence_along_a_u_of_another_shape():
