@@ -8,11 +8,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fillm
 from fillm.config import read_settings
-from fillm.models import load_model, load_tokenizer, model_fingerprint
+from fillm.models import load_model, load_tokenizer, model_fingerprint, with_lora
 from fillm.unlearn.__main__ import main
 from fillm.unlearn.losses import GRADIENT_LOSSES
 from fillm.unlearn.masked_optimizer import MaskedOptimizer
@@ -303,6 +304,32 @@ def test_dry_run(unlearn, settings, capsys):
     ):
         assert words in out
     assert not any(path.name.startswith("run") for path in Path(settings["out"]).parent.iterdir())
+
+
+@pytest.mark.parametrize("changes", [{"loss": "ga"}, {"loss": "npo", "lora_rank": 2}])
+def test_a_dry_run_says_what_the_run_says(changes, unlearn, work, mask_file, capsys, tmp_path):
+    """Of bfloat16 weights, which have masters, and of adapters, which have none."""
+    model = save_model(work / "narrow", dtype=torch.bfloat16)
+    fillm.Mask.from_names(load_model(model, device="cpu"), ["mlp"]).save(path := tmp_path / "mlp.safetensors")
+    given = {**changes, "model": model, "mask": str(path)}
+    unlearn("dry", dry_run=True, **given)
+    told = capsys.readouterr().out.splitlines()
+    unlearn("run", **given)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("training ", "weight grad"))]
+    assert len(said) == 2 and set(said) <= set(told)
+    assert ("retain samples" in " ".join(told)) == (changes["loss"] != "ga")
+    selected = 2 * 3 * 32 * 56
+    assert said[1].endswith(f"float32 masters: {4 * selected / 1024:.1f} KiB") == ("lora_rank" not in changes)
+
+
+def test_the_merged_model_of_an_adapter_keeps_its_types(unlearn, work, tmp_path):
+    model = save_model(work / "narrow", dtype=torch.bfloat16)
+    adapted = with_lora(load_model(model, dtype="auto", device="cpu"), 2, 0)
+    adapted.save_pretrained(tmp_path / "adapter")
+    names = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    fillm.Mask.whole(adapted, names).save(path := tmp_path / "lora.safetensors")
+    folder = unlearn("run", model=model, adapter=str(tmp_path / "adapter"), mask=str(path), dtype="float32")
+    assert {value.dtype for value in load_file(folder / "model" / "model.safetensors").values()} == {torch.bfloat16}
 
 
 def test_python(model_folder, forget_file, retain_file, tmp_path):
