@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fillm.errors import UsageError
 from fillm.masks.mask_files import load_mask, read_bools, save_mask, why_no_name, write_bools
 from fillm.masks.tensor_mask import TensorMask
-from fillm.models import catalogue, select_tensors
+from fillm.models import TensorInfo, catalogue, select_tensors
 
 
 class Mask(Mapping[str, TensorMask]):
@@ -54,15 +54,15 @@ class Mask(Mapping[str, TensorMask]):
 
         Args:
             model: whose tensors they are.
-            names: each a path of a module or its end (`lm_head`, `layers.3.mlp`), then all parameters below it; or else
-                a parameter, a kind (`norm`) or a glob on parameter names (`*.mlp.*`).
+            names: each a path of a module or its end (`lm_head`, `layers.3.mlp`), then all parameters below it, tied
+                ones included; or else a parameter, a kind (`norm`) or a glob on parameter names (`*.mlp.*`).
 
         Raises:
             UsageError: naming the first that matches nothing.
         """
         infos, wanted, found = catalogue(model), list(names), set()
         for pattern in wanted:
-            below = [info for info in infos if f".{pattern}." in f".{info.module}."]
+            below = [info for info in infos if any(f".{pattern}." in f".{owner}." for owner in _owners(info))]
             found |= {info.name for info in below or select_tensors(infos, pattern)}
         return cls.whole(model, found)
 
@@ -223,6 +223,13 @@ class Mask(Mapping[str, TensorMask]):
             UsageError: as `tensor_names`.
         """
         return sorted({name.rpartition(".")[0] for name in self.tensor_names()})
+
+
+def _owners(info: TensorInfo) -> Iterator[str]:
+    """Paths of the modules that have the tensor: several where it is tied."""
+    yield info.module
+    for name in info.tied:
+        yield name.rpartition(".")[0]
 
 
 def _shapes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, ...]]:

@@ -134,6 +134,11 @@ class Ranking:
         return self.table["name"].to_pylist()
 
     @property
+    def model_fingerprint(self) -> str | None:
+        """Of the model that was ranked, None if that was not recorded."""
+        return self.record.get("fingerprints", {}).get("model")
+
+    @property
     def scores(self) -> dict[Any, float]:
         """Score by tensor name, in the order of the ranking; by (name, index) at row and head granularity."""
         keys: Sequence[Any] = self.names

@@ -45,7 +45,7 @@ def mask_of(ranking: "Ranking", choice: Choice) -> Mask:
         tensors = element_masks(choice, scored, scores)
     else:
         tensors = _unit_masks(table, layouts, choice, ascending=ranking.objective != "forget")
-    return Mask(tensors, _provenance(ranking, choice), _model_fingerprint(ranking))
+    return Mask(tensors, _provenance(ranking, choice), ranking.model_fingerprint)
 
 
 def masks_of_samples(ranking: "Ranking", choice: Choice) -> dict[str, Mask]:
@@ -68,7 +68,7 @@ def masks_of_samples(ranking: "Ranking", choice: Choice) -> dict[str, Mask]:
     for sample in dict.fromkeys(samples.tolist()):
         table = whole.filter(pa.array(samples == sample)).sort_by("rank")
         tensors = _unit_masks(table, layouts, choice, ascending=False)
-        masks[sample] = Mask(tensors, provenance | {"sample": sample}, _model_fingerprint(ranking))
+        masks[sample] = Mask(tensors, provenance | {"sample": sample}, ranking.model_fingerprint)
     return masks
 
 
@@ -139,10 +139,6 @@ class _UpdateScores:
         if (key := f"scores/{name}") in self._saved:
             return pieces_of(self._updates, key, entries)
         return (piece.abs() for piece in pieces_of(self._updates, name, entries))
-
-
-def _model_fingerprint(ranking: "Ranking") -> str | None:
-    return ranking.record.get("fingerprints", {}).get("model")
 
 
 def _provenance(ranking: "Ranking", choice: Choice) -> dict[str, Any]:

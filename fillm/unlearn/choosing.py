@@ -4,13 +4,14 @@ from collections.abc import Mapping, Sequence
 from functools import reduce
 from operator import or_
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fillm.data import SampleSet
 from fillm.errors import UsageError
 from fillm.masks import Mask, parse_select
 from fillm.models import DTYPES, model_fingerprint
+from fillm.rank.config import WITH_UPDATE
 from fillm.rank.ranking import Ranking
 from fillm.unlearn.config import UnlearnConfig
 
@@ -54,10 +55,37 @@ def check_made_for(mask: Mask, model: nn.Module, fingerprint: str) -> None:
     mask.check(model)
     if not mask.count:
         raise UsageError("the mask selects no weight: nothing could be unlearned")
-    if mask.model_fingerprint in (None, fingerprint):
-        return
-    if all(mask.model_fingerprint != model_fingerprint(model, dtype) for dtype in DTYPES.values()):
+    if not _same_weights(mask.model_fingerprint, model, fingerprint):
         mask.check(model, fingerprint)
+
+
+def updates_for(ranking: Ranking, model: nn.Module, fingerprint: str) -> Mapping[str, Tensor] | None:
+    """`u` of a ranking of this model by tensor, None where it holds none.
+
+    Args:
+        ranking: with the fingerprint of the model that was ranked, if that is known.
+        model: with its weights.
+        fingerprint: of it.
+
+    Raises:
+        UsageError: a method whose `update.safetensors` holds something else, or a ranking of another model.
+    """
+    if ranking.method not in WITH_UPDATE:
+        methods = " or ".join(WITH_UPDATE)
+        raise UsageError(f"--loss influence: a ranking by {ranking.method} has no u; rank with --method {methods}")
+    if not _same_weights(ranking.model_fingerprint, model, fingerprint):
+        raise UsageError(
+            f"--loss influence: the ranking is of other weights (fingerprints {ranking.model_fingerprint[:12]}... "
+            f"and {fingerprint[:12]}...); rank the model that is to forget"
+        )
+    return ranking.updates
+
+
+def _same_weights(made_for: str | None, model: nn.Module, fingerprint: str) -> bool:
+    """Whether a model is the one of a fingerprint, as far as that is known, in whatever floating-point type."""
+    return made_for in (None, fingerprint) or any(
+        made_for == model_fingerprint(model, dtype) for dtype in DTYPES.values()
+    )
 
 
 def reached_by(masks: Mapping[str, Mask] | None, samples: SampleSet) -> Sequence[frozenset[str]] | None:

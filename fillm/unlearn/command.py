@@ -21,7 +21,7 @@ from fillm.rank.passes import memory_explained
 from fillm.rank.ranking import Ranking
 from fillm.runs import RunFolder, run_identity, run_record
 from fillm.unlearn.alternatives import read_refusals
-from fillm.unlearn.choosing import check_made_for, chosen_mask, reached_by
+from fillm.unlearn.choosing import check_made_for, chosen_mask, reached_by, updates_for
 from fillm.unlearn.config import COMMAND_ONLY, FREE_ON_RESUME, INFLUENCE, TASK_VECTOR, UnlearnConfig, loss_options
 from fillm.unlearn.config import resolved as resolved_settings
 from fillm.unlearn.losses import LossOptions, canonical_loss, resolved_options
@@ -211,6 +211,9 @@ def _unlearn(
         check_fits_model(samples, given.model, f"--{which}")
     fingerprint = model_fingerprint(given.model)
     check_made_for(given.mask, given.model, fingerprint)
+    updates = None
+    if config.loss == INFLUENCE and given.ranking is not None:
+        updates = updates_for(given.ranking, given.model, fingerprint)
     forget, retain = given.sets["forget"], given.sets["retain"]
     drawn = min(config.eval_retain or len(retain), len(retain))
     prints = {"initial_model": fingerprint, "forget": forget.fingerprint, "retain": retain.fingerprint}
@@ -229,7 +232,7 @@ def _unlearn(
         fingerprint=fingerprint,
         mask=given.mask,
         reaches=reached_by(given.masks, forget),
-        updates=None if given.ranking is None else given.ranking.updates,
+        updates=updates,
         rows=given.rows["forget"],
         tokenizer=given.tokenizer,
         forget=forget,

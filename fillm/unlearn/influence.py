@@ -66,7 +66,7 @@ def masked_update(model: nn.Module, mask: Mask, updates: Mapping[str, Tensor] | 
     """`u` of the mask's tensors where their weights lie, zero outside the mask.
 
     Raises:
-        UsageError: a ranking without `u`, or without that of a tensor of the mask.
+        UsageError: a ranking without `u`, or without that of a tensor of the mask in its shape.
     """
     if updates is None:
         raise UsageError("--loss influence: the ranking holds no u; rank again with --save-update")
@@ -76,6 +76,9 @@ def masked_update(model: nn.Module, mask: Mask, updates: Mapping[str, Tensor] | 
         if name not in updates:
             raise UsageError(f"--loss influence: the ranking holds no u of {name}, which the mask selects from")
         weight = parameters[name]
+        if updates[name].shape != weight.shape:
+            shapes = f"{list(updates[name].shape)}, here it has {list(weight.shape)}"
+            raise UsageError(f"--loss influence: u of {name} has the shape {shapes}; the ranking is of another model")
         update[name] = updates[name].to(weight.device, torch.promote_types(weight.dtype, torch.float32)).clone()
         zero_outside_(update[name], entry.selection(weight.device))
     return update

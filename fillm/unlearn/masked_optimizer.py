@@ -6,8 +6,9 @@ has one entry a selected weight.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -131,11 +132,18 @@ class MaskedOptimizer(torch.optim.Optimizer):
         self._clip = factor if self._clip is None else self._clip * factor
         return norm
 
-    def estimate(self, logits: Callable[[], Tensor], generator: torch.Generator | None = None) -> None:
-        """`Sophia.estimate` for the selected weights; `optimizer.due` says when.
+    @property
+    def due(self) -> bool:
+        """Whether the wrapped optimiser is Sophia and the next step wants an estimate before it."""
+        return isinstance(self.optimizer, sophia.Sophia) and self.optimizer.due
+
+    def estimate(
+        self, logits: sophia.Logits | Iterable[sophia.Logits], generator: torch.Generator | None = None
+    ) -> None:
+        """`Sophia.estimate` for the selected weights; `due` says when.
 
         Args:
-            logits: gives the model's logits at n counted positions, [n, V], with gradient.
+            logits: as of `Sophia.estimate`.
             generator: of the drawn labels; None is torch's own.
 
         Raises:
@@ -144,12 +152,14 @@ class MaskedOptimizer(torch.optim.Optimizer):
         if not isinstance(self.optimizer, sophia.Sophia):
             raise UsageError(f"{type(self.optimizer).__name__} takes no curvature estimate; fillm.Sophia does")
         entries = [entry for entry in self._entries.values() if entry.parameter.requires_grad]
-        gradients, count = sophia.sampled_gradients(logits, [entry.parameter for entry in entries], generator)
+        parameters = [entry.parameter for entry in entries]
+        selected = [partial(gather, selection=entry.selection) for entry in entries]
         betas = {p: group["betas"] for group in self.param_groups for p in group["params"]}
-        for entry, gradient in zip(entries, gradients, strict=True):
-            if gradient is not None:
+        estimates = sophia.estimated(logits, parameters, selected, generator)
+        for entry, squares in zip(entries, estimates, strict=True):
+            if squares is not None:
                 state = sophia.started(self.state[entry.compact], entry.parameter, entry.selection.count)
-                sophia.absorb(state, gather(gradient, entry.selection), count, betas[entry.parameter][1])
+                sophia.absorb(state, squares, betas[entry.parameter][1])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients, and a clip that no step has used."""

@@ -121,13 +121,15 @@ def write_result(
     """
     model, target = result.model, folder / "model"
     with quiet_transformers():
-        if hasattr(model, "merge_and_unload"):
-            model.save_pretrained(folder / "adapter")
-            model = copy.deepcopy(model).merge_and_unload()
-        elif adapter is not None:
-            shutil.copytree(adapter, folder / "adapter")
+        adapted = hasattr(model, "merge_and_unload")
+        model = copy.deepcopy(model) if adapted else model
         for name, parameter in model.named_parameters():
             parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
+        if adapted:  # the names of what is merged are others than those it was loaded under
+            model.save_pretrained(folder / "adapter")
+            model = model.merge_and_unload()
+        elif adapter is not None:
+            shutil.copytree(adapter, folder / "adapter")
         model.save_pretrained(target)
         if tokenizer is not None:
             tokenizer.save_pretrained(target)

@@ -5,10 +5,11 @@ Liu et al., arXiv 2305.14342, Algorithm 3, with the Gauss-Newton-Bartlett estima
     draw labels y' from the model's own softmax;  g' = gradient of the mean over n predictions of -log p(y')
     estimate = n g'^2
 
-which is, in expectation, the diagonal of the Gauss-Newton matrix of the mean loss.
+which is, in expectation, the diagonal of the Gauss-Newton matrix of the mean loss. Of several forward passes the mean
+of their estimates is taken.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from fillm_kernels.arguments import accumulation_dtype
 from torch import Tensor, nn
 
 from fillm.errors import UsageError
+
+Logits = Callable[[], Tensor]  # one forward pass: logits at n counted positions, [n, V], with gradient
 
 
 class Sophia(torch.optim.Optimizer):
@@ -73,20 +76,21 @@ class Sophia(torch.optim.Optimizer):
         taken = max((int(state["step"]) for state in self.state.values()), default=0)
         return taken % self.param_groups[0]["every"] == 0
 
-    def estimate(self, logits: Callable[[], Tensor], generator: torch.Generator | None = None) -> None:
+    def estimate(self, logits: Logits | Iterable[Logits], generator: torch.Generator | None = None) -> None:
         """Estimate the curvature and take it into the average; gradients in `.grad` stay as they are.
 
         Args:
-            logits: gives the model's logits at n counted positions, [n, V], with gradient.
+            logits: gives the model's logits at n counted positions, [n, V], with gradient; or several of this kind, one
+                a forward pass, whose estimates are averaged.
             generator: of the drawn labels; None is torch's own.
         """
         parameters = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-        gradients, count = sampled_gradients(logits, parameters, generator)
+        flat = [lambda gradient: gradient.reshape(-1)] * len(parameters)
         betas = {p: group["betas"] for group in self.param_groups for p in group["params"]}
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            if gradient is not None:
+        for parameter, squares in zip(parameters, estimated(logits, parameters, flat, generator), strict=True):
+            if squares is not None:
                 state = started(self.state[parameter], parameter, parameter.numel())
-                absorb(state, gradient.reshape(-1), count, betas[parameter][1])
+                absorb(state, squares, betas[parameter][1])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from what `state_dict` gave; averages of narrow parameters stay float32."""
@@ -166,6 +170,38 @@ def started(state: dict[str, Any], parameter: Tensor, count: int) -> dict[str, A
     return state
 
 
+def estimated(
+    logits: Logits | Iterable[Logits],
+    parameters: Sequence[nn.Parameter],
+    selected: Sequence[Callable[[Tensor], Tensor]],
+    generator: torch.Generator | None,
+) -> list[Tensor | None]:
+    """The mean over forward passes of `n g'^2` (arXiv 2305.14342, Algorithm 2).
+
+    Args:
+        logits: one forward pass or several.
+        parameters: what the estimates are for.
+        selected: of each, gives the stepped weights of its gradient, [count].
+        generator: of the drawn labels.
+
+    Returns:
+        One estimate a parameter, [count] float32 (float64 for float64), None where no logits depend on it.
+
+    Raises:
+        UsageError: logits that are not [n, V] with n at least 1, or without gradient.
+    """
+    passes = [logits] if callable(logits) else list(logits)
+    means: list[Tensor | None] = [None] * len(parameters)
+    for one in passes:
+        gradients, count = sampled_gradients(one, parameters, generator)
+        for place, (gradient, taken) in enumerate(zip(gradients, selected, strict=True)):
+            if gradient is not None:
+                own = taken(gradient).to(accumulation_dtype(gradient.dtype)).square().mul_(count / len(passes))
+                before = means[place]
+                means[place] = own if before is None else before.add_(own)
+    return means
+
+
 def sampled_gradients(
     logits: Callable[[], Tensor], parameters: Sequence[nn.Parameter], generator: torch.Generator | None
 ) -> tuple[Sequence[Tensor | None], int]:
@@ -187,19 +223,17 @@ def sampled_gradients(
         return torch.autograd.grad(loss, list(parameters), allow_unused=True), given.shape[0]
 
 
-def absorb(state: dict[str, Any], gradient: Tensor, count: int, beta: float) -> None:
+def absorb(state: dict[str, Any], squares: Tensor, beta: float) -> None:
     """Take an estimate into the curvature average: `h <- beta h + (1 - beta) n g'^2`.
 
     Several processes average their estimates, so that their weights stay the same.
 
     Args:
         state: with `hessian` [S].
-        gradient: g', [S].
-        count: n.
+        squares: the estimate, [S]; changed.
         beta: decay rate of the average.
     """
-    squares = gradient.to(state["hessian"].dtype).square().mul_(count)
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(squares)
         squares /= dist.get_world_size()
-    state["hessian"].lerp_(squares, 1 - beta)
+    state["hessian"].lerp_(squares.to(state["hessian"].dtype), 1 - beta)

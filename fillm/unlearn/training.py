@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -211,13 +211,17 @@ class Unlearning:
         return [step + 1, epoch, len(seen), tokens, *objectives, rate, norm, math.nan, math.nan, math.nan]
 
     def _estimate_curvature(self, forget: Sequence[int]) -> None:
-        """Before the steps that want one (Sophia): the same estimate in every process."""
-        if not getattr(self._optimizer, "due", False):
+        """Before the steps that want one (Sophia): one sample a pass, so the same however a step is cut up or dealt."""
+        if not self._optimizer.due:
             return
-        batch = collate(self.sources.forget, forget[: self.plan.batch_size]).to(self._processes.device)
-        drawn = torch.Generator(self._processes.device).manual_seed(self.plan.seed * 1_000_003 + self.progressed.step)
-        with arithmetic(self._processes.device, self.plan.autocast):
-            self._optimizer.estimate(lambda: answer_logits(self.model, batch)[0], drawn)
+        device, autocast = self._processes.device, self.plan.autocast
+        drawn = torch.Generator(device).manual_seed(self.plan.seed * 1_000_003 + self.progressed.step)
+
+        def logits(position: int) -> Tensor:
+            with arithmetic(device, autocast):
+                return answer_logits(self.model, collate(self.sources.forget, [position]).to(device))[0]
+
+        self._optimizer.estimate([partial(logits, position) for position in forget], drawn)
 
     @contextmanager
     def _recomputing(self) -> Iterator[None]:

@@ -21,13 +21,13 @@ from fillm.rank.passes import Passes
 from fillm.runs import signals_noted
 from fillm.unlearn.alternatives import read_refusals, with_refusals
 from fillm.unlearn.choosing import adapted_modules
-from fillm.unlearn.config import INFLUENCE, TASK_VECTOR, UnlearnConfig, loss_options
+from fillm.unlearn.config import INFLUENCE, TASK_VECTOR, UnlearnConfig
 from fillm.unlearn.evaluation import arithmetic, evaluate
 from fillm.unlearn.freezing import frozen_outside
 from fillm.unlearn.influence import OneShot, masked_update, predicted, take_step
-from fillm.unlearn.losses import LossOptions, UnlearnLoss, make_loss
+from fillm.unlearn.losses import UnlearnLoss
 from fillm.unlearn.masked_optimizer import MaskedOptimizer
-from fillm.unlearn.plan import plan_of, savings_lines
+from fillm.unlearn.plan import loss_of, plan_of, savings_lines, trained_mask
 from fillm.unlearn.processes import Folder, Processes
 from fillm.unlearn.reference import ReferenceCache
 from fillm.unlearn.results import UnlearnResult
@@ -35,7 +35,7 @@ from fillm.unlearn.selected import SelectedEntries
 from fillm.unlearn.sophia import Sophia
 from fillm.unlearn.sources import Sources
 from fillm.unlearn.stopping import Evaluation
-from fillm.unlearn.task_vector import Learning, negate
+from fillm.unlearn.task_vector import negate
 from fillm.unlearn.training import Unlearning
 from fillm.unlearn.untouched import Untouched
 
@@ -52,7 +52,7 @@ class Job:
         fingerprint: of it.
         mask: what may change.
         reaches: of every forget sample the tensors of its own mask, or None.
-        updates: `u` of the ranking, where it has any.
+        updates: `u` of the ranking, for `influence`.
         rows: of the forget set, for refusals.
         tokenizer: of the model; None where all rows carry tokens.
         forget, retain: the sets.
@@ -170,10 +170,8 @@ def _one_step(job: Job, update: Mapping[str, Tensor], before: Evaluation) -> _Ou
 
 def _prepared_training(job: Job) -> Callable[[Evaluation], _Outcome]:
     config = job.config
-    loss: UnlearnLoss = Learning()
-    if config.loss != TASK_VECTOR:
-        loss = make_loss(config.loss, LossOptions(seed=config.seed, **loss_options(config)))
-        loss.check(job.model)
+    loss = loss_of(config)
+    loss.check(job.model)
     alternatives = _alternatives(job) if loss.uses_alternatives else None
     targets = None if config.lora_rank is None else adapted_modules(job.model, job.mask)
     return partial(_train, job, loss, alternatives, targets)
@@ -184,10 +182,10 @@ def _train(
 ) -> _Outcome:
     config = job.config
     sources = _sources(job, loss, alternatives)
-    trained, mask = job.model, job.mask
+    trained, mask, parameters = job.model, job.mask, sum(p.numel() for p in job.model.parameters())
     if targets is not None:
         trained = with_lora(job.model, int(config.lora_rank or 0), config.seed, targets).to(job.processes.device)
-        mask = Mask.whole(trained, [name for name, p in trained.named_parameters() if p.requires_grad])
+        mask = trained_mask(trained)
     with ExitStack() as stack:
         freezing = stack.enter_context(frozen_outside(trained, mask))
         entries = SelectedEntries(trained, mask)
@@ -206,7 +204,7 @@ def _train(
             measure,
             job.reaches,
         )
-        for line in savings_lines(freezing.savings, mask.count, sum(p.numel() for p in job.model.parameters())):
+        for line in savings_lines(freezing.savings, trained, mask, parameters):
             job.console.note(line)
         with signals_noted() as interrupted:
             kept = training.run(before, interrupted, job.show)

@@ -89,6 +89,12 @@ def test_names_are_paths_of_modules_parameters_kinds_and_globs():
         Mask.from_names(model, ["lm_head", "lm_heat"])
 
 
+@pytest.mark.parametrize(("family", "owner"), [("gpt2", "transformer.wte"), ("llama-tied", "model.embed_tokens")])
+def test_a_tied_head_goes_by_the_name_of_its_module(family, owner):
+    model = build_family(family)
+    assert Mask.from_names(model, ["lm_head"]).module_names() == [owner]
+
+
 def test_module_names_are_those_that_made_the_mask():
     model = build_family("llama")
     modules = ["lm_head", "model.layers.0.mlp.up_proj", "model.norm"]

@@ -12,7 +12,9 @@ from fillm.errors import NumericsError, OutOfMemoryError, UsageError
 from fillm.models import load_model, load_tokenizer
 from fillm.unlearn import sources
 from fillm.unlearn.__main__ import main
+from fillm.unlearn.influence import masked_update
 from fillm.unlearn.masked_optimizer import MaskedOptimizer
+from tests.rank.conftest import word_tokenizer
 from tests.unlearn.conftest import save_model
 
 NO_TRAINING = {"lr": None, "max_steps": None, "batch_size": None}
@@ -109,6 +111,33 @@ def test_influence_without_what_it_needs(refused, make_ranking, tmp_path, model_
     fillm.Mask.whole(load_model(model_folder, device="cpu"), ["model.norm.weight"]).save(path)
     line = refused(ranking=ranking, **{**given, "select": None, "mask": str(path)})
     assert "holds no u of model.norm.weight, which the mask selects from" in line
+
+
+@pytest.mark.parametrize("method", ["wagle", "fisher-ratio", "saliency", "gradient"])
+def test_influence_along_what_is_no_u(method, refused, make_ranking):
+    """Row rankings of these methods keep something else in update.safetensors."""
+    ranking = make_ranking(f"rows-{method}", "--method", method, "--granularity", "row", "--include", "mlp")
+    line = refused(loss="influence", **NO_TRAINING, mask=None, select="top:0.1", ranking=ranking)
+    assert f"a ranking by {method} has no u; rank with --method soir or soir-sum" in line
+
+
+def test_influence_along_the_u_of_another_model(refused, make_ranking, tmp_path, model_folder):
+    """The mask fits, the ranking beside it does not."""
+    given = {"loss": "influence", **NO_TRAINING, "ranking": make_ranking("mlp", "--save-update", "--include", "mlp")}
+    model = load_model(model_folder, device="cpu")
+    fillm.Mask.from_names(model, ["mlp"]).save(path := tmp_path / "mlp.safetensors")
+    with torch.no_grad():
+        model.model.norm.weight[0] += 1
+    model.save_pretrained(tmp_path / "changed")
+    word_tokenizer().save_pretrained(tmp_path / "changed")
+    line = refused(model=str(tmp_path / "changed"), mask=str(path), **given)
+    assert "the ranking is of other weights (fingerprints" in line
+
+
+def test_influence_along_a_u_of_another_shape():
+    model = torch.nn.Linear(3, 2)
+    with pytest.raises(UsageError, match=r"u of weight has the shape \[2, 4\], here it has \[2, 3\]"):
+        masked_update(model, fillm.Mask.whole(model, ["weight"]), {"weight": torch.zeros(2, 4)})
 
 
 def test_lora_on_what_takes_none(refused, tmp_path, model_folder):

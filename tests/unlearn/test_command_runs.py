@@ -8,14 +8,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fillm
 from fillm.config import read_settings
-from fillm.models import load_model, load_tokenizer, model_fingerprint
+from fillm.models import load_model, load_tokenizer, model_fingerprint, with_lora
 from fillm.unlearn.__main__ import main
 from fillm.unlearn.losses import GRADIENT_LOSSES
-from tests.unlearn.conftest import save_model
+from fillm.unlearn.masked_optimizer import MaskedOptimizer
+from tests.rank.conftest import word_tokenizer
+from tests.unlearn.conftest import mixed_mask, save_model
 
 OWN = {"rmu": {"rmu_layer": 1}}
 
@@ -101,13 +104,35 @@ def test_record(unlearn, model_folder):
     assert read_settings(str(folder / "run.yaml"))["loss"] == "grad-diff"
 
 
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_sophia_estimates_the_curvature_every_ten_steps(dtype, unlearn, work, monkeypatch):
+    narrow = save_model(work / f"narrow-{dtype}", dtype=torch.bfloat16)
+    taken, estimate, curvature = [], MaskedOptimizer.estimate, []
+
+    def watched(self, *given):
+        taken.append(max((int(state["step"]) for state in self.state.values()), default=0))
+        estimate(self, *given)
+        curvature.append(all(bool(state["hessian"].any()) for state in self.state.values()))
+
+    monkeypatch.setattr(MaskedOptimizer, "estimate", watched)
+    unlearn("run", model=narrow, dtype=dtype, optimizer="sophia", max_steps=12, lr=1e-3)
+    assert taken == [0, 10] and all(curvature)
+
+
 @pytest.mark.parametrize("changes", [{"gradient_accumulation": 4, "batch_size": 1}, {"gradient_checkpointing": True}])
 @pytest.mark.parametrize("loss", ["kl", "rmu"])
-def test_how_a_step_is_cut_up_does_not_matter(changes, loss, unlearn):
-    whole = weights(unlearn("whole", loss=loss, optimizer="sophia", **OWN.get(loss, {})) / "model")
-    other = weights(unlearn("other", loss=loss, optimizer="sophia", **OWN.get(loss, {}), **changes) / "model")
-    for name, value in whole.items():
-        torch.testing.assert_close(other[name], value, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("optimizer", ["adamw", "sophia"])
+def test_how_a_step_is_cut_up_does_not_matter(changes, loss, optimizer, settings, work):
+    settings = {name: value for name, value in settings.items() if name not in ("model", "mask", "device", "out")}
+    after = []
+    for further in ({}, changes):
+        # Either optimiser magnifies the rounding of a small gradient: in float64 nothing of it is seen.
+        model = load_model(save_model(work / "llama64", dtype=torch.float64), dtype="auto", device="cpu").double()
+        given = {**settings, "loss": loss, "optimizer": optimizer, **OWN.get(loss, {}), **further}
+        fillm.unlearn_model(model, word_tokenizer(), mask=mixed_mask(model), **given)
+        after.append(dict(model.named_parameters()))
+    for name, value in after[0].items():
+        torch.testing.assert_close(after[1][name], value, rtol=1e-7, atol=1e-9)
 
 
 def test_bfloat16_stays_bfloat16(unlearn, tmp_path):
@@ -279,6 +304,32 @@ def test_dry_run(unlearn, settings, capsys):
     ):
         assert words in out
     assert not any(path.name.startswith("run") for path in Path(settings["out"]).parent.iterdir())
+
+
+@pytest.mark.parametrize("changes", [{"loss": "ga"}, {"loss": "npo", "lora_rank": 2}])
+def test_a_dry_run_says_what_the_run_says(changes, unlearn, work, mask_file, capsys, tmp_path):
+    """Of bfloat16 weights, which have masters, and of adapters, which have none."""
+    model = save_model(work / "narrow", dtype=torch.bfloat16)
+    fillm.Mask.from_names(load_model(model, device="cpu"), ["mlp"]).save(path := tmp_path / "mlp.safetensors")
+    given = {**changes, "model": model, "mask": str(path)}
+    unlearn("dry", dry_run=True, **given)
+    told = capsys.readouterr().out.splitlines()
+    unlearn("run", **given)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("training ", "weight grad"))]
+    assert len(said) == 2 and set(said) <= set(told)
+    assert ("retain samples" in " ".join(told)) == (changes["loss"] != "ga")
+    selected = 2 * 3 * 32 * 56
+    assert said[1].endswith(f"float32 masters: {4 * selected / 1024:.1f} KiB") == ("lora_rank" not in changes)
+
+
+def test_the_merged_model_of_an_adapter_keeps_its_types(unlearn, work, tmp_path):
+    model = save_model(work / "narrow", dtype=torch.bfloat16)
+    adapted = with_lora(load_model(model, dtype="auto", device="cpu"), 2, 0)
+    adapted.save_pretrained(tmp_path / "adapter")
+    names = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    fillm.Mask.whole(adapted, names).save(path := tmp_path / "lora.safetensors")
+    folder = unlearn("run", model=model, adapter=str(tmp_path / "adapter"), mask=str(path), dtype="float32")
+    assert {value.dtype for value in load_file(folder / "model" / "model.safetensors").values()} == {torch.bfloat16}
 
 
 def test_python(model_folder, forget_file, retain_file, tmp_path):

@@ -77,6 +77,27 @@ def test_the_estimate_is_in_expectation_the_gauss_newton_diagonal():
     assert bool(((mean - want).abs() < 5 * error).all())
 
 
+def test_several_passes_are_averaged():
+    torch.manual_seed(4)
+    layer, rows = nn.Linear(7, 5, bias=False), torch.randn(9, 7)
+    mask = random_mask(layer, {"weight": "bits"}, 0.5)
+    cuts, want, seed = (rows[:2], rows[2:]), torch.zeros(5, 7, dtype=torch.float64), torch.Generator().manual_seed(6)
+    for x in cuts:
+        p = layer(x).detach().softmax(-1)
+        errors = p.double() - F.one_hot(torch.multinomial(p, 1, generator=seed)[:, 0], 5)
+        want += 0.5 * 0.01 * len(x) * (errors.T @ x.double() / len(x)) ** 2
+    dense = Sophia(layer.parameters(), betas=(0.9, 0.99))
+    masked = MaskedOptimizer(Sophia(layer.parameters(), betas=(0.9, 0.99)), mask, layer)
+    assert masked.due and not MaskedOptimizer(torch.optim.SGD(layer.parameters()), mask, layer).due
+    for optimizer in (dense, masked):
+        passes = [lambda x=x: layer(x) for x in cuts]
+        optimizer.estimate(iter(passes), torch.Generator().manual_seed(6))
+    chosen = booleans(layer, mask)["weight"]
+    torch.testing.assert_close(dense.state[layer.weight]["hessian"].double(), want.flatten(), rtol=1e-5, atol=1e-9)
+    (state,) = masked.state.values()
+    torch.testing.assert_close(state["hessian"].double(), want[chosen], rtol=1e-5, atol=1e-9)
+
+
 def test_an_estimate_leaves_gradients_and_what_is_not_selected_alone():
     model = net()
     mask = random_mask(model, NET_KINDS)
