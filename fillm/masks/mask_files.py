@@ -137,7 +137,10 @@ def load_mask(path: str | os.PathLike[str]) -> tuple[MaskTensors, dict[str, Any]
     try:
         text = (opened.metadata() or {}).get(_KEY)
         if text is None:
-            raise MaskError(f"{target}: is no mask file (no {_KEY} in its metadata); give one that fillm has saved")
+            raise MaskError(
+                f"{target}: is no mask file (no {_KEY} in its metadata); give one that fillm has saved, or turn bool "
+                "tensors into one by fillm.Mask.import_bool(FILE).save(NEW)"
+            )
         whole = json.loads(text)
         version = whole["format_version"]
         if version != FORMAT_VERSION:

@@ -101,8 +101,12 @@ def chosen_for_memory(
         return config, ""
     asked, itemsize = config.memory or AUTO_MEMORY, 2 if config.sketch_dtype == "bfloat16" else 4
     dims = _dims(config, scope, samples, retain, asked, itemsize)
-    # Bars are foretold of `|u|` alone; sums of absolute values, and damages, have far wider ones.
-    promised = config.canonical_method not in ("first-order", "memflex") and config.objective == "forget"
+    # Bars are foretold of `|u|` alone: absolute sums and damages have far wider ones, published scores have none.
+    promised = (
+        config.canonical_method not in ("first-order", "memflex")
+        and config.objective == "forget"
+        and config.damping_dimension == "parameter"
+    )
     found = measure() if measure is not None and promised else None
     kinds = AUTO_KINDS if found else AUTO_KINDS[:1]
     options = [_option(config, kind, dims, retain, found, promised) for kind in kinds]

@@ -76,7 +76,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         for parameter in held:
             state = optimizer.state.pop(parameter, None)
             if state and (entry := self._entries.get(parameter)):
-                optimizer.state[entry.compact] = {key: entry.taken_from(value) for key, value in state.items()}
+                optimizer.state[entry.compact] = {key: entry.taken_from(key, value) for key, value in state.items()}
         self._share()
 
     def _share(self) -> None:
@@ -267,9 +267,9 @@ class _Entry:
             self._selection = self._item.selection()
         return self._selection
 
-    def taken_from(self, value: Any) -> Any:
-        """The selected part of a state that was held for the whole parameter."""
-        if isinstance(value, Tensor) and value.ndim and value.shape == self.parameter.shape:
+    def taken_from(self, key: str, value: Any) -> Any:
+        """The selected part of a state that was held for the whole parameter; a count of steps stays as it is."""
+        if isinstance(value, Tensor) and key != "step" and value.shape == self.parameter.shape:
             return gather(value, self.selection).to(self.compact.dtype)
         return value
 

@@ -24,7 +24,8 @@ FORM_COST, FOLD_COST, TRANSFORM_COST, PLACE_COST = 0.016, 0.15, 0.2, 0.4
 def is_cheaper_formed(lengths: Tensor, inputs: int, outputs: int, dim: int, maps: int) -> Tensor:
     """Which samples' sketches cost less from gradients than from transforms of every token.
 
-    A choice of each sample's own length, so that its bits do not depend on the others.
+    A choice of each sample's own length, so that the way it goes does not depend on the others; the library that
+    transforms rows together may still round their last bits by how many they are.
 
     Args:
         lengths: tokens of each sample, [B], int64.

@@ -84,7 +84,14 @@ def test_the_bar_that_is_promised_is_about_the_one_that_comes(settings, capsys, 
 
 
 @pytest.mark.parametrize(
-    "settings", [{"method": "first-order"}, {"objective": "retain"}, {"objective": "trade-off"}], ids=str
+    "settings",
+    [
+        {"method": "first-order"},
+        {"objective": "retain"},
+        {"objective": "trade-off"},
+        {"damping_dimension": "sketch"},
+    ],
+    ids=str,
 )
 def test_no_bar_is_promised_of_what_noise_may_spoil(settings, capsys) -> None:
     model = transformers.LlamaForCausalLM(

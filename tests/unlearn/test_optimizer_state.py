@@ -86,6 +86,19 @@ def test_state_from_before_the_mask_is_kept_for_what_is_selected():
     assert_near(model, twin, None, 4)
 
 
+@pytest.mark.parametrize("kind", ["AdamW", "Adagrad"])
+def test_a_scalar_parameter_brings_its_state_along(kind):
+    scalars = [nn.ParameterDict({"scale": torch.tensor(0.5)}) for _ in range(2)]
+    inner, peer = (ELEMENTWISE[kind](list(one.values())) for one in scalars)
+    for step in range(4):
+        if step == 2:
+            inner = MaskedOptimizer(inner, {"scale": entry(torch.tensor(True))}, scalars[0])
+        for one, each in zip(scalars, (inner, peer), strict=True):
+            one["scale"].grad = torch.tensor(1.0 + step)
+            each.step()
+    torch.testing.assert_close(scalars[0]["scale"], scalars[1]["scale"], rtol=1e-6, atol=0)
+
+
 def test_master_weights_keep_steps_below_half_an_ulp():
     for master, moved in ((False, False), (True, True)):
         model = nn.Linear(8, 8, bias=False, dtype=torch.bfloat16)
