@@ -30,6 +30,7 @@ def read(out) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_a_whole_run_and_its_continuation(cache, tmp_path, capsys):
     assert command.main([*QUICK, "--minutes", "1e-9", "--out", str(tmp_path)]) == 0
     first = read(tmp_path)
@@ -50,6 +51,7 @@ def test_a_whole_run_and_its_continuation(cache, tmp_path, capsys):
     assert "random" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_another_command_is_not_continued(tmp_path):
     assert command.main([*QUICK, "--minutes", "1e-9", "--out", str(tmp_path)]) == 0
     assert command.main([*QUICK, "--batch-size", "4", "--minutes", "1e-9", "--resume", "--out", str(tmp_path)]) == 0
