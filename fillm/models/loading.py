@@ -177,7 +177,7 @@ def _with_adapter(model: PreTrainedModel, adapter: str) -> Any:
     try:
         import peft
     except ImportError:
-        raise ModelError(f"--adapter {adapter}: needs the package peft; pip install 'fillm[peft]'") from None
+        raise ModelError(f"--adapter {adapter}: needs the package peft; pip install 'fillm[adapters]'") from None
     folder = _local_folder(adapter)
     if folder is None:
         # Fetched by name: left to itself, peft falls back to an adapter_model.bin where it finds no safetensors.

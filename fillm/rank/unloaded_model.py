@@ -32,7 +32,7 @@ def _with_adapter(model: nn.Module, adapter: str) -> nn.Module:
     try:
         import peft
     except ImportError:
-        raise ModelError(f"--adapter {adapter}: needs the package peft; pip install 'fillm[peft]'") from None
+        raise ModelError(f"--adapter {adapter}: needs the package peft; pip install 'fillm[adapters]'") from None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)  # peft reads what transformers has deprecated
         return peft.get_peft_model(model, peft.PeftConfig.from_pretrained(adapter))

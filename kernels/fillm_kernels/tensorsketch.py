@@ -4,8 +4,9 @@
     bin (h_o + h'_i) mod k takes s_o s'_i G_b[o, i]                            the same, entry by entry
 
 By the first a token costs two transforms of k numbers; by the second a sample costs its gradient, formed a block at a
-time, and an addition an entry, for a vector of samples at once (csrc/cpu/tensorsketch.cpp). docs/kernels/factored_sketch.md.
-"""  # noqa: E501
+time, and an addition an entry, for a vector of samples at once (csrc/cpu/tensorsketch.cpp).
+docs/kernels/factored_sketch.md.
+"""
 
 import math
 
