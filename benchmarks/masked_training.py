@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -134,10 +135,10 @@ def training_step(sizes: Sizes, variant: str) -> Callable[[], None]:
         mask = top_layers(model, 0.25)
         frozen_outside(model, mask)
         optimizer = MaskedOptimizer(torch.optim.AdamW(model.parameters()), mask, model)
-        clip: Callable[[], Tensor] = lambda: optimizer.clip_grad_norm_(1.0)  # noqa: E731
+        clip: Callable[[], Tensor] = partial(optimizer.clip_grad_norm_, 1.0)
     else:
         optimizer = torch.optim.AdamW(model.parameters(), **DENSE[variant])
-        clip = lambda: nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # noqa: E731
+        clip = partial(nn.utils.clip_grad_norm_, list(model.parameters()), 1.0)
 
     def step() -> None:
         model(input_ids=ids, labels=ids).loss.backward()
