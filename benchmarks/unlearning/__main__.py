@@ -3,7 +3,8 @@ r"""What a mask does for unlearning: the retain loss at equal forget loss, for e
     python -m benchmarks.unlearning --data-root DIR
 
 Small models recite 400 rows; the last 40 are to be forgotten. Inside every mask, with every loss, AdamW steps until the
-forget loss has passed the levels; the retain loss is read where it crosses them. Of two peak rates the better counts.
+forget loss has passed the levels; the retain loss is read where it crosses them. The best of the peak rates tried
+counts: a lower one is tried where few steps were enough, a higher one where all of them were not.
 """
 
 import dataclasses
@@ -34,12 +35,13 @@ def bench(config: UnlearningConfig) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
     wanted, out, begun = choices(config), Path(config.out), time.monotonic()
-    measured = dataclasses.replace(config, resume=False, minutes=None, out=UnlearningConfig().out)
+    free = {name: getattr(UnlearningConfig(), name) for name in ("resume", "minutes", "threads", "part", "out")}
+    measured = dataclasses.replace(config, **free)
     kept = Runs(out / "unlearning.csv", command_line(measured, PROGRAM), config.resume)
     tofu = not config.quick and bool(config.data_root or os.environ.get("FILLM_DATA"))
     for seed in range(config.seeds):
         one = recited(config, tofu, seed, _say)
-        for record in runs(config, one, wanted, kept.done, _say):
+        for record in runs(config, one, wanted, kept.done(seed), _say):
             kept.add(record)
             if config.minutes and time.monotonic() - begun > 60.0 * config.minutes:
                 _say("no time for the rest; go on with --resume")

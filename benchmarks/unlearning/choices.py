@@ -69,6 +69,9 @@ def choices(config: UnlearningConfig) -> list[Choice]:
                 f"--choices: there is no {', '.join(unknown)}; there are {', '.join(c.name for c in found)}"
             )
         found = [one for one in found if one.name in wanted]
+    if config.part is not None:
+        first, parts = map(int, config.part.split("/"))
+        found = found[first - 1 :: parts]
     return found
 
 

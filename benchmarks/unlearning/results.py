@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.end_to_end.results import commit, processor
-from benchmarks.unlearning.study import AT_LEVELS, Key, Record
+from benchmarks.unlearning.study import AT_LEVELS, Cell, Record
 
 COLUMNS = (
     "seed", "choice", "loss", "lr", "selected_parameters", "selected_tensors", "steps", "forget_start", "retain_start",
@@ -42,10 +42,13 @@ class Runs:
             writer.writerows({name: _cell(value) for name, value in record.items()} for record in self.records)
         os.replace(partial, path)
 
-    @property
-    def done(self) -> set[Key]:
-        """The runs that are in it."""
-        return {(r["seed"], r["choice"], r["loss"], r["lr"]) for r in self.records}
+    def done(self, seed: int) -> dict[Cell, dict[float, Record]]:
+        """The runs of one model that are in it, by peak rate."""
+        found: dict[Cell, dict[float, Record]] = {}
+        for record in self.records:
+            if record["seed"] == seed:
+                found.setdefault((record["choice"], record["loss"]), {})[record["lr"]] = record
+        return found
 
     def add(self, record: Record) -> None:
         """Appends one line."""
@@ -71,7 +74,7 @@ def _cell(value: Any) -> Any:
 
 
 def best_rates(records: Iterable[Record], column: str) -> dict[tuple[str, str], dict[int, float]]:
-    """The retain loss at a level by (loss, choice) and model, at the better of the rates; NaN where none got there."""
+    """The retain loss at a level by (loss, choice) and model, at the best of the rates; NaN where none got there."""
     found: dict[tuple[str, str], dict[int, float]] = {}
     for record in records:
         of_models = found.setdefault((record["loss"], record["choice"]), {})

@@ -10,7 +10,9 @@ SCOPE = "mlp,attn"  # tensors that a mask may take
 LEVELS = (1.0, 2.0)  # forget losses, in nats a token, at which the retain loss is read
 QUICK_LEVELS = (5.0, 5.5)  # of a model that recites nothing
 LOSSES = ("ga", "grad-diff", "npo")
-RATES = (1e-3, 4e-3)  # peak rates that are tried; what counts is the better one
+RATES = (2.5e-4, 1e-3, 4e-3, 1.6e-2)  # peak rates that may be tried; what counts is the best of those tried
+FIRST_RATE = 4e-3
+FEW_STEPS = 8  # a run that passes the levels sooner says too little of what lies between, and a lower rate is tried
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,10 @@ class UnlearningConfig:
     fraction: float = option(0.1, "of the parameters of MLP and attention tensors that a mask takes", "X")
     draws: int = option(5, "random masks of every model", "N")
     batch_size: int = option(20, "forget samples of a step, and as many retain samples", "N")
-    max_steps: int = option(100, "optimiser steps, after which a run that has not forgotten is given up", "N")
-    eval_retain: int = option(60, "retain samples whose loss is measured after every step", "N")
+    max_steps: int = option(60, "optimiser steps, after which a run that has not forgotten is given up", "N")
+    eval_every: int = option(2, "steps between evaluations; the losses between them are taken to lie on lines", "STEPS")
+    eval_retain: int = option(60, "retain samples whose loss is measured", "N")
+    part: str | None = option(None, "I/N: only every Nth choice from the Ith (1-based), to share the work", "I/N")
     threads: int | None = option(None, "torch threads (default: torch's own choice)", "N")
     minutes: float | None = option(None, "stop after this long; --resume goes on (default: no bound)", "X")
     quick: bool = option(False, "a tiny model, three choices, one loss: whether it runs at all")
@@ -53,9 +57,13 @@ def check(config: UnlearningConfig) -> None:
     unknown = [loss for loss in config.chosen_losses if loss not in LOSSES]
     if unknown or not config.chosen_losses:
         raise UsageError(f"--losses {config.losses}: give some of {', '.join(LOSSES)}")
-    for name in ("seeds", "batch_size", "max_steps", "eval_retain", "threads"):
+    for name in ("seeds", "batch_size", "max_steps", "eval_every", "eval_retain", "threads"):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UsageError(f"{flag_name(name)} {value}: give at least 1")
+    if config.part is not None:
+        first, slash, parts = config.part.partition("/")
+        if not (slash and first.isdecimal() and parts.isdecimal() and 1 <= int(first) <= int(parts)):
+            raise UsageError(f"--part {config.part}: give I/N with I from 1 to N")
     if not 0 < config.fraction <= 1:
         raise UsageError(f"--fraction {config.fraction}: has to be above 0 and 1 at most")

@@ -1,6 +1,7 @@
 """One model: its masks, and what unlearning inside each of them costs the retain set."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import nn
 
 from benchmarks.end_to_end.workload import FICTIONAL, RECIPE, TOFU, trained_folder
 from benchmarks.unlearning.choices import Choice, level_crossing, masks
-from benchmarks.unlearning.settings import RATES, UnlearningConfig
+from benchmarks.unlearning.settings import FEW_STEPS, FIRST_RATE, RATES, UnlearningConfig
 from fillm.data import Row, load_rows
 from fillm.finetune.architectures import architecture_config, new_model
 from fillm.masks import Mask
@@ -21,7 +22,7 @@ from fillm.unlearn import unlearn_model
 from fillm.unlearn.checkpoint import LOG_COLUMNS
 
 Record = dict[str, Any]
-Key = tuple[int, str, str, float]  # seed, choice, loss, peak rate
+Cell = tuple[str, str]  # choice, loss
 AT_LEVELS = ("retain_at_low", "retain_at_high")  # retain losses at the two levels of the forget loss
 _FORGET, _RETAIN = LOG_COLUMNS.index("forget_loss"), LOG_COLUMNS.index("retain_loss")
 
@@ -58,21 +59,41 @@ def recited(config: UnlearningConfig, tofu: bool, seed: int, say: Callable[[str]
     return Recited(seed, load_model(str(folder), device="cpu"), tokenizer, rows, base)
 
 
+def next_rate(tried: Mapping[float, Record]) -> float | None:
+    """The peak rate to try after some, or None.
+
+    Args:
+        tried: the runs of one choice and loss, by rate.
+    """
+    if not tried:
+        return FIRST_RATE
+    lowest, highest = min(tried), max(tried)
+    if lowest > RATES[0] and tried[lowest]["steps"] < FEW_STEPS and not math.isnan(tried[lowest][AT_LEVELS[-1]]):
+        return RATES[RATES.index(lowest) - 1]
+    if highest < RATES[-1] and math.isnan(tried[highest][AT_LEVELS[-1]]):
+        return RATES[RATES.index(highest) + 1]
+    return None
+
+
 def runs(
-    config: UnlearningConfig, one: Recited, wanted: list[Choice], done: set[Key], say: Callable[[str], None]
+    config: UnlearningConfig,
+    one: Recited,
+    wanted: list[Choice],
+    done: dict[Cell, dict[float, Record]],
+    say: Callable[[str], None],
 ) -> Iterator[Record]:
-    """Every loss at every rate inside every mask of one model, but for those that are done."""
-    keys = [(choice, loss, rate) for choice in wanted for loss in config.chosen_losses for rate in RATES]
-    left = {key[0].name for key in keys if (one.seed, key[0].name, *key[1:]) not in done}
+    """Every loss inside every mask of one model at the rates of `next_rate`, but for what is done."""
+    cells = [(choice, loss) for choice in wanted for loss in config.chosen_losses]
+    left = {choice.name for choice, loss in cells if next_rate(done.get((choice.name, loss), {})) is not None}
     missing = [choice for choice in wanted if choice.name in left]
     for choice, mask in masks(config, one.model, one.tokenizer, one.rows, one.base, missing):
         for loss in config.chosen_losses:
-            for rate in RATES:
-                if (one.seed, choice.name, loss, rate) not in done:
-                    record = _run(config, one, choice, mask, loss, rate)
-                    told = ", ".join(f"{record[column]:.3f}" for column in AT_LEVELS)
-                    say(f"model {one.seed}: {loss} {rate:g}, {choice.name}: retain loss {told}")
-                    yield record
+            tried = dict(done.get((choice.name, loss), {}))
+            while (rate := next_rate(tried)) is not None:
+                record = tried[rate] = _run(config, one, choice, mask, loss, rate)
+                told = ", ".join(f"{record[column]:.3f}" for column in AT_LEVELS)
+                say(f"model {one.seed}: {loss} {rate:g}, {choice.name}: {record['steps']} steps, retain loss {told}")
+                yield record
 
 
 def _run(config: UnlearningConfig, one: Recited, choice: Choice, mask: Mask, loss: str, rate: float) -> Record:
@@ -83,7 +104,7 @@ def _run(config: UnlearningConfig, one: Recited, choice: Choice, mask: Mask, los
     try:
         result = unlearn_model(
             one.model, one.tokenizer, forget, retain, mask=mask, loss=loss, lr=rate, batch_size=config.batch_size,
-            max_steps=config.max_steps, eval_every=1, eval_retain=config.eval_retain,
+            max_steps=config.max_steps, eval_every=config.eval_every, eval_retain=config.eval_retain,
             stop_forget_loss=max(config.levels), seed=one.seed,
         )  # fmt: skip
     finally:

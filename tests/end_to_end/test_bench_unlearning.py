@@ -8,8 +8,9 @@ import pytest
 
 import benchmarks.unlearning.__main__ as command
 from benchmarks.unlearning.choices import METHODS, choices, level_crossing
-from benchmarks.unlearning.results import best_rates, table
-from benchmarks.unlearning.settings import RATES, UnlearningConfig
+from benchmarks.unlearning.results import _numbers, best_rates, table
+from benchmarks.unlearning.settings import UnlearningConfig
+from benchmarks.unlearning.study import next_rate
 from fillm.models import load_model
 
 QUICK = ["--quick", "--seeds", "1", "--max-steps", "3", "--eval-retain", "5"]
@@ -39,7 +40,11 @@ def test_a_whole_run_and_its_continuation(cache, tmp_path, capsys):
     rows = read(tmp_path)
     assert rows[0] == first[0]
     names = ["all MLP and attention", "random 0", "soir bottom"]
-    assert [(row["choice"], float(row["lr"])) for row in rows] == [(name, rate) for name in names for rate in RATES]
+    assert list(dict.fromkeys(row["choice"] for row in rows)) == names
+    for name in names:
+        tried = {float(row["lr"]): _numbers(row) for row in rows if row["choice"] == name}
+        assert len(tried) == sum(row["choice"] == name for row in rows)
+        assert 4e-3 in tried and next_rate(tried) is None
     assert len({row["forget_start"] for row in rows}) == 1  # the model comes back as it was
     assert all(int(row["steps"]) > 0 for row in rows)
     assert all(float(row["forget_end"]) > float(row["forget_start"]) for row in rows)
@@ -90,6 +95,36 @@ def test_the_better_rate_counts_and_draws_are_one_line():
     assert lines[3].split() == ["soir", "top", "never"]
 
 
+def run(steps, low, high):
+    return {"steps": steps, "retain_at_low": low, "retain_at_high": high}
+
+
+@pytest.mark.parametrize(
+    ("tried", "expected"),
+    [
+        ({}, 4e-3),
+        ({4e-3: run(20, 0.1, 0.2)}, None),
+        ({4e-3: run(8, 0.1, 0.2)}, None),
+        ({4e-3: run(7, 0.1, 0.2)}, 1e-3),
+        ({4e-3: run(7, 0.1, 0.2), 1e-3: run(7, 0.1, 0.2)}, 2.5e-4),
+        ({4e-3: run(7, 0.1, 0.2), 1e-3: run(30, 0.1, 0.2)}, None),
+        ({4e-3: run(2, 0.1, 0.2), 1e-3: run(4, 0.1, 0.2), 2.5e-4: run(5, 0.1, 0.2)}, None),
+        ({4e-3: run(60, 0.1, math.nan)}, 1.6e-2),
+        ({4e-3: run(60, math.nan, math.nan), 1.6e-2: run(60, math.nan, math.nan)}, None),
+        ({4e-3: run(60, math.nan, math.nan), 1.6e-2: run(5, 0.1, 0.2)}, None),
+    ],
+)
+def test_the_rates_tried(tried, expected):
+    assert next_rate(tried) == expected
+
+
+def test_parts_share_the_choices():
+    names = [one.name for one in choices(UnlearningConfig())]
+    parts = [[one.name for one in choices(UnlearningConfig(part=f"{i}/3"))] for i in (1, 2, 3)]
+    assert sorted(name for part in parts for name in part) == sorted(names)
+    assert parts[1] == names[1::3]
+
+
 def test_every_method_has_both_sides():
     names = {one.name for one in choices(UnlearningConfig())}
     assert {f"{name} {side}" for name in METHODS for side in ("top", "bottom")} < names
@@ -103,6 +138,7 @@ def test_every_method_has_both_sides():
         (["--choices", "soir"], "--choices"),
         (["--fraction", "0"], "--fraction"),
         (["--seeds", "0"], "--seeds"),
+        (["--part", "3/2"], "--part"),
     ],
 )
 def test_a_wrong_setting_is_one_line(flags, said, capsys):
