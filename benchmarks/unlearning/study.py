@@ -111,9 +111,9 @@ def _run(config: UnlearningConfig, one: Recited, choice: Choice, mask: Mask, los
         with torch.no_grad():
             for name, value in before.items():
                 parameters[name].copy_(value)
-    losses = np.array(
-        [[result.before.forget, result.before.retain], *([row[_FORGET], row[_RETAIN]] for row in result.log)]
-    )
+    after = ([row[_FORGET], row[_RETAIN]] for row in result.log)
+    evaluated = [pair for pair in after if not math.isnan(pair[0])]
+    losses = np.array([[result.before.forget, result.before.retain], *evaluated])
     assert result.verification.outside_mask_bit_equal
     crossings = [level_crossing(losses[:, 0], losses[:, 1], level) for level in config.levels]
     return {

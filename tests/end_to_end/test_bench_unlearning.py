@@ -9,7 +9,7 @@ import pytest
 import benchmarks.unlearning.__main__ as command
 from benchmarks.unlearning.choices import METHODS, choices, level_crossing
 from benchmarks.unlearning.results import _numbers, best_rates, table
-from benchmarks.unlearning.settings import UnlearningConfig
+from benchmarks.unlearning.settings import QUICK_LEVELS, UnlearningConfig
 from benchmarks.unlearning.study import next_rate
 from fillm.models import load_model
 
@@ -47,6 +47,8 @@ def test_a_whole_run_and_its_continuation(cache, tmp_path, capsys):
         assert 4e-3 in tried and next_rate(tried) is None
     assert len({row["forget_start"] for row in rows}) == 1  # the model comes back as it was
     assert all(int(row["steps"]) > 0 for row in rows)
+    for row in rows:  # steps that are not evaluated hide no crossing
+        assert math.isnan(float(row["retain_at_low"])) == (float(row["forget_end"]) < QUICK_LEVELS[0])
     assert all(float(row["forget_end"]) > float(row["forget_start"]) for row in rows)
     folders = [path for path in cache.glob("bench-*") if (path / "config.json").exists()]
     assert len(folders) == 1
