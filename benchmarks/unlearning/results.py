@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.end_to_end.results import commit, processor
+from benchmarks.unlearning.settings import FEW_STEPS
 from benchmarks.unlearning.study import AT_LEVELS, Cell, Record
 
 COLUMNS = (
@@ -74,13 +75,24 @@ def _cell(value: Any) -> Any:
 
 
 def best_rates(records: Iterable[Record], column: str) -> dict[tuple[str, str], dict[int, float]]:
-    """The retain loss at a level by (loss, choice) and model, at the best of the rates; NaN where none got there."""
-    found: dict[tuple[str, str], dict[int, float]] = {}
+    """The retain loss at a level by (loss, choice) and model, at the best of the rates; NaN where none got there.
+
+    A run that passed the levels in so few steps that a lower rate was tried does not count: what lies between two of its
+    evaluations is far from a line.
+    """
+    cells: dict[tuple[str, str], dict[int, list[Record]]] = {}
     for record in records:
-        of_models = found.setdefault((record["loss"], record["choice"]), {})
-        value, known = record[column], of_models.get(record["seed"], math.nan)
-        of_models[record["seed"]] = known if math.isnan(value) or known <= value else value
-    return found
+        of_models = cells.setdefault((record["loss"], record["choice"]), {})
+        of_models.setdefault(record["seed"], []).append(record)
+    return {
+        cell: {seed: _best(tried, column) for seed, tried in of_models.items()} for cell, of_models in cells.items()
+    }
+
+
+def _best(tried: Sequence[Record], column: str) -> float:
+    lowest = min(record["lr"] for record in tried)
+    values = [record[column] for record in tried if record["steps"] >= FEW_STEPS or record["lr"] == lowest]
+    return min((value for value in values if not math.isnan(value)), default=math.nan)
 
 
 def table(records: Sequence[Record], column: str, level: float) -> str:

@@ -82,13 +82,14 @@ def test_a_level_that_is_never_reached():
     assert math.isnan(level_crossing(np.array([0.0, 0.9]), np.array([0.0, 1.0]), 1.0))
 
 
-def test_the_better_rate_counts_and_draws_are_one_line():
-    kept = {"loss": "ga", "lr": 1e-3}
+def test_the_best_rate_counts_and_draws_are_one_line():
+    kept = {"loss": "ga", "lr": 4e-3, "steps": 20}
     records = [
+        {**kept, "choice": "random 0", "seed": 0, "at": 0.1, "steps": 4, "lr": 1.6e-2},  # too coarse
         {**kept, "choice": "random 0", "seed": 0, "at": 0.5},
-        {**kept, "choice": "random 0", "seed": 0, "at": 0.2},
-        {**kept, "choice": "random 0", "seed": 0, "at": math.nan},
-        {**kept, "choice": "random 1", "seed": 0, "at": 0.4},
+        {**kept, "choice": "random 0", "seed": 0, "at": 0.2, "lr": 1e-3},
+        {**kept, "choice": "random 0", "seed": 0, "at": math.nan, "lr": 2.5e-4},
+        {**kept, "choice": "random 1", "seed": 0, "at": 0.4, "steps": 4},  # the lowest rate there is
         {**kept, "choice": "soir top", "seed": 0, "at": math.nan},
     ]
     assert best_rates(records, "at")["ga", "random 0"] == {0: 0.2}
