@@ -14,7 +14,7 @@ from benchmarks.unlearning.settings import FEW_STEPS
 from benchmarks.unlearning.study import AT_LEVELS, Cell, Record
 
 COLUMNS = (
-    "seed", "choice", "loss", "lr", "selected_parameters", "selected_tensors", "steps", "forget_start", "retain_start",
+    "seed", "choice", "loss", "lr", "mask", "selected_parameters", "selected_tensors", "steps", "forget_start", "retain_start",
     "forget_end", "retain_end", *AT_LEVELS, "cpu", "commit", "command",
 )  # fmt: skip
 _WHOLE = "whole model"
@@ -63,7 +63,7 @@ class Runs:
 def _numbers(row: dict[str, str]) -> Record:
     whole, text = (
         ("seed", "selected_parameters", "selected_tensors", "steps"),
-        ("choice", "loss", "cpu", "commit", "command"),
+        ("choice", "loss", "mask", "cpu", "commit", "command"),
     )
     return {
         name: value if name in text else int(value) if name in whole else float(value) for name, value in row.items()
@@ -77,8 +77,8 @@ def _cell(value: Any) -> Any:
 def best_rates(records: Iterable[Record], column: str) -> dict[tuple[str, str], dict[int, float]]:
     """The retain loss at a level by (loss, choice) and model, at the best of the rates; NaN where none got there.
 
-    A run that passed the levels in so few steps that a lower rate was tried does not count: what lies between two of its
-    evaluations is far from a line.
+    A run that passed the levels in so few steps that a lower rate was tried does not count: between two of its evaluations
+    lies no line.
     """
     cells: dict[tuple[str, str], dict[int, list[Record]]] = {}
     for record in records:
