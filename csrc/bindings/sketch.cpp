@@ -33,13 +33,15 @@ void fillm::bind_sketch(py::module_& module) {
     module.def(
         "sketch_dense",
         [](uintptr_t values, int64_t stride, int64_t samples, int64_t count, int64_t offset, uintptr_t out,
-           uint64_t seed, uint32_t kind, int64_t dim, int dtype, int threads, const std::string& instruction_set) {
+           uint64_t seed, uint32_t kind, int64_t dim, int dtype, int threads, const std::string& instruction_set,
+           uintptr_t row_offsets) {
             fillm::sketch_dense({{seed, kind, dim},
                                  fillm::pointer<const void>(values),
                                  stride,
                                  samples,
                                  count,
                                  offset,
+                                 fillm::pointer<const int64_t>(row_offsets),
                                  fillm::pointer<void>(out),
                                  static_cast<fillm::Dtype>(dtype),
                                  threads},
@@ -47,7 +49,7 @@ void fillm::bind_sketch(py::module_& module) {
         },
         py::arg("values"), py::arg("stride"), py::arg("samples"), py::arg("count"), py::arg("offset"), py::arg("out"),
         py::arg("seed"), py::arg("kind"), py::arg("dim"), py::arg("dtype"), py::arg("threads"),
-        py::arg("instruction_set"), py::call_guard<py::gil_scoped_release>());
+        py::arg("instruction_set"), py::arg("row_offsets") = 0, py::call_guard<py::gil_scoped_release>());
 
     module.def(
         "sketch_tile",

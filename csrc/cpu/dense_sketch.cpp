@@ -7,6 +7,7 @@
 #include <cmath>
 #include <numeric>
 #include <stdexcept>
+#include <vector>
 
 #include "instruction_sets.h"
 #include "parallel.h"
@@ -37,9 +38,10 @@ int64_t columns_of(int64_t dim, int64_t column, const DenseKernels& kernels) {
     return (std::min(kTileColumns, dim - column) + step - 1) / step * step;
 }
 
-// What one item adds up: samples [first, first + rows), coordinates [begin, end), a panel of columns.
+// What one item adds up: samples [first, first + rows), whose values begin at coordinate `offset`, coordinates
+// [begin, end), a panel of columns.
 struct Item {
-    int64_t first, rows, begin, end, column;
+    int64_t first, rows, offset, begin, end, column;
 };
 
 // sums[rows, kTileColumns], written.
@@ -56,7 +58,7 @@ void sum_item(const DenseSketchArguments& arguments, const DenseKernels& kernels
         std::iota(coordinates, coordinates + count, static_cast<uint64_t>(begin));
         const DenseTile tile{arguments.map, coordinates, count, item.column, columns, entries};
         kernels.tile(tile);
-        const int64_t at = item.first * arguments.stride + (begin - arguments.offset);
+        const int64_t at = item.first * arguments.stride + (begin - item.offset);
         const void* values = static_cast<const unsigned char*>(arguments.values) + at * itemsize_of(arguments.dtype);
         kernels.add(tile, {values, arguments.stride, item.rows, entries + tile_entries, sums});
     }
@@ -77,7 +79,7 @@ void sketch_into(const DenseSketchArguments& arguments, const DenseKernels& kern
         // Panels of a piece go next to each other: they read the same values.
         parallel(pieces * groups * panels, 1, arguments.threads, [&](int64_t index, int64_t) {
             const int64_t panel = index % panels, group = index / panels % groups, piece = p + index / panels / groups;
-            const Item item{group * kMostRows, std::min(kMostRows, samples - group * kMostRows),
+            const Item item{group * kMostRows, std::min(kMostRows, samples - group * kMostRows), arguments.offset,
                             std::max(piece * kPiece, arguments.offset), std::min((piece + 1) * kPiece, end),
                             panel * kTileColumns};
             sum_item(arguments, kernels, item,
@@ -93,6 +95,45 @@ void sketch_into(const DenseSketchArguments& arguments, const DenseKernels& kern
     }
     const T scale = static_cast<T>(1 / std::sqrt(static_cast<double>(dim)));
     for (int64_t k = 0; k < samples * dim; ++k) out[k] *= scale;
+}
+
+// Rows next to each other that begin at the same coordinate.
+struct Run {
+    int64_t first, rows, offset;
+};
+
+// At most kMostRows in a run.
+std::vector<Run> runs_of(const int64_t* offsets, int64_t samples) {
+    std::vector<Run> runs;
+    for (int64_t row = 0; row < samples; ++row) {
+        if (!runs.empty() && runs.back().offset == offsets[row] && runs.back().rows < kMostRows) ++runs.back().rows;
+        else runs.push_back({row, 1, offsets[row]});
+    }
+    return runs;
+}
+
+// Every row from a coordinate of its own; bits are those of the row alone. Items are a run and a panel: runs are many.
+template <class T>
+void sketch_runs_into(const DenseSketchArguments& arguments, const DenseKernels& kernels) {
+    const int64_t dim = arguments.map.dim, panels = panels_of(dim);
+    const T scale = static_cast<T>(1 / std::sqrt(static_cast<double>(dim)));
+    const std::vector<Run> runs = runs_of(arguments.row_offsets, arguments.samples);
+    parallel(static_cast<int64_t>(runs.size()) * panels, 1, arguments.threads, [&](int64_t index, int64_t) {
+        const Run run = runs[static_cast<size_t>(index / panels)];
+        const int64_t column = index % panels * kTileColumns, columns = std::min(kTileColumns, dim - column);
+        const int64_t end = run.offset + arguments.count;
+        T* sums = static_cast<T*>(thread_memory<2>(static_cast<size_t>(run.rows * kTileColumns) * sizeof(T)));
+        T* out = static_cast<T*>(arguments.out) + run.first * dim + column;
+        for (int64_t r = 0; r < run.rows; ++r) std::fill(out + r * dim, out + r * dim + columns, T(0));
+        for (int64_t begin = run.offset; begin < end; begin = (begin / kPiece + 1) * kPiece) {
+            const int64_t stop = std::min((begin / kPiece + 1) * kPiece, end);
+            sum_item(arguments, kernels, Item{run.first, run.rows, run.offset, begin, stop, column}, sums);
+            for (int64_t r = 0; r < run.rows; ++r)
+                for (int64_t c = 0; c < columns; ++c) out[r * dim + c] += sums[r * kTileColumns + c];
+        }
+        for (int64_t r = 0; r < run.rows; ++r)
+            for (int64_t c = 0; c < columns; ++c) out[r * dim + c] *= scale;
+    });
 }
 
 template <class T>
@@ -116,7 +157,10 @@ void rows_into(const DenseMap& map, const int64_t* coordinates, int64_t count, T
 
 void sketch_dense(const DenseSketchArguments& arguments, const char* instruction_set) {
     const DenseKernels& kernels = kernels_of(arguments.dtype, instruction_set);
-    if (arguments.dtype == kFloat64) sketch_into<double>(arguments, kernels);
+    if (arguments.row_offsets != nullptr) {
+        if (arguments.dtype == kFloat64) sketch_runs_into<double>(arguments, kernels);
+        else sketch_runs_into<float>(arguments, kernels);
+    } else if (arguments.dtype == kFloat64) sketch_into<double>(arguments, kernels);
     else sketch_into<float>(arguments, kernels);
 }
 

@@ -50,10 +50,11 @@ const DenseKernels* dense_avx512_kernels();
 
 struct DenseSketchArguments {
     DenseMap map;
-    const void* values;  // [samples, count], rows `stride` entries apart
+    const void* values;          // [samples, count], rows `stride` entries apart
     int64_t stride, samples, count;
-    int64_t offset;      // flat coordinate of values[0]
-    void* out;           // [samples, dim], float32 (float64 for float64), written
+    int64_t offset;              // flat coordinate of values[0]
+    const int64_t* row_offsets;  // [samples], of every row in the place of `offset`; null where it is one for all
+    void* out;                   // [samples, dim], float32 (float64 for float64), written
     Dtype dtype;
     int threads;
 };

@@ -29,6 +29,7 @@ LARGEST_DIM = 1 << 30
 MOST_LOPSIDED = 4  # times that one side of a factored sketch may be as wide as the other
 HALVES = ("a", "b")
 BLOCK_ENTRIES = 1 << 20  # entries that are placed in their bins at a time
+SKETCH_ENTRIES = 1 << 22  # entries of the dense sketches of single rows that are held at a time: 16 MiB in float32
 Place = Callable[[Tensor], list[tuple[Tensor, Tensor]]]  # ids [U] -> bins and signs [U, H], once for every nonzero
 
 
@@ -169,14 +170,8 @@ def sketch_lookup(samples: Tensor, ids: Tensor, rows: Tensor, count: int, to: Sk
     Returns:
         [B, dim].
     """
-    wide = torch.promote_types(rows.dtype, torch.float32)
     if to.kind in DENSE:
-        out = torch.zeros(count, to.dim, dtype=wide, device=rows.device)
-        for row in ids.unique().tolist():  # every entry of the map is made once for all samples
-            here = ids == row
-            part = fk.sketch(rows[here], to.dim, to.kind, to.seed, offset=row * rows.shape[1])
-            add_rows_(out, samples[here], part)
-        return out
+        return _projected(samples, ids, rows, count, to)
     if to.kind in ONE_SIDED:
         return _placed(samples, ids, rows, count, to)
     if to.kind == "tensorsketch":
@@ -185,6 +180,15 @@ def sketch_lookup(samples: Tensor, ids: Tensor, rows: Tensor, count: int, to: Sk
         bounds = torch.searchsorted(samples, torch.arange(count + 1, device=samples.device)).tolist()
         halves = [_two_sided(bounds, ids, rows, to, seed) for seed in to.half_seeds()]
     return torch.cat(halves, 1) / math.sqrt(to.halves)
+
+
+def _projected(samples: Tensor, ids: Tensor, rows: Tensor, count: int, to: SketchMap) -> Tensor:
+    """A dense sketch, the rows of one place next to each other: every entry of the map is made once for all samples."""
+    out = torch.zeros(count, to.dim, dtype=torch.promote_types(rows.dtype, torch.float32), device=rows.device)
+    for some in ids.argsort(stable=True).split(max(1, SKETCH_ENTRIES // to.dim)):
+        part = fk.sketch(rows[some], to.dim, to.kind, to.seed, offset=ids[some] * rows.shape[1])
+        add_rows_(out, samples[some], part)
+    return out
 
 
 def _placed(samples: Tensor, ids: Tensor, rows: Tensor, count: int, to: SketchMap) -> Tensor:

@@ -55,7 +55,8 @@ class MaskCallback(TrainerCallback):
         """Takes down how the model is and puts the mask around the optimiser.
 
         Raises:
-            UsageError: a mask, an optimiser or a kind of checkpointing that does not go with the model.
+            UsageError: a mask, an optimiser or a kind of checkpointing that does not go with the model; a checkpoint's
+                optimiser state that Trainer has loaded into an optimiser without a mask.
         """
         self._freeze(model)  # again: Trainer has turned gradient checkpointing on since
         self._untouched = Untouched.before(model, self.mask)

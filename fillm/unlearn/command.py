@@ -26,7 +26,7 @@ from fillm.unlearn.config import COMMAND_ONLY, FREE_ON_RESUME, INFLUENCE, TASK_V
 from fillm.unlearn.config import resolved as resolved_settings
 from fillm.unlearn.losses import LossOptions, canonical_loss, resolved_options
 from fillm.unlearn.masked_optimizer import mask_digest
-from fillm.unlearn.plan import plan_lines
+from fillm.unlearn.plan import plan_lines, plan_of
 from fillm.unlearn.processes import Folder, FollowedFolder, Processes
 from fillm.unlearn.results import UnlearnResult, write_result
 from fillm.unlearn.unlearning import Job, adapter_folder, carry_out
@@ -159,7 +159,9 @@ def _read(config: UnlearnConfig, forget: DataLike, retain: DataLike, console: Co
 def _samples(
     config: UnlearnConfig, tokenizer: Any, rows: Mapping[str, list[Row]], console: Console
 ) -> dict[str, SampleSet]:
-    return forget_and_retain(config, tokenizer, rows, Reading(config, console.warn))
+    sets = forget_and_retain(config, tokenizer, rows, Reading(config, console.warn))
+    plan_of(config, len(sets["forget"]))  # refuses what cannot be, before a model is loaded
+    return sets
 
 
 def _folder(config: UnlearnConfig, processes: Processes, console: Console) -> Folder:
@@ -203,7 +205,7 @@ def _unlearn(
     config: UnlearnConfig, given: _Given, folder: Folder, processes: Processes, console: Console, show: bool
 ) -> tuple[UnlearnResult, dict[str, Any]]:
     if config.loss == INFLUENCE and processes.count > 1:
-        raise UsageError("--loss influence is one step: run it in one process")
+        raise UsageError("--loss influence is one step for one process; start it without torchrun")
     if config.lora_rank is not None and (given.masks is not None or hasattr(given.model, "merge_and_unload")):
         raise UsageError("--lora-rank puts adapters into a plain model, the same for all samples")
     check_differentiable(given.model)

@@ -35,8 +35,8 @@ class StepGradients:
         processes: each forms its part; the parts are added up.
         micro_batch: samples of one forward pass of this process; halved where memory runs out.
         autocast: type of the arithmetic; None is that of the weights.
-        reaches: of every forget sample, the tensors that its gradient is for; None where it is for all. Forget samples
-            are then run one by one.
+        reaches: of every forget sample, the tensors that its gradient is for; None where it is for all. Samples for the
+            same tensors share forward passes, others are run apart.
     """
 
     def __init__(
@@ -103,9 +103,12 @@ class StepGradients:
         if self._reaches is None:
             total = self._backward(of_forget, self._sources.forget, own, factor, step)
         else:
+            alike: dict[frozenset[str], list[int]] = {}
             for position in own:
-                with self._reaching(self._reaches[position]):
-                    total += self._backward(of_forget, self._sources.forget, [position], factor, step)
+                alike.setdefault(self._reaches[position], []).append(position)
+            for names, positions in alike.items():
+                with self._reaching(names):
+                    total += self._backward(of_forget, self._sources.forget, positions, factor, step)
         if retain:
             own, factor = self._processes.share(retain), self._loss.alpha / len(retain)
             kept = self._backward(of_retain, self._sources.retain, own, factor, step)
@@ -126,7 +129,7 @@ class StepGradients:
                 raise NumericsError(f"{worst}: loss is not finite at step {step}; {REMEDY}")
             if values.requires_grad:
                 (values.sum() * factor).backward()
-            elif self._reaches is None:  # a single sample's own mask may hold nothing that its loss depends on
+            elif self._reaches is None:  # a sample's own mask may hold nothing that its loss depends on
                 raise UsageError(
                     "the loss depends on no selected weight: select some that it does (rmu: at or below --rmu-layer)"
                 )
@@ -134,7 +137,7 @@ class StepGradients:
         return total
 
     def _halve(self, lengths: Sequence[int], message: Callable[[str], None]) -> None:
-        if self.micro_batch == 1 or self._reaches is not None:
+        if self.micro_batch == 1:
             raise OutOfMemoryError(
                 f"out of memory on {self._processes.device} with a forward pass of 1 sample of up to {max(lengths)} "
                 "tokens; what may fit: --gradient-checkpointing, a smaller --max-length, --mixed-precision bf16, a "
@@ -145,7 +148,7 @@ class StepGradients:
 
     @contextmanager
     def _reaching(self, names: frozenset[str]) -> Iterator[None]:
-        """Only the tensors of one sample's own mask take its gradient."""
+        """Only the tensors of some samples' own mask take their gradient."""
         for name, parameter in self.parameters.items():
             parameter.requires_grad_(name in names)
         try:

@@ -74,7 +74,10 @@ def masked_update(model: nn.Module, mask: Mask, updates: Mapping[str, Tensor] | 
     update: dict[str, Tensor] = {}
     for name, entry in mask.items():
         if name not in updates:
-            raise UsageError(f"--loss influence: the ranking holds no u of {name}, which the mask selects from")
+            raise UsageError(
+                f"--loss influence: the ranking holds no u of {name}, which the mask selects from; rank it too, or "
+                "select without it"
+            )
         weight = parameters[name]
         if updates[name].shape != weight.shape:
             shapes = f"{list(updates[name].shape)}, here it has {list(weight.shape)}"

@@ -49,7 +49,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
     Raises:
         UsageError: parameters without names; a mask that selects from what the optimiser does not hold, or from a
-            tensor of another shape; an optimiser that looks at a tensor as a whole, is capturable or differentiable.
+            tensor of another shape; an optimiser that looks at a tensor as a whole, is capturable or differentiable;
+            one that a masked optimiser's state was loaded into.
     """
 
     def __init__(
@@ -67,6 +68,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self.optimizer = optimizer
         self._entries = {item.parameter: _Entry(item, master_weights) for item in masked}
+        for entry in self._entries.values():
+            entry.refuse_compact(optimizer.state.get(entry.parameter, {}))
         self._kernel = _KERNELS.get(type(optimizer))
         if any(group.get("amsgrad") for group in optimizer.param_groups) or any(
             e.master for e in self._entries.values()
@@ -266,6 +269,17 @@ class _Entry:
         if self._selection is None or self._selection.starts.device != self.parameter.device:
             self._selection = self._item.selection()
         return self._selection
+
+    def refuse_compact(self, state: Mapping[str, Any]) -> None:
+        """Refuses state that is of the selected weights already: its mask and its master weights are lost."""
+        compact = (self._item.entry.count,)
+        if self.parameter.shape != compact and any(
+            isinstance(value, Tensor) and value.shape == compact for key, value in state.items() if key != "step"
+        ):
+            raise UsageError(
+                f"{self.name}: the state of a masked optimiser was loaded into one without a mask; wrap it first, then "
+                "load. To resume a Trainer, hand it optimizers=(fillm.MaskedOptimizer(...), None)"
+            )
 
     def taken_from(self, key: str, value: Any) -> Any:
         """The selected part of a state that was held for the whole parameter; a count of steps stays as it is."""

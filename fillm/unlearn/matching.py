@@ -56,9 +56,14 @@ def masked_parameters(mask: Mapping[str, Any], named: Iterable[tuple[str, nn.Par
             )
         if parameter in found:
             raise UsageError(f"{name} and {found[parameter].name} are one tied tensor; give the mask one entry for it")
-        if not parameter.is_floating_point() or hasattr(parameter, "device_mesh"):
-            kind = "sharded" if hasattr(parameter, "device_mesh") else str(parameter.dtype)
-            raise UsageError(f"{name} is {kind}: a mask needs whole floating-point parameters")
+        if hasattr(parameter, "device_mesh"):
+            raise UsageError(
+                f"{name} is sharded (FSDP2), and a mask needs whole parameters; keep the model whole on every device "
+                "(DistributedDataParallel)"
+            )
+        if not parameter.is_floating_point():
+            kind = str(parameter.dtype).removeprefix("torch.")
+            raise UsageError(f"{name} is {kind}, and a mask needs floating-point weights; load the model unquantised")
         if not parameter.is_contiguous():
             raise UsageError(
                 f"{name} is not contiguous, so its weights have no place in place; store a contiguous copy"

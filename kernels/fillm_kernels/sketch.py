@@ -17,7 +17,7 @@ from torch import Tensor
 from fillm_kernels import native
 from fillm_kernels.arguments import FLOATS, accumulation_dtype, as_integer, as_tensor
 from fillm_kernels.dispatch import Backend, cuda_backend, register, select, triton_backend
-from fillm_kernels.errors import DtypeError, ShapeError
+from fillm_kernels.errors import DeviceError, DtypeError, ShapeError
 from fillm_kernels.products import ieee_products, product_by_entry
 from fillm_kernels.seed_law import KINDS, LARGEST_DIM, SIGN, BlockMap, keys, negative, normal
 
@@ -33,7 +33,7 @@ def sketch(
     kind: str = "oporp",
     seed: int = 0,
     *,
-    offset: int = 0,
+    offset: int | Tensor | Any = 0,
     total: int | None = None,
     nonzeros: int = 4,
 ) -> Tensor:
@@ -46,7 +46,9 @@ def sketch(
         dim: k, numbers a vector becomes; a multiple of `nonzeros` for `sjlt`.
         kind: `oporp`, `countsketch`, `sjlt`, `rademacher` or `gaussian`.
         seed: the map's seed, in [0, 2^63); `seed_law.tensor_seed` makes one for every tensor of a model.
-        offset: flat index of g[:, 0], where g is a piece of longer vectors; sketches of the pieces add up.
+        offset: flat index of g[:, 0], where g is a piece of longer vectors; sketches of the pieces add up. Dense kinds
+            also take [B], int64, an index for every row. Rows next to each other that have the same one share the
+            entries of the map, which are most of the work: sort them.
         total: length of the whole vectors, only to check that the piece lies inside.
         nonzeros: bins a coordinate of `sjlt` goes into.
 
@@ -56,17 +58,21 @@ def sketch(
 
     Raises:
         ShapeError: if sizes, seed or offset are out of range, or `kind` is unknown.
-        DtypeError: if g is no array or not floating.
+        DtypeError: if g is no array or not floating, or offsets of rows are not int64.
+        DeviceError: if offsets of rows lie elsewhere than g.
         BackendError: if `FILLM_BACKEND` asks for a backend that cannot run here.
     """
-    g = as_tensor(g, "g")
-    dim, seed, offset = as_integer(dim, "dim"), as_integer(seed, "seed"), as_integer(offset, "offset")
-    if total is not None and g.ndim == 2 and offset + g.shape[1] > total:
-        raise ShapeError(f"a piece of {g.shape[1]} from offset {offset} ends beyond total = {total}")
-    return _op(g, dim, kind, seed, as_integer(nonzeros, "nonzeros"), offset)
+    g, dim, seed = as_tensor(g, "g"), as_integer(dim, "dim"), as_integer(seed, "seed")
+    offsets = as_tensor(offset, "offset") if hasattr(offset, "shape") and len(offset.shape) else None
+    last = offset = 0 if offsets is not None else as_integer(offset, "offset")
+    if offsets is not None and total is not None and offsets.numel():
+        last = int(offsets.max())
+    if total is not None and g.ndim == 2 and last + g.shape[1] > total:
+        raise ShapeError(f"a piece of {g.shape[1]} from offset {last} ends beyond total = {total}")
+    return _op(g, dim, kind, seed, as_integer(nonzeros, "nonzeros"), offset, offsets)
 
 
-def _check(g: Tensor, dim: int, kind: str, seed: int, nonzeros: int, offset: int) -> None:
+def _check(g: Tensor, dim: int, kind: str, seed: int, nonzeros: int, offset: int, offsets: Tensor | None) -> None:
     if g.ndim != 2:
         raise ShapeError(f"g must be [B, P]; got {list(g.shape)}")
     if g.dtype not in FLOATS:
@@ -74,6 +80,16 @@ def _check(g: Tensor, dim: int, kind: str, seed: int, nonzeros: int, offset: int
     check_map(dim, kind, seed, nonzeros)
     if offset < 0 or offset + g.shape[1] >= 1 << 62:
         raise ShapeError(f"offset must be at least 0 and the piece end before 2^62; got {offset}")
+    if offsets is None:
+        return
+    if kind not in DENSE:
+        raise ShapeError(f"an offset for every row goes with {' and '.join(DENSE)} only; got kind {kind!r}")
+    if offsets.dtype != torch.int64:
+        raise DtypeError(f"offsets of rows must be int64; got {offsets.dtype}")
+    if offsets.shape != g.shape[:1]:
+        raise ShapeError(f"offsets of rows must be [B] = [{g.shape[0]}]; got {list(offsets.shape)}")
+    if offsets.device != g.device:
+        raise DeviceError(f"offsets of rows must lie where g does, {g.device}; got {offsets.device}")
 
 
 def check_map(dim: int, kind: str, seed: int, nonzeros: int) -> None:
@@ -88,8 +104,21 @@ def check_map(dim: int, kind: str, seed: int, nonzeros: int) -> None:
         BlockMap.of(kind, seed, dim, nonzeros)
 
 
-def _reference(g: Tensor, dim: int, kind: str, seed: int, nonzeros: int, offset: int) -> Tensor:
+def runs_of(offset: int | Tensor, rows: int) -> list[tuple[int, int, int]]:
+    """First row, row after the last, and offset of all rows next to each other that have the same offset."""
+    if isinstance(offset, int):
+        return [(0, rows, offset)]
+    values, counts = offset.unique_consecutive(return_counts=True)
+    ends = counts.cumsum(0).tolist()
+    return list(zip([0, *ends[:-1]], ends, values.tolist(), strict=True)) if ends else []
+
+
+def _reference(g: Tensor, dim: int, kind: str, seed: int, nonzeros: int, offset: int | Tensor) -> Tensor:
     """The definition, coordinate by coordinate, in float64; the oracle of the tests. [B, P] -> [B, dim]."""
+    if isinstance(offset, Tensor):
+        places = enumerate(offset.tolist())
+        parts = [_reference(g[row : row + 1], dim, kind, seed, nonzeros, at) for row, at in places]
+        return torch.cat([g.new_empty(0, dim, dtype=torch.float64), *parts])
     coordinate = offset + torch.arange(g.shape[1], device=g.device)
     wide = g.double()
     if kind == "gaussian":
@@ -106,7 +135,9 @@ def _reference(g: Tensor, dim: int, kind: str, seed: int, nonzeros: int, offset:
     return out
 
 
-def _cpu(g: Tensor, dim: int, kind: str, seed: int, nonzeros: int, offset: int, instruction_set: str = "") -> Tensor:
+def _cpu(
+    g: Tensor, dim: int, kind: str, seed: int, nonzeros: int, offset: int | Tensor, instruction_set: str = ""
+) -> Tensor:
     """C++ (csrc/cpu/sketch.cpp, dense_sketch.cpp). [B, P] on the CPU -> [B, dim]."""
     if g.stride(1) != 1 and g.shape[1] > 1:
         step = max(1, BLOCK_ENTRIES // max(1, g.shape[0]))
@@ -121,7 +152,7 @@ def _cpu(g: Tensor, dim: int, kind: str, seed: int, nonzeros: int, offset: int, 
         "stride": g.stride(0),
         "samples": g.shape[0],
         "count": g.shape[1],
-        "offset": offset,
+        "offset": offset if isinstance(offset, int) else 0,
         "out": out.data_ptr(),
         "seed": seed,
         "kind": KINDS.index(kind),
@@ -130,14 +161,16 @@ def _cpu(g: Tensor, dim: int, kind: str, seed: int, nonzeros: int, offset: int, 
         "instruction_set": instruction_set,
     }
     if kind in DENSE:
-        native.extension.sketch_dense(dim=dim, **shared)
+        offsets = offset.contiguous() if isinstance(offset, Tensor) else None
+        of_rows = {} if offsets is None else {"row_offsets": offsets.data_ptr()}
+        native.extension.sketch_dense(dim=dim, **shared, **of_rows)
         return out
     law = BlockMap.of(kind, seed, dim, nonzeros)
     native.extension.sketch(chunks=law.chunks, ranges=law.ranges, width=law.width, scale=law.scale, **shared)
     return out
 
 
-def _torch(g: Tensor, dim: int, kind: str, seed: int, nonzeros: int, offset: int) -> Tensor:
+def _torch(g: Tensor, dim: int, kind: str, seed: int, nonzeros: int, offset: int | Tensor) -> Tensor:
     """Torch's operators on any device: for some blocks at a time, what falls on every bin. [B, P] -> [B, dim].
 
     Gathered, not scattered: an `index_add_` on CUDA adds in an order of its own.
@@ -163,39 +196,51 @@ def _torch(g: Tensor, dim: int, kind: str, seed: int, nonzeros: int, offset: int
     return out.flatten(1) * law.scale
 
 
-def project(g: Tensor, dim: int, kind: str, seed: int, offset: int) -> Tensor:
+def project(g: Tensor, dim: int, kind: str, seed: int, offset: int | Tensor) -> Tensor:
     """A dense kind by matrix products, entries made for some coordinates at a time: g [B, P] -> [B, dim]."""
-    samples, count = g.shape
-    dtype = accumulation_dtype(g.dtype)
-    padded = -(-samples // ROWS) * ROWS
-    out = torch.zeros(padded, dim, dtype=dtype, device=g.device)
-    column = torch.arange(dim, device=g.device)
-    step = max(1, BLOCK_ENTRIES // (8 * dim))  # the hash works on a few int64 copies of the block
+    count, dtype = g.shape[1], accumulation_dtype(g.dtype)
+    out = torch.zeros(g.shape[0], dim, dtype=dtype, device=g.device)
+    step = max(1, BLOCK_ENTRIES // (8 * dim))  # coordinates: the hash works on a few int64 copies of the block
+    runs, together = runs_of(offset, g.shape[0]), max(1, step // max(1, count))
     with ieee_products():
-        for begin in range(0, count, step):
-            piece = g[:, begin : begin + step].to(dtype)
-            piece = torch.nn.functional.pad(piece, (0, 0, 0, padded - samples))
-            coordinate = torch.arange(offset + begin, offset + begin + piece.shape[1], device=g.device)[:, None]
-            if kind == "gaussian":
-                matrix = normal(seed, kind, coordinate, column).to(dtype)
-            else:
-                matrix = (1 - 2 * negative(keys(seed, kind, SIGN), coordinate, column)).to(dtype)
-            for row in range(0, padded, ROWS):
-                out[row : row + ROWS] += product_by_entry(piece[row : row + ROWS], matrix)
-    return out[:samples] / math.sqrt(dim)
+        for turn in range(0, len(runs), together):
+            some = runs[turn : turn + together]
+            for begin in range(0, count, step):
+                end_column = min(begin + step, count)
+                spans = [torch.arange(at + begin, at + end_column, device=g.device) for _, _, at in some]
+                matrices = _entries(torch.stack(spans), dim, kind, seed).to(dtype)  # [runs, columns, dim]
+                for (top, end, _), matrix in zip(some, matrices, strict=True):
+                    for row in range(top, end, ROWS):
+                        piece = g[row : min(row + ROWS, end), begin:end_column].to(dtype)
+                        padded = torch.nn.functional.pad(piece, (0, 0, 0, ROWS - piece.shape[0]))
+                        out[row : row + piece.shape[0]] += product_by_entry(padded, matrix)[: piece.shape[0]]
+    return out / math.sqrt(dim)
+
+
+def _entries(coordinates: Tensor, dim: int, kind: str, seed: int) -> Tensor:
+    """The map's entries, unscaled: [...] -> [..., dim], float64, or int64 for rademacher."""
+    column = torch.arange(dim, device=coordinates.device)
+    if kind == "gaussian":
+        return normal(seed, kind, coordinates[..., None], column)
+    return 1 - 2 * negative(keys(seed, kind, SIGN), coordinates[..., None], column)
 
 
 @torch.library.custom_op("fillm_kernels::sketch", mutates_args=())
-def _op(g: Tensor, dim: int, kind: str, seed: int, nonzeros: int, offset: int) -> Tensor:
-    _check(g, dim, kind, seed, nonzeros, offset)
+def _op(g: Tensor, dim: int, kind: str, seed: int, nonzeros: int, offset: int, offsets: Tensor | None = None) -> Tensor:
+    _check(g, dim, kind, seed, nonzeros, offset, offsets)
+    if offsets is not None and offsets.numel():
+        least, most = (int(bound) for bound in offsets.aminmax())
+        for bound in (least, most):
+            _check(g, dim, kind, seed, nonzeros, bound, None)
     unable = {"cuda": f"computes the sparse kinds only, not {kind}"} if kind in DENSE else {}
-    result = select("sketch", g.device, g.dtype, unable=unable)(g.detach(), dim, kind, seed, nonzeros, offset)
+    run, where = select("sketch", g.device, g.dtype, unable=unable), offset if offsets is None else offsets
+    result = run(g.detach(), dim, kind, seed, nonzeros, where)
     return result.to(accumulation_dtype(g.dtype))
 
 
 @_op.register_fake
-def _(g: Tensor, dim: int, kind: str, seed: int, nonzeros: int, offset: int) -> Tensor:
-    _check(g, dim, kind, seed, nonzeros, offset)
+def _(g: Tensor, dim: int, kind: str, seed: int, nonzeros: int, offset: int, offsets: Tensor | None = None) -> Tensor:
+    _check(g, dim, kind, seed, nonzeros, offset, offsets)
     return g.new_empty(g.shape[0], dim, dtype=accumulation_dtype(g.dtype))
 
 

@@ -2,14 +2,16 @@
 
 import math
 from functools import cache
+from types import SimpleNamespace
 
+import fillm_kernels as fk
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fillm.capture import Capture, PerSampleGradients, SketchMap
+from fillm.capture import Capture, PerSampleGradients, SketchMap, sketching
 from fillm.capture.combined import ScaledGradients, StackedGradients, SummedGradients, TiedGradients, combine
 from fillm.capture.gradients import DenseGradients, LookupGradients, OuterGradients
 from fillm.data import collate
@@ -133,6 +135,28 @@ def test_a_sample_has_the_same_sketch_in_any_batch(kind, name, lengths):
         alone = batch(own, torch.tensor([0, length])).sketches(to)
         # A batch of another size may take another way through the library's products and transforms.
         assert_within(alone, sketches[sample : sample + 1].double(), exact[sample : sample + 1], 2.0**-24)
+
+
+@pytest.mark.parametrize("held", [1 << 22, 40 * DIM])
+@pytest.mark.parametrize("kind", ["gaussian", "rademacher"])
+def test_a_dense_sketch_of_many_tokens_takes_few_calls(kind, held, monkeypatch):
+    """One call for every token of the vocabulary would be 117 of them."""
+    calls = []
+
+    def counted(g: Tensor, *given: object, **options: object) -> Tensor:
+        calls.append(g.shape[0])
+        return fk.sketch(g, *given, **options)
+
+    monkeypatch.setattr(sketching, "fk", SimpleNamespace(sketch=counted))
+    monkeypatch.setattr(sketching, "SKETCH_ENTRIES", held)
+    generator = torch.Generator().manual_seed(3)
+    ids, dy = torch.randint(0, 200, (180,), generator=generator), drawn(180, INPUTS)
+    assert ids.unique().numel() == 117
+    gradients = LookupGradients(ids, dy, torch.tensor([0, 60, 60, 61, 180]), 200)
+    got, touched = gradients.sketches(map_of(kind, gradients)), gradients.grouped()[0].numel()
+    assert sum(calls) == touched and len(calls) == -(-touched * DIM // held)
+    exact = formed(LookupGradients(ids, dy.double(), gradients.offsets, 200))
+    assert_within(got, sketched(kind, DIM, "model.weight", exact, SEED), exact, 2.0**-24)
 
 
 @pytest.mark.parametrize("kind", ["factored", "factored-sjlt", "tensorsketch"])

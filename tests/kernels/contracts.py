@@ -108,16 +108,22 @@ def outer_sketch_contract(kind: str, dim: int) -> Contract:
     )  # fmt: skip
 
 
-def sketch_contract(kind: str, dim: int) -> Contract:
+def sketch_contract(kind: str, dim: int, places: bool = False) -> Contract:
     def build(shape: Shape, dtype: torch.dtype) -> Arguments:
         g = whole(len(shape.lengths), shape.inputs * shape.outputs, dtype=dtype, low=-3, high=3)
-        return {"g": g, "dim": dim, "kind": kind, "seed": 2**40 + 3, "offset": 2**33 + 7}
+        offset = 2**33 + 7 + (torch.arange(len(shape.lengths)) > 1) * 9 if places else 2**33 + 7
+        return {"g": g, "dim": dim, "kind": kind, "seed": 2**40 + 3, "offset": offset}
 
     def answer(a: Arguments) -> list[Tensor]:
-        return [a["g"].double() @ projection(kind, a["seed"], dim, a["g"].shape[1], offset=a["offset"])]
+        g, seed, count = a["g"].double(), a["seed"], a["g"].shape[1]
+        if not places:
+            return [g @ projection(kind, seed, dim, count, offset=a["offset"])]
+        maps = [projection(kind, seed, dim, count, offset=at) for at in a["offset"].tolist()]
+        return [torch.einsum("bp,bpk->bk", g, torch.stack(maps)) if maps else g.new_zeros(0, dim)]
 
     return Contract(
-        f"sketch {kind}", "sketch", fk.sketch, build, answer, roundoff=INEXACT if kind == "gaussian" else 0.0,
+        f"sketch {kind}{' of rows at places' if places else ''}", "sketch", fk.sketch, build, answer,
+        roundoff=INEXACT if kind == "gaussian" else 0.0,
         anything_goes=frozenset({("g", "longer")}), many_programs=True,
         not_on=("cuda",) if kind in ("gaussian", "rademacher") else (),
     )  # fmt: skip
@@ -176,6 +182,7 @@ CONTRACTS = (
     sketch_contract("sjlt", 36),
     sketch_contract("rademacher", 16),
     sketch_contract("gaussian", 17),
+    sketch_contract("rademacher", 16, places=True),
     factored_contract("factored", 5, 7),
     factored_contract("factored-sjlt", 8, 4),
     factored_contract("tensorsketch", 64),

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from fillm_kernels import BackendError, DtypeError, ShapeError, native, sketch
+from fillm_kernels import BackendError, DeviceError, DtypeError, ShapeError, native, sketch
 from fillm_kernels.seed_law import BlockMap
 from fillm_kernels.sketch import SKETCHES, _cpu, _reference
 from hypothesis import given, settings
@@ -100,6 +100,67 @@ def test_dense_kinds_of_many_rows_have_the_bits_of_single_rows(instruction_set, 
         alone = [_cpu(g[row : row + 1], dim, kind, 9, 4, offset, instruction_set) for row in some]
         assert torch.equal(together[list(some)], torch.cat(alone))
         assert_within(together, _reference(g, dim, kind, 9, 4, offset), bound(g, dim, kind))
+
+
+# Pairs (offset, rows that have it), P, dim: a run longer than any block of rows, pieces and tiles cut at both ends, an
+# offset that comes back, one beyond 32 bits, no rows, no columns.
+PLACES = (
+    (((4060, 1), (0, 2), (4060, 18), (2**33 + 11, 1)), 70, 67),
+    (((5, 300), (6, 1)), 9, 3),
+    (((4095, 1), (8191, 2)), 4200, 2),
+    ((), 8, 4),
+    (((3, 2), (1, 1)), 0, 4),
+)
+
+
+def at_places(places: tuple, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    offsets = torch.tensor([first for first, rows in places for _ in range(rows)], dtype=torch.int64)
+    return torch.randn(offsets.numel(), count).to(dtype), offsets
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", module.DENSE)
+@pytest.mark.parametrize("backend", ["cpu", "torch", "triton", "reference"])
+def test_rows_of_dense_kinds_may_have_places_of_their_own(backend, kind, dtype, monkeypatch):
+    monkeypatch.setenv("FILLM_BACKEND", backend)
+    for places, count, dim in PLACES:
+        g, offsets = at_places(places, count, dtype)
+        if backend == "triton" and g.numel() > 2000:
+            continue  # the interpreter runs every program one after the other
+        before = g.clone(), offsets.clone()
+        got = sketch(g, dim, kind, 7, offset=offsets)
+        assert torch.equal(g, before[0]) and torch.equal(offsets, before[1])
+        maps = {first: projection(kind, 7, dim, count, offset=first) for first, _ in places}
+        rows = [row.double() @ maps[first] for row, first in zip(g, offsets.tolist(), strict=True)]
+        want = torch.stack(rows) if rows else torch.zeros(0, dim, dtype=torch.float64)
+        assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert_within(got, want, bound(g, dim, kind))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", module.DENSE)
+@pytest.mark.parametrize("backend", [*native.instruction_sets(), "torch"])
+def test_a_row_at_a_place_of_its_own_has_the_bits_of_a_call_of_its_own(backend, kind, dtype):
+    def run(g: Tensor, dim: int, offset: int | Tensor) -> Tensor:
+        given = (g, dim, kind, 9, 4, offset)
+        return module._torch(*given) if backend == "torch" else _cpu(*given, backend)
+
+    for places, count, dim in PLACES[:3]:
+        g, offsets = at_places(places, count, dtype)
+        some = range(0, len(g), 1 + len(g) // 9)
+        alone = torch.cat([run(g[row : row + 1], dim, int(offsets[row])) for row in some])
+        assert torch.equal(run(g, dim, offsets)[list(some)], alone)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_rows_at_places_of_any_strides_and_in_parts(backend, monkeypatch):
+    monkeypatch.setenv("FILLM_BACKEND", backend)
+    monkeypatch.setattr(module, "BLOCK_ENTRIES", 1000)
+    g, offsets = torch.randn(90, 7).T, torch.tensor([40, 3, 40, 40, 9, 9, 0, 1])[1:]
+    for kind in module.DENSE:
+        assert_within(
+            sketch(g, 24, kind, 7, offset=offsets), _reference(g, 24, kind, 7, 4, offsets), 2 * bound(g, 24, kind)
+        )
 
 
 @settings(max_examples=30, deadline=None)
@@ -281,6 +342,32 @@ def test_an_oporp_bin_takes_one_coordinate_of_every_block():
         ((torch.ones(3, 3), 4), {"offset": -1}, ShapeError, "offset must be"),
         ((torch.ones(3, 3), 4), {"offset": 2, "total": 4}, ShapeError, "ends beyond total = 4"),
         ((torch.ones(3, 3), 6, "sjlt"), {}, ShapeError, "multiple of nonzeros = 4"),
+        (
+            (torch.ones(3, 3), 4, "oporp"),
+            {"offset": torch.arange(3)},
+            ShapeError,
+            "rademacher and gaussian only",
+        ),
+        (
+            (torch.ones(3, 3), 4, "gaussian"),
+            {"offset": torch.arange(2)},
+            ShapeError,
+            r"must be \[B\] = \[3\]",
+        ),
+        ((torch.ones(3, 3), 4, "gaussian"), {"offset": torch.ones(3)}, DtypeError, "must be int64; got torch.float32"),
+        ((torch.ones(3, 3), 4, "gaussian"), {"offset": -torch.arange(3)}, ShapeError, "must be at least 0 .* got -2"),
+        (
+            (torch.ones(3, 3), 4, "gaussian"),
+            {"offset": torch.tensor([1, 9, 2]), "total": 11},
+            ShapeError,
+            "a piece of 3 from offset 9 ends beyond total = 11",
+        ),
+        (
+            (torch.ones(3, 3), 4, "gaussian"),
+            {"offset": torch.ones(3, dtype=torch.int64, device="meta")},
+            DeviceError,
+            "must lie where g does",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(arguments, options, error, words):

@@ -135,6 +135,20 @@ def test_a_resumed_training_ends_with_the_same_bits(tmp_path):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_resumed_without_a_masked_optimiser_it_says_what_to_hand_over(tmp_path, dtype):
+    mask = random_mask(llama(), KINDS)
+
+    def trainer():
+        settings = arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+        callback = MaskCallback(mask, master_weights=True)
+        return Trainer(llama().to(dtype), settings, train_dataset=rows(), callbacks=[callback])
+
+    trainer().train()
+    with pytest.raises(UsageError, match=r"hand it optimizers=\(fillm.MaskedOptimizer\(...\), None\)$"):
+        trainer().train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
 def test_a_second_training_goes_on_inside_the_same_mask(tmp_path):
     model = llama()
     mask = random_mask(model, KINDS)

@@ -62,6 +62,9 @@ def refused(settings, capsys):
         ({"epochs": 2}, "--epochs and --max-steps: give one"),
         ({"lr": 0}, "--lr 0.0: has to be above 0"),
         ({"weight_decay": -1}, "--weight-decay -1.0: has to be finite, 0 or above"),
+        ({"warmup": 3}, "--warmup 3: the run has no more than 3 steps; give fewer, or a fraction"),
+        ({"warmup": 20, "max_steps": None}, "--warmup 20: the run has no more than 10 steps"),
+        ({"warmup": 9, "dry_run": True}, "--warmup 9: the run has no more than 3 steps"),
         ({"stop_retain_loss": "nan"}, "--stop-retain-loss nan: has to be finite"),
         ({"eval_every": 0}, "--eval-every 0: has to be above 0"),
         ({"num_forget": 8}, "--num-forget 8"),
@@ -210,6 +213,7 @@ def test_function(model_folder, mask_file, forget_file, retain_file):
         ({"mask": mask, "device": "cpu"}, "device: a setting of the command"),
         ({"mask": mask, "resume": True}, "resume and overwrite need out"),
         ({"mask": mask, "rate": 1.0}, "no setting is called 'rate'"),
+        ({"mask": mask, "warmup": 4, "max_steps": 4}, "--warmup 4: the run has no more than 4 steps"),
     ):
         with pytest.raises(UsageError, match=words):
             fillm.unlearn_model(*given, **wrong)

@@ -9,11 +9,14 @@ from hypothesis import strategies as st
 
 import fillm
 from fillm.data import Sample, SampleSet
+from fillm.errors import UsageError
 from fillm.rank.console import Console
 from fillm.rank.passes import Passes
+from fillm.unlearn.config import UnlearnConfig, resolved
 from fillm.unlearn.gradients import StepGradients
 from fillm.unlearn.influence import masked_update, predicted
 from fillm.unlearn.losses import LossOptions, make_loss
+from fillm.unlearn.plan import plan_of
 from fillm.unlearn.processes import Processes
 from fillm.unlearn.sampling import StepSamples, steps_per_epoch
 from fillm.unlearn.sources import Sources
@@ -39,6 +42,16 @@ def plain_loss(model, sample):
     logits = model(torch.tensor([sample.input_ids])).logits[0].log_softmax(-1)
     picked = [-logits[t - 1, label] for t, label in enumerate(sample.labels) if label != -100]
     return sum(picked) / len(picked)
+
+
+def test_the_warm_up_is_shorter_than_the_run():
+    plan = plan_of(resolved(UnlearnConfig(epochs=2, batch_size=4, warmup=3), given=True), num_forget=7)
+    assert (plan.steps, plan.warmup) == (4, 3)
+    assert plan_of(resolved(UnlearnConfig(max_steps=10, warmup=0.25), given=True), num_forget=7).warmup == 2
+    assert plan_of(resolved(UnlearnConfig(max_steps=1, warmup=0.9), given=True), num_forget=7).warmup == 0
+    for warmup, steps in ((4, {"epochs": 2}), (3, {"max_steps": 3}), (99.6, {"max_steps": 100})):
+        with pytest.raises(UsageError, match=f"--warmup {warmup}: the run has no more than"):
+            plan_of(resolved(UnlearnConfig(batch_size=4, warmup=warmup, **steps), given=True), num_forget=7)
 
 
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 5), st.integers(0, 3))
@@ -117,6 +130,35 @@ def test_gradient(micro_batch, per_sample):
         for value in retained:
             want += 1.3 / 4 * torch.autograd.grad(value, parameter, retain_graph=True)[0]
         # Llama's norms are float32 even in a float64 model.
+        assert float((found[name] - want).norm()) < 1e-5 * float(want.norm())
+
+
+@pytest.mark.parametrize(("micro_batch", "passes"), [(8, [[4, 0, 2], [3, 1], [5]]), (2, [[4, 0], [2], [3, 1], [5]])])
+def test_samples_of_one_mask_share_forward_passes(micro_batch, passes, monkeypatch):
+    forget, retain, loss = drawn_samples(6, 1), drawn_samples(2, 2), make_loss("ga", LossOptions(gamma=0.7))
+    reaches = [frozenset(NAMES[: 1 + number % 2]) for number in range(5)] + [frozenset(NAMES[1:])]
+    seen, real = [], Sources.forget_values
+
+    def noted(self, loss, model, positions, device):
+        seen.append(list(positions))
+        return real(self, loss, model, positions, device)
+
+    monkeypatch.setattr(Sources, "forget_values", noted)
+    model = build_family("llama").eval().requires_grad_(False)
+    parameters = {name: p.requires_grad_(True) for name, p in model.named_parameters() if name in NAMES}
+    sources = Sources(forget, retain)
+    forming = StepGradients(model, loss, sources, Processes("cpu"), micro_batch, None, reaches)
+    of_forget, _ = forming.form([4, 3, 0, 5, 2, 1], [], 1, lambda line: pytest.fail(line))
+    assert seen == passes
+    assert all(p.requires_grad for p in parameters.values())
+    found = {name: p.grad.clone() for name, p in parameters.items()}
+    values = [plain_loss(model, sample) for sample in forget]
+    assert of_forget == pytest.approx(-sum(v.item() for v in values), rel=1e-6)
+    for name, parameter in parameters.items():
+        want = torch.zeros_like(parameter)
+        for value, names in zip(values, reaches, strict=True):
+            if name in names:
+                want -= 0.7 / 6 * torch.autograd.grad(value, parameter, retain_graph=True)[0]
         assert float((found[name] - want).norm()) < 1e-5 * float(want.norm())
 
 

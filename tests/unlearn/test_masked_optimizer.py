@@ -5,12 +5,15 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
-from fillm import MaskedOptimizer
+from fillm import MaskedOptimizer, Untouched, frozen_outside
 from fillm.errors import UsageError
 from tests.kernels.contract import Recorder
 from tests.unlearn.dense import ELEMENTWISE, assert_near, backward
@@ -209,6 +212,41 @@ def test_other_tensors_that_cannot_be_stepped_in_place_are_refused():
     model[2].weight.data = model[2].weight.data.t().contiguous().t()
     with pytest.raises(UsageError, match="not contiguous"):
         MaskedOptimizer(torch.optim.AdamW(model.parameters()), mask, model)
+
+
+def test_parameters_that_are_no_whole_floating_point_tensors_are_refused():
+    model = net()
+    mask = random_mask(model, {"2.weight": "bits"})
+    model[2].weight = nn.Parameter(torch.zeros_like(model[2].weight, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(UsageError, match="^2.weight is int8, and a mask needs floating-point weights; load .*$"):
+        frozen_outside(model, mask)
+    model = net()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        for refused in (
+            lambda: MaskedOptimizer(torch.optim.AdamW(model.parameters()), mask, model),
+            lambda: frozen_outside(model, mask),
+            lambda: Untouched.before(model, mask),
+        ):
+            with pytest.raises(UsageError, match=r"^2.weight is sharded \(FSDP2\), and a mask needs whole .*$"):
+                refused()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_masked_state_in_an_optimiser_without_a_mask_is_refused():
+    model, twin = net(), net()
+    mask = random_mask(model, {"2.weight": "bits", "2.bias": "whole"})
+    masked = MaskedOptimizer(torch.optim.AdamW([model[2].weight, model[2].bias]), mask, model)
+    backward(model, 0)
+    masked.step()
+    plain = torch.optim.AdamW([twin[2].weight, twin[2].bias])
+    plain.load_state_dict(masked.state_dict())
+    held = {parameter: dict(state) for parameter, state in plain.state.items()}
+    with pytest.raises(UsageError, match="^2.weight: the state of a masked optimiser was loaded"):
+        MaskedOptimizer(plain, mask, twin)
+    assert {parameter: dict(state) for parameter, state in plain.state.items()} == held
 
 
 def test_a_closure_is_evaluated_with_gradient_and_its_loss_returned():

@@ -31,7 +31,7 @@ def shipped(width: int) -> Configuration:
     return Configuration({"BINS": bins, "BLOCKS": max(1, min(SIGNS, ENTRIES // bins))}, num_warps=4, num_stages=3)
 
 
-def launch(g: Tensor, dim: int, kind: str, seed: int, nonzeros: int, offset: int) -> Tensor:
+def launch(g: Tensor, dim: int, kind: str, seed: int, nonzeros: int, offset: int | Tensor) -> Tensor:
     """The backend: g [B, P] -> [B, dim], float32 (float64 for float64)."""
     if kind in ("rademacher", "gaussian"):
         return _dense(g, dim, kind, seed, offset)
@@ -111,7 +111,7 @@ def _block_kernel(
     tl.store(target, tl.sum(sums, 0), mask=column < width)
 
 
-def _dense(g: Tensor, dim: int, kind: str, seed: int, offset: int) -> Tensor:
+def _dense(g: Tensor, dim: int, kind: str, seed: int, offset: int | Tensor) -> Tensor:
     """Rademacher and Gaussian: g [B, P] times entries made in registers.
 
     float64, which the product of a tile does not take, by torch's operators.
@@ -121,31 +121,50 @@ def _dense(g: Tensor, dim: int, kind: str, seed: int, offset: int) -> Tensor:
 
         return project(g, dim, kind, seed, offset)
     samples, count = g.shape
+    own = isinstance(offset, Tensor)
+    table = _groups(offset) if own else torch.empty(0, 3, dtype=torch.int64, device=g.device)
+    groups = table.shape[0] if own else triton.cdiv(samples, DENSE.constants["SAMPLES"])
     steps = triton.cdiv(count, DENSE.constants["COORDINATES"])
     splits = max(1, min(SPLITS, steps))
     tiles = triton.cdiv(dim, DENSE.constants["BINS"])
     partial = torch.empty(samples, splits, dim, dtype=torch.float32, device=g.device)
     launch_kernel(
-        _dense_kernel, triton.cdiv(samples, DENSE.constants["SAMPLES"]) * splits * tiles, DENSE, g, partial,
-        g.stride(0), g.stride(1), samples, count, offset, *halves(seed), triton.cdiv(steps, splits), splits, tiles, dim,
-        KIND=KINDS.index(kind), NORMAL=kind == "gaussian",
+        _dense_kernel, groups * splits * tiles, DENSE, g, partial, table, g.stride(0), g.stride(1), samples, count,
+        0 if own else offset, *halves(seed), triton.cdiv(steps, splits), splits, tiles, dim,
+        KIND=KINDS.index(kind), NORMAL=kind == "gaussian", OWN=own,
     )  # fmt: skip
     return _sum_splits(partial, dim**-0.5)
 
 
+def _groups(offsets: Tensor) -> Tensor:
+    """First row, row after the last and offset of every SAMPLES rows of one offset: [B] -> [groups, 3], int64."""
+    from fillm_kernels.sketch import runs_of
+
+    size, runs = DENSE.constants["SAMPLES"], runs_of(offsets, offsets.shape[0])
+    groups = [(row, min(row + size, end), first) for top, end, first in runs for row in range(top, end, size)]
+    return torch.tensor(groups, dtype=torch.int64).view(-1, 3).to(offsets.device)
+
+
 @triton.jit(do_not_specialize=["offset", "seed_low", "seed_high", "splits", "tiles"])
 def _dense_kernel(
-    values, partial, stride, step, samples, count, offset, seed_low, seed_high, share, splits, tiles, dim,
-    KIND: tl.constexpr, NORMAL: tl.constexpr, SAMPLES: tl.constexpr, COORDINATES: tl.constexpr, BINS: tl.constexpr,
+    values, partial, groups, stride, step, samples, count, offset, seed_low, seed_high, share, splits, tiles, dim,
+    KIND: tl.constexpr, NORMAL: tl.constexpr, OWN: tl.constexpr,
+    SAMPLES: tl.constexpr, COORDINATES: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     split = (program // tiles) % splits
-    sample = (program // tiles // splits).to(tl.int64) * SAMPLES + tl.arange(0, SAMPLES)
+    group = (program // tiles // splits).to(tl.int64)
+    sample = group * SAMPLES + tl.arange(0, SAMPLES)
+    present = sample < samples
+    if OWN:
+        sample = tl.load(groups + group * 3) + tl.arange(0, SAMPLES)
+        present = sample < tl.load(groups + group * 3 + 1)
+        offset = tl.load(groups + group * 3 + 2)
     column = (program % tiles) * BINS + tl.arange(0, BINS)
     sums = tl.zeros((SAMPLES, BINS), dtype=tl.float32)
     for turn in range(0, share):
         at = (split.to(tl.int64) * share + turn) * COORDINATES + tl.arange(0, COORDINATES)
-        inside = (sample < samples)[:, None] & (at < count)[None, :]
+        inside = present[:, None] & (at < count)[None, :]
         entry = tl.load(values + sample[:, None] * stride + at[None, :] * step, mask=inside, other=0.0).to(tl.float32)
         coordinate = at + offset
         if NORMAL:
@@ -158,13 +177,15 @@ def _dense_kernel(
             matrix = tl.where(flip != 0, -1.0, 1.0)
         sums += tl.dot(entry, matrix, input_precision="ieee")
     target = partial + (sample[:, None] * splits + split) * dim + column[None, :]
-    tl.store(target, sums, mask=(sample < samples)[:, None] & (column < dim)[None, :])
+    tl.store(target, sums, mask=present[:, None] & (column < dim)[None, :])
 
 
-def small_case(dtype: torch.dtype, device: torch.device) -> list[tuple[Tensor, int, str, int, int, int]]:
+def small_case(dtype: torch.dtype, device: torch.device) -> list[tuple[Tensor, int, str, int, int, int | Tensor]]:
     """Several chunks, blocks cut at both ends and more than one group of them; the dense kinds; for the first use."""
     g = torch.randn(3, 1500, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-    return [(g, 60, "sjlt", 5, 4, 7), *((g[:, :70], 40, kind, 5, 4, 7) for kind in ("rademacher", "gaussian"))]
+    own = torch.tensor([9, 9, 2**33], device=device)
+    dense = [(g[:, :70], 40, kind, 5, 4, offset) for kind in ("rademacher", "gaussian") for offset in (7, own)]
+    return [(g, 60, "sjlt", 5, 4, 7), *dense]
 
 
 def compile_cases() -> Iterator[CompileCase]:
@@ -181,11 +202,12 @@ def compile_cases() -> Iterator[CompileCase]:
             yield CompileCase(f"sketch {kind} of {width} bins {name_of(dtype)}", _block_kernel, shipped(width), types,
                               constants, counts=(*counts, "offset", "first", "width", "ranges"))  # fmt: skip
     for dtype in DTYPES:
-        for kind in ("rademacher", "gaussian"):
-            types = {"values": POINTERS[dtype], "partial": "*fp32", "stride": "i32", "samples": "i32", **counts}
-            constants = {"KIND": KINDS.index(kind), "NORMAL": kind == "gaussian"}
-            yield CompileCase(f"sketch {kind} {name_of(dtype)}", _dense_kernel, DENSE, {**types, "offset": "i64"},
-                              constants, counts=(*counts, "samples", "offset"))  # fmt: skip
+        for kind, own in (("rademacher", False), ("gaussian", False), ("rademacher", True), ("gaussian", True)):
+            types = {"values": POINTERS[dtype], "partial": "*fp32", "groups": "*i64", "stride": "i32", "samples": "i32"}
+            types |= {**counts, "offset": "i64"}
+            constants = {"KIND": KINDS.index(kind), "NORMAL": kind == "gaussian", "OWN": own}
+            name = f"sketch {kind} {'of rows at places ' if own else ''}{name_of(dtype)}"
+            yield CompileCase(name, _dense_kernel, DENSE, types, constants, counts=(*counts, "samples", "offset"))
     for dtype in (torch.float32, torch.float64):
         types = {"partial": POINTERS[dtype], "out": POINTERS[dtype], "splits": "i32", "dim": "i32", "scale": "fp32"}
         yield CompileCase(f"sketch sum of parts {name_of(dtype)}", _split_kernel, SUM, types, counts=("splits", "dim"))
