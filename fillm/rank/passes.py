@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fillm.capture import Capture, PerSampleGradients
-from fillm.data import SampleSet, collate, plan_batches
+from fillm.capture import PerSampleGradients
+from fillm.data import Batch, SampleSet, collate, plan_batches
 from fillm.errors import InterruptedRun, NumericsError, OutOfMemoryError
 from fillm.models import spoilt_weight
 from fillm.rank.console import Console
@@ -56,6 +56,22 @@ class StoredStatistic(Protocol):
         ...
 
 
+class BatchRunner(Protocol):
+    """What a pass hands its batches to: a `Capture`, or what computes other numbers of a batch's samples."""
+
+    model: nn.Module
+    fallback: dict[str, str]
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches have to be."""
+        ...
+
+    def run(self, batch: Batch, samples: SampleSet, observe: Callable[[str, Any, Tensor], None]) -> Tensor:
+        """Feeds `observe(name, numbers, positions)` one batch; [B] losses, float64, on the CPU."""
+        ...
+
+
 @dataclass
 class Passes:
     """Runs passes under one policy.
@@ -85,7 +101,7 @@ class Passes:
         self,
         stage: str,
         label: str,
-        capture: Capture,
+        capture: BatchRunner,
         samples: SampleSet,
         statistic: Statistic | StoredStatistic,
         positions: Sequence[int] | None = None,
@@ -157,7 +173,7 @@ class Passes:
         self.record.append(row)
 
     def _batch(
-        self, capture: Capture, samples: SampleSet, batch: list[int], statistic: Statistic | StoredStatistic
+        self, capture: BatchRunner, samples: SampleSet, batch: list[int], statistic: Statistic | StoredStatistic
     ) -> Tensor:
         """One batch, in halves if memory runs out; a tensor that has already been fed is not fed twice."""
         done: dict[str, set[int]] = {}

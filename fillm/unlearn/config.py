@@ -9,7 +9,9 @@ from fillm.data.templates import DEFAULT_TEMPLATE
 from fillm.errors import UsageError
 
 INFLUENCE, TASK_VECTOR = "influence", "task-vector"  # what is no gradient loss
-ONE_SHOT_RISE = 0.01  # nat a token: the forget rise that the default --eta of `influence` is chosen for
+# Nat a token: the forget rise that the default --eta of `influence` is chosen for. On a model that recites 400 rows
+# (loss 0.02) 0.01 was measured to be 4 % below its prediction, 0.02 11 % and 0.03 17 %.
+ONE_SHOT_RISE = 0.01
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,9 @@ class UnlearnConfig:
         "LOSS",
     )
     eta: float | None = option(
-        None, "influence: length of the step (default: for a predicted forget rise of 0.01); task-vector: 1", "X"
+        None,
+        "influence: length of the step (default: for a predicted forget rise of at most 0.01); task-vector: 1",
+        "X",
     )
     beta: float | None = option(None, "of npo, dpo, simnpo, wga, undial: as published", "X")
     beta1: float | None = option(None, "of satimp: as published", "X")

@@ -17,7 +17,8 @@ from fillm.masks import Mask
 from fillm.models import model_fingerprint, quiet_transformers
 from fillm.runs import write_record
 from fillm.unlearn.checkpoint import LOG_COLUMNS
-from fillm.unlearn.influence import OneShot
+from fillm.unlearn.curvature import TWO_BACKWARD_PASSES
+from fillm.unlearn.influence import Expansion, OneShot
 from fillm.unlearn.stopping import Evaluation
 from fillm.unlearn.untouched import Verification
 
@@ -64,28 +65,18 @@ class UnlearnResult:
             "stopped": self.stopped or None,
         }
         if self.one_shot is not None:
-            changes = {"forget": self.one_shot.forget_change, "retain": self.one_shot.retain_change}
-            told["influence"] = {
-                "eta": self.one_shot.eta,
-                "gain": self.one_shot.gain,
-                **{
-                    f"{name}_change": {"predicted": changes[name], "measured": last - first}
-                    for name, (first, last) in sides.items()
-                },
-            }
+            told["influence"] = _as_predicted(
+                self.one_shot, {name: last - first for name, (first, last) in sides.items()}
+            )
         return told
 
     def lines(self) -> list[str]:
         """A table for a person."""
         rows = [("forget", self.before.forget, self.after.forget), ("retain", self.before.retain, self.after.retain)]
-        predicted = {} if self.one_shot is None else {"forget": self.one_shot.forget_change}
+        out = [f"{'loss':<8}{'before':>12}{'after':>12}{'change':>12}"]
+        out += [f"{name:<8}{first:>12.5f}{last:>12.5f}{last - first:>+12.5f}" for name, first, last in rows]
         if self.one_shot is not None:
-            predicted["retain"] = self.one_shot.retain_change
-        head = f"{'loss':<8}{'before':>12}{'after':>12}{'change':>12}" + (f"{'predicted':>12}" if predicted else "")
-        out = [head]
-        for name, first, last in rows:
-            line = f"{name:<8}{first:>12.5f}{last:>12.5f}{last - first:>+12.5f}"
-            out.append(line + (f"{predicted[name]:>+12.5f}" if predicted else ""))
+            out += _predicted_lines(self.one_shot, {name: last - first for name, first, last in rows})
         found = self.verification
         outside = sum(p.numel() for p in self.model.parameters()) - found.selected_parameters
         out.append(
@@ -96,6 +87,44 @@ class UnlearnResult:
             why = f" ({self.stopped})" if self.stopped else ""
             out.append(f"{self.steps} steps in {self.seconds:.0f} s{why}; kept: step {self.after.step}")
         return out
+
+
+def _as_predicted(one_shot: OneShot, measured: Mapping[str, float]) -> dict[str, Any]:
+    told: dict[str, Any] = {
+        "eta": one_shot.eta,
+        "gain": one_shot.forget.slope,
+        "curvature_by": one_shot.curvature_by,
+    }
+    for name, change in measured.items():
+        expansion: Expansion = getattr(one_shot, name)
+        told[f"{name}_change"] = {
+            "predicted": expansion.predicted(one_shot.eta),
+            "measured": change,
+            "first_order": expansion.first_order(one_shot.eta),
+            "fisher": expansion.by_fisher(one_shot.eta),
+            "doubtful": expansion.doubtful(one_shot.eta),
+        }
+    return told
+
+
+def _predicted_lines(one_shot: OneShot, measured: Mapping[str, float]) -> list[str]:
+    """A table of what the step was to do beside what it did, and how far to trust it."""
+    eta = one_shot.eta
+    out = [f"step theta - {eta:.4g} u; change of the loss, measured and predicted:"]
+    out.append(f"{'':<8}{'measured':>12}{'predicted':>12}{'first order':>13}{'by Fisher':>12}")
+    for name, change in measured.items():
+        expansion: Expansion = getattr(one_shot, name)
+        numbers = f"{change:>+12.3g}{expansion.predicted(eta):>+12.3g}{expansion.first_order(eta):>+13.3g}"
+        out.append(f"{name:<8}{numbers}{expansion.by_fisher(eta):>+12.3g}")
+    doubted = [name for name in measured if getattr(one_shot, name).doubtful(eta)]
+    if doubted:
+        out.append(
+            f"doubtful: the second-order part of the {' and '.join(doubted)} change is larger than the first, so the "
+            "third may count; trust the prediction of a smaller --eta"
+        )
+    if one_shot.curvature_by != TWO_BACKWARD_PASSES:
+        out.append(f"curvature by {one_shot.curvature_by}")
+    return out
 
 
 def write_result(

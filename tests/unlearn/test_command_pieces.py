@@ -192,11 +192,12 @@ def test_prediction_counts_cross_tensor_terms():
     }
     gain = -float(dots["forget"].mean())
     assert gain > 0
-    assert found.gain == pytest.approx(gain, rel=1e-6)
-    assert found.eta == pytest.approx(0.01 / gain, rel=1e-6)
-    assert found.forget_change == pytest.approx(0.01)
+    assert found.forget.slope == pytest.approx(gain, rel=1e-6)
+    assert found.forget.predicted(found.eta) == pytest.approx(0.01)
     s = dots["retain"]
+    assert found.retain.slope == pytest.approx(-float(s.mean()), rel=1e-6)
+    assert found.retain.fisher == pytest.approx(float(s.square().mean()), rel=1e-6)
     want = -found.eta * float(s.mean()) + found.eta**2 / 2 * float(s.square().mean())
-    assert found.retain_change == pytest.approx(want, rel=1e-6)
+    assert found.retain.by_fisher(found.eta) == pytest.approx(want, rel=1e-6)
     twice = predicted(model, update, forget, retain, 2 * found.eta, Passes(Console.silent()))
-    assert twice.forget_change == pytest.approx(0.02)
+    assert twice.eta == 2 * found.eta and twice.forget == found.forget and twice.retain == found.retain

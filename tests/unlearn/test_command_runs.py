@@ -224,10 +224,14 @@ def test_influence(make_ranking, unlearn, model_folder):
         assert change["measured"] == told[f"{which}_loss"]["after"] - told[f"{which}_loss"]["before"]
         assert change["measured"] == pytest.approx(change["predicted"], rel=0.2)
     assert told["influence"]["forget_change"]["predicted"] == pytest.approx(0.01)
+    assert told["influence"]["curvature_by"] == "two backward passes"
     half = unlearn("half", **given, loss="influence", eta=told["influence"]["eta"] / 2)
-    assert json.loads((half / "verification.json").read_text())["influence"]["forget_change"]["predicted"] == (
-        pytest.approx(0.005)
-    )
+    less = json.loads((half / "verification.json").read_text())["influence"]
+    for which in ("forget_change", "retain_change"):
+        whole, part = told["influence"][which], less[which]
+        assert part["first_order"] == pytest.approx(whole["first_order"] / 2)
+        second = whole["predicted"] - whole["first_order"]
+        assert part["predicted"] - part["first_order"] == pytest.approx(second / 4, rel=1e-6)
 
 
 def test_task_vector_goes_the_other_way(unlearn, model_folder):

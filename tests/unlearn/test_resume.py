@@ -15,6 +15,7 @@ from fillm.errors import InterruptedRun, RunFolderError
 from fillm.models import load_model, load_tokenizer
 from fillm.runs import RunFolder, state_files
 from fillm.unlearn import gradients, reference, results, training
+from fillm.unlearn.curvature import CurvatureAlong
 from fillm.unlearn.masked_optimizer import MaskedOptimizer
 
 NEVER = {"checkpoint_every": 0.0}
@@ -115,14 +116,18 @@ def test_bfloat16_and_lora(moment, unlearn, model_folder, monkeypatch, tmp_path)
         assert files(unlearn(f"run{number}", resume=True, **given)) == whole
 
 
-def test_influence(make_ranking, unlearn, monkeypatch):
+@pytest.mark.parametrize(
+    "moment",
+    [(results, "write_log", 1, False), *((CurvatureAlong, "run", call, True) for call in (1, 2))],
+)
+def test_influence(moment, make_ranking, unlearn, monkeypatch):
     given = {
-        "mask": None, "lr": None, "max_steps": None, "batch_size": None, "loss": "influence",
+        "mask": None, "lr": None, "max_steps": None, "batch_size": None, "loss": "influence", **NEVER,
         "ranking": make_ranking("updates", "--save-update"), "select": "top:0.5",
     }  # fmt: skip
     whole = files(unlearn("whole", **given))
     with monkeypatch.context() as patch:
-        die_at_call(patch, results, "write_log", 1, False)
+        die_at_call(patch, *moment)
         with pytest.raises(Killed):
             unlearn("run", **given)
     assert files(unlearn("run", resume=True, **given)) == whole
