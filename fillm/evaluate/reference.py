@@ -1,7 +1,7 @@
 """The run of the retain model that Forget Quality and its like compare with."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from fillm.evaluate.results import ROWS, SUMMARY
 from fillm.evaluate.row_sets import FORGET
 from fillm.runs import RUN_RECORD
 
-# What has to be the same for figures to be compared, in the order in which a difference is looked for.
-_COMPARED = ("benchmark", "forget", "num_forget", "seed", "template", "max_length")
+_SPLIT = ("benchmark", "forget")
+_SHAPES = ("num_forget", "seed", "template", "max_length")  # what makes other tokens of the same split
 
 
 @dataclass(frozen=True)
@@ -57,17 +57,20 @@ class Reference:
         Raises:
             UsageError: names what differs.
         """
-        for name in _COMPARED:
-            mine, other = settings[name], self.settings.get(name)
-            if mine != other:
-                flag = flag_name(name)
-                raise UsageError(f"--reference {self.folder}: was made with {flag} {other}, this run has {flag} {mine}")
+        self._compare(_SPLIT, settings)
         shared = [name for name in fingerprints if name.startswith(f"{FORGET}.") and name in self.fingerprints]
         if any(fingerprints[name] != self.fingerprints[name] for name in shared):
+            self._compare(_SHAPES, settings)
             raise UsageError(
                 f"--reference {self.folder}: its forget rows are other tokens; evaluate both models with the same data "
                 "and the same --tokenizer"
             )
+
+    def _compare(self, names: Sequence[str], settings: Mapping[str, Any]) -> None:
+        for name in names:
+            if settings[name] != self.settings.get(name):
+                shown = [f"{flag_name(name)} {value!r}" for value in (self.settings.get(name), settings[name])]
+                raise UsageError(f"--reference {self.folder}: was made with {shown[0]}, this run has {shown[1]}")
 
 
 def load_reference(folder: str) -> Reference:
