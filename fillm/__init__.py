@@ -14,6 +14,7 @@ _HOMES = {
     "Sophia": "unlearn",
     "Untouched": "unlearn",
     "Verification": "unlearn",
+    "evaluate_model": "evaluate",
     "finetune_model": "finetune",
     "frozen_outside": "unlearn",
     "rank_parameters": "rank",

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
+    "evaluate": "say what a model still knows of a forget set and what it kept, by the field's metrics",
     "finetune": "make the model that is to forget: train a new or a given causal language model",
     "rank": "rank a model's parameters by how much they hold of what is to be forgotten",
     "unlearn": "unlearn a forget set inside a mask of a model's weights, and leave every other bit as it is",

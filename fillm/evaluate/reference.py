@@ -1,0 +1,93 @@
+"""The run of the retain model that Forget Quality and its like compare with."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import yaml
+
+from fillm.config import flag_name
+from fillm.errors import RunFolderError, UsageError
+from fillm.evaluate.results import ROWS, SUMMARY
+from fillm.evaluate.row_sets import FORGET
+from fillm.runs import RUN_RECORD
+
+_SPLIT = ("benchmark", "forget")
+_SHAPES = ("num_forget", "seed", "template", "max_length")  # what makes other tokens of the same split
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A finished run folder of this command.
+
+    Attributes:
+        folder: where it is.
+        settings: of the run.
+        fingerprints: of its data, by `<row set>.<field>`.
+        summary: its figures.
+        rows: its `rows.parquet`.
+    """
+
+    folder: str
+    settings: Mapping[str, Any]
+    fingerprints: Mapping[str, Any]
+    summary: Mapping[str, Any]
+    rows: pyarrow.Table
+
+    def column(self, row_set: str, name: str) -> list[Any] | None:
+        """One value a row of a set, in its order; None if the run has not computed it."""
+        names = self.rows.column_names
+        if name not in names:
+            return None
+        cells = zip(self.rows["set"].to_pylist(), self.rows[name].to_pylist(), strict=True)
+        found = [value for where, value in cells if where == row_set]
+        return found if found and None not in found else None
+
+    def check_same_rows(self, settings: Mapping[str, Any], fingerprints: Mapping[str, str]) -> None:
+        """Refuses a run over other forget rows.
+
+        Args:
+            settings: of the run that refers to this one.
+            fingerprints: of its data.
+
+        Raises:
+            UsageError: names what differs.
+        """
+        self._compare(_SPLIT, settings)
+        shared = [name for name in fingerprints if name.startswith(f"{FORGET}.") and name in self.fingerprints]
+        if any(fingerprints[name] != self.fingerprints[name] for name in shared):
+            self._compare(_SHAPES, settings)
+            raise UsageError(
+                f"--reference {self.folder}: its forget rows are other tokens; evaluate both models with the same data "
+                "and the same --tokenizer"
+            )
+
+    def _compare(self, names: Sequence[str], settings: Mapping[str, Any]) -> None:
+        for name in names:
+            if settings[name] != self.settings.get(name):
+                shown = [f"{flag_name(name)} {value!r}" for value in (self.settings.get(name), settings[name])]
+                raise UsageError(f"--reference {self.folder}: was made with {shown[0]}, this run has {shown[1]}")
+
+
+def load_reference(folder: str) -> Reference:
+    """Reads a run folder of this command.
+
+    Raises:
+        RunFolderError: no such folder, not one of this command, or damaged.
+    """
+    path = Path(folder).expanduser()
+    if not (path / RUN_RECORD).is_file() or not (path / SUMMARY).is_file():
+        found = "no such folder" if not path.is_dir() else f"no finished run of fillm evaluate (no {SUMMARY})"
+        raise RunFolderError(f"--reference {folder}: {found}; give the folder of the retain model's evaluation")
+    try:
+        record = yaml.safe_load((path / RUN_RECORD).read_text(encoding="utf-8"))
+        summary = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
+        rows = pyarrow.parquet.read_table(path / ROWS)
+        return Reference(folder, dict(record["settings"]), dict(record["fingerprints"]), dict(summary), rows)
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError, pyarrow.ArrowException) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise RunFolderError(f"--reference {folder}: damaged ({reason}); evaluate the retain model anew") from None
