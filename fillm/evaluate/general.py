@@ -4,16 +4,21 @@ Source: Gao et al. 2024, doi 10.5281/zenodo.12608602. Nothing of it is reimpleme
 own, and so are the names of the numbers.
 """
 
+import math
 from numbers import Real
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from fillm.errors import DataError, UsageError
+from fillm.evaluate.metric import Metric, Needs, Outcome
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from fillm.evaluate.evidence import Evidence
+
 PREFIX = "lm_eval"
+BATCH_SIZE = 8  # where nothing else is said; the harness is not told how long the rows are
 
 
 def check_tasks(tasks: str) -> list[str]:
@@ -72,6 +77,23 @@ def general_ability(
         reason = (str(error).strip() or "no reason given").splitlines()[0]
         raise DataError(f"--lm-eval {','.join(tasks)}: lm-eval failed ({type(error).__name__}: {reason})") from error
     return _flat(found["results"])
+
+
+def general_metric(tasks: str) -> Metric:
+    """What `--lm-eval` adds to the metrics of a benchmark.
+
+    Raises:
+        UsageError: as `check_tasks`.
+    """
+    names = check_tasks(tasks)
+
+    def compute(evidence: "Evidence") -> Outcome:
+        size, seed = evidence.config.batch_size or BATCH_SIZE, evidence.config.seed or 0
+        found = general_ability(evidence.model, evidence.tokenizer, names, batch_size=size, seed=seed)
+        notes = {name: f"lm-eval reports {value}" for name, value in found.items() if not math.isfinite(value)}
+        return Outcome({name: None if name in notes else value for name, value in found.items()}, notes)
+
+    return Metric("lm-eval", (), lambda sets: Needs(), compute)
 
 
 def _harness(tasks: str) -> ModuleType:

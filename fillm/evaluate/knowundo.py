@@ -5,103 +5,119 @@ retention scope, each with a training and a validation part; the published evalu
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from fillm.errors import DataError, UsageError
-from fillm.evaluate.token_pass import AnswerTokens
+from fillm.evaluate.metric import ANSWER, Metric, Needs, Outcome, Sets
+from fillm.evaluate.rouge import rouge_l_recalls
+from fillm.evaluate.row_sets import FORGET, RETAIN
 
-DOMAINS = ("privacy", "copyright")
+if TYPE_CHECKING:
+    from fillm.evaluate.evidence import Evidence
+
+BENCHMARK = "knowundo"
+BOTH = (FORGET, RETAIN)
 LARGEST_EXPONENT = math.log(np.finfo(np.float64).max)
 
 
-@dataclass(frozen=True)
-class Scores:
-    """What a model makes of one set of N rows.
-
-    Attributes:
-        probability: [N] `exp(-loss)` of each answer, end-of-sequence token included.
-        rouge_l_recall: [N] of the greedy answer against the true one; None if nothing was generated.
-        accuracy: [N] fraction of answer tokens ranked first, end included: the published evaluation's `acc`.
-        mean_loss: mean over rows of the loss, in nats a token.
-    """
-
-    probability: np.ndarray
-    rouge_l_recall: np.ndarray | None
-    accuracy: np.ndarray
-    mean_loss: float
-
-    @classmethod
-    def of(cls, answers: Sequence[AnswerTokens], rouge_l_recall: Sequence[float] | None = None) -> "Scores":
-        """From the token statistics of a set's answers and the recall of what was generated.
-
-        Raises:
-            DataError: no rows.
-        """
-        if not len(answers):
-            raise DataError("KnowUnDo: a set holds no rows")
-        losses = np.array([answer.loss for answer in answers])
-        recall = None if rouge_l_recall is None else np.asarray(rouge_l_recall, np.float64)
-        accuracy = np.array([float(np.mean(answer.predicted == answer.token_ids)) for answer in answers])
-        return cls(np.exp(-losses), recall, accuracy, math.fsum(losses) / len(losses))
-
-    @property
-    def perplexity(self) -> float | None:
-        """`exp(mean_loss)`, at least 1; None where that is more than a number can hold."""
-        return math.exp(self.mean_loss) if self.mean_loss < LARGEST_EXPONENT else None
-
-    def means(self) -> dict[str, float | None]:
-        """Each score's mean over the rows, 0 to 1; None where it was not computed."""
-        columns = {
-            "probability": self.probability,
-            "rouge_l_recall": self.rouge_l_recall,
-            "accuracy": self.accuracy,
-        }
-        return {name: None if column is None else math.fsum(column) / len(column) for name, column in columns.items()}
-
-
-def splits_of(forget: str) -> tuple[str, str]:
-    """The specs of the rows to unlearn and of the retention rows that belong to them.
+def success(score: str, unlearn: ArrayLike, retention: ArrayLike) -> dict[str, float]:
+    """The five figures of one score, all from 0 to 1.
 
     Args:
-        forget: a domain, which stands for its validation rows, or a split such as `privacy/unlearn_train`.
-
-    Raises:
-        UsageError: it is neither.
-    """
-    domain, *part = forget.split("/", 1)
-    subset = {(): "val", ("unlearn_val",): "val", ("unlearn_train",): "train"}.get(tuple(part))
-    if domain not in DOMAINS or subset is None:
-        raise UsageError(
-            f"--forget {forget}: of KnowUnDo give privacy or copyright (their validation rows), "
-            f"or privacy/unlearn_train"
-        )
-    return f"knowundo:{domain}/unlearn_{subset}", f"knowundo:{domain}/retention_{subset}"
-
-
-def summary(unlearn: Scores, retention: Scores) -> dict[str, float | None]:
-    """The flat summary of the benchmark.
-
-    For each score `s` in probability, ROUGE-L recall and accuracy: `unlearn_success_s = 1 - mean s(unlearn)`,
-    `retention_success_s = mean s(retention)`, `success_s` is their mean. All from 0 to 1, higher is better.
-
-    Args:
-        unlearn: of the rows that were to be unlearned.
-        retention: of the rows that were to stay.
+        score: its name, such as `probability`.
+        unlearn: [N] of the rows that were to be unlearned, 0 to 1 each, 1 for an answer that is known.
+        retention: [M] of the rows that were to stay.
 
     Returns:
-        Name -> value; None where the score or the perplexity could not be computed.
+        `unlearn_<score>` and `retention_<score>`, the means; `unlearn_success_<score>`, one minus the first;
+        `retention_success_<score>`, the second; and `success_<score>`, the mean of both successes: higher is better.
     """
-    found: dict[str, float | None] = {}
-    forgotten, kept = unlearn.means(), retention.means()
-    for name in forgotten:
-        found[f"unlearn_{name}"], found[f"retention_{name}"] = forgotten[name], kept[name]
-    for name in forgotten:
-        success = None if forgotten[name] is None else 1.0 - forgotten[name]
-        found[f"unlearn_success_{name}"], found[f"retention_success_{name}"] = success, kept[name]
-        both = success is not None and kept[name] is not None
-        found[f"success_{name}"] = 0.5 * (success + kept[name]) if both else None
-    found["unlearn_perplexity"], found["retention_perplexity"] = unlearn.perplexity, retention.perplexity
-    return found
+    known, kept = _mean(unlearn), _mean(retention)
+    return {
+        f"unlearn_{score}": known,
+        f"retention_{score}": kept,
+        f"unlearn_success_{score}": 1.0 - known,
+        f"retention_success_{score}": kept,
+        f"success_{score}": 0.5 * (1.0 - known + kept),
+    }
+
+
+def perplexity(losses: ArrayLike) -> float | None:
+    """`exp(mean over rows of the loss)`, as the published evaluation takes it; not over the tokens of all rows.
+
+    Args:
+        losses: [N] nats a token.
+
+    Returns:
+        At least 1; None where it is more than a number can hold.
+    """
+    mean = _mean(losses)
+    return math.exp(mean) if mean < LARGEST_EXPONENT else None
+
+
+def _mean(values: ArrayLike) -> float:
+    """Whatever the order of the values."""
+    array = np.asarray(values, np.float64)
+    return math.fsum(array) / len(array)
+
+
+def _losses(evidence: "Evidence", which: str) -> np.ndarray:
+    return np.array([answer.loss for answer in evidence.answers(which)])
+
+
+def _probabilities(evidence: "Evidence", which: str) -> Sequence[float]:
+    return np.exp(-_losses(evidence, which)).tolist()
+
+
+def _accuracies(evidence: "Evidence", which: str) -> Sequence[float]:
+    return [float(np.mean(answer.predicted == answer.token_ids)) for answer in evidence.answers(which)]
+
+
+def _recalls(evidence: "Evidence", which: str) -> Sequence[float]:
+    return rouge_l_recalls(evidence.references(which), evidence.generated[which])
+
+
+def _success(score: str, of_rows: Callable[["Evidence", str], Sequence[float]], evidence: "Evidence") -> Outcome:
+    values = {which: of_rows(evidence, which) for which in BOTH}
+    columns = {which: {score: values[which]} for which in BOTH}
+    return Outcome(success(score, values[FORGET], values[RETAIN]), columns=columns)
+
+
+def _rouge(evidence: "Evidence") -> Outcome:
+    outcome = _success("rouge_l_recall", _recalls, evidence)
+    for which in BOTH:
+        texts = {"question": evidence.questions(which), "answer": evidence.references(which)}
+        outcome.columns[which] |= {**texts, "generated": evidence.generated[which]}
+    return outcome
+
+
+def _perplexity(evidence: "Evidence") -> Outcome:
+    outcome = Outcome()
+    for which, scope in zip(BOTH, ("unlearn", "retention"), strict=True):
+        losses = _losses(evidence, which)
+        name = f"{scope}_perplexity"
+        outcome.summary[name] = found = perplexity(losses)
+        if found is None:
+            outcome.notes[name] = f"more than a number can hold: the mean loss is {_mean(losses):.4g} nats a token"
+        outcome.columns[which] = {"loss": losses.tolist()}
+    return outcome
+
+
+def _answers(sets: Sets) -> Needs:
+    return Needs(answers=frozenset((which, ANSWER) for which in BOTH))
+
+
+def _generated(sets: Sets) -> Needs:
+    return Needs(generated=frozenset(BOTH))
+
+
+METRICS = (
+    Metric("probability", (BENCHMARK,), _answers, partial(_success, "probability", _probabilities)),
+    Metric("rouge", (BENCHMARK,), _generated, _rouge, packages=("rouge_score",)),
+    Metric("accuracy", (BENCHMARK,), _answers, partial(_success, "accuracy", _accuracies)),
+    Metric("perplexity", (BENCHMARK,), _answers, _perplexity),
+)

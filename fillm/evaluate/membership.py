@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fillm.errors import DataError, NumericsError
+from fillm.evaluate.config import MIN_K_FRACTION
 from fillm.evaluate.token_pass import AnswerTokens
 
 ATTACKS = ("loss", "zlib", "min_k", "min_k_plus_plus", "gradient_norm", "reference")
-MIN_K_FRACTION = 0.4  # of OpenUnlearning's TOFU and MUSE settings; the paper itself takes 0.2 for long passages
 LEAST_DEVIATION = 1e-3  # a model that is certain of a token has a log-probability without spread
 
 

@@ -1,14 +1,17 @@
 """The hook to lm-evaluation-harness, with a stand-in for the package."""
 
+import math
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from fillm.errors import DataError, UsageError
-from fillm.evaluate.general import check_tasks, general_ability
+from fillm.evaluate.config import EvaluateConfig
+from fillm.evaluate.general import check_tasks, general_ability, general_metric
+from fillm.evaluate.metric import Needs
 
 
 class _TaskManager:
@@ -85,3 +88,13 @@ def test_a_task_that_fails_is_one_line(harness: ModuleType) -> None:
     harness.simple_evaluate = fail
     with pytest.raises(DataError, match=r"lm-eval failed \(ConnectionError: no route to the data\)$"):
         general_ability("model", "tokenizer", ["arc_easy"], batch_size=1)
+
+
+def test_its_numbers_stand_in_the_summary(harness: ModuleType) -> None:
+    harness.simple_evaluate = lambda **given: {"results": {"arc_easy": {"acc,none": 0.5, "acc_stderr,none": math.nan}}}
+    evidence = SimpleNamespace(config=EvaluateConfig(batch_size=2), model="model", tokenizer="tokenizer")
+    metric = general_metric("arc_easy")
+    assert metric.needs({}) == Needs()
+    outcome = metric.compute(evidence)
+    assert outcome.summary == {"lm_eval/arc_easy/acc": 0.5, "lm_eval/arc_easy/acc_stderr": None}
+    assert outcome.notes == {"lm_eval/arc_easy/acc_stderr": "lm-eval reports nan"}
