@@ -13,6 +13,7 @@ from fillm.data import Row
 from fillm.errors import UsageError
 from fillm.evaluate.config import COMMAND_ONLY, FREE_ON_RESUME, EvaluateConfig, resolved
 from fillm.evaluate.evidence import Evidence, gather, prepare
+from fillm.evaluate.general import general_metric
 from fillm.evaluate.metric import Metric, Needs, Outcome
 from fillm.evaluate.reference import load_reference
 from fillm.evaluate.registry import chosen_metrics
@@ -95,6 +96,8 @@ def evaluate_model(
 def _prepared(config: EvaluateConfig, tokenizer: Any, console: Console) -> tuple[Evidence, list[Metric], Needs]:
     """Everything that can be found wrong before a model is loaded."""
     metrics = chosen_metrics(config.benchmark, config.metrics)
+    if config.lm_eval is not None:
+        metrics.append(general_metric(config.lm_eval))
     sets = row_sets(config)
     needs = Needs()
     for metric in metrics:

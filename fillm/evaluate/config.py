@@ -7,6 +7,7 @@ from fillm.config import flag_name, option
 from fillm.data.templates import DEFAULT_TEMPLATE
 from fillm.errors import UsageError
 
+MIN_K_FRACTION = 0.4  # of OpenUnlearning's settings of TOFU and MUSE; the paper takes 0.2, for long passages
 DEFAULT_BATCH_SIZE = 64  # prompts that are answered at a time where nothing else is said
 
 
@@ -30,6 +31,11 @@ class EvaluateConfig:
     truth_ratio: Literal["geometric", "arithmetic"] = option(
         "geometric", "mean over the perturbed answers: as the published code takes it, or as the paper does"
     )
+    min_k: float = option(MIN_K_FRACTION, "fraction of an answer's tokens that Min-K% and Min-K%++ look at", "FRACTION")
+    gradient_include: str | None = option(
+        None, "comma-separated kinds or globs of the tensors that mia-gradient-norm takes (default: all)", "GLOBS"
+    )
+    lm_eval: str | None = option(None, "comma-separated tasks for lm-evaluation-harness, if it is installed", "TASKS")
     data_root: str | None = option(None, "folder that holds tofu/ and knowundo/ (or set FILLM_DATA)", "DIR")
     template: str = option(DEFAULT_TEMPLATE, "prompt template, or chat for the tokenizer's own", "TEXT")
     max_length: int = option(512, "longest sample in tokens", "N")
@@ -83,6 +89,8 @@ def resolved(config: EvaluateConfig, *, given: bool = False) -> EvaluateConfig:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UsageError(f"{flag_name(name)} {value}: give at least 1")
+    if not 0.0 < config.min_k <= 1.0:
+        raise UsageError(f"--min-k {config.min_k}: give a fraction of an answer's tokens, above 0 and at most 1")
     if config.seed is not None and config.num_forget is None and config.num_retain is None:
         raise UsageError("--seed draws the rows of --num-forget and --num-retain; give one of them, or leave it out")
     # `tofu:forget01` is what other commands are given.

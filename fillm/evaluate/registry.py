@@ -9,9 +9,9 @@ from fillm.evaluate.metric import Metric
 
 def metrics_of(benchmark: str) -> dict[str, Metric]:
     """The metrics of a benchmark by name, in the order of their figures in the summary."""
-    from fillm.evaluate import tofu, utility
+    from fillm.evaluate import knowundo, privacy, tofu, utility
 
-    every = (*tofu.METRICS, *utility.METRICS)
+    every = (*tofu.METRICS, *utility.METRICS, *knowundo.METRICS, *privacy.METRICS)
     return {metric.name: metric for metric in every if benchmark in metric.benchmarks}
 
 

@@ -95,6 +95,23 @@ def _fictional(config: EvaluateConfig) -> dict[str, RowSet]:
     )
 
 
+def _knowundo(config: EvaluateConfig) -> dict[str, RowSet]:
+    """`--forget privacy` stands for the validation rows, which the published evaluation reads."""
+    domain, *rest = str(config.forget).split("/")
+    part = {(): "val", ("unlearn_val",): "val", ("unlearn_train",): "train"}.get(tuple(rest))
+    if domain not in ("privacy", "copyright") or part is None:
+        raise UsageError(
+            f"--forget {config.forget}: of knowundo give privacy or copyright (their validation rows), or "
+            "privacy/unlearn_train"
+        )
+    some = {FORGET: ("unlearn", config.num_forget), RETAIN: ("retention", config.num_retain)}
+    sets = [
+        RowSet(name, f"knowundo:{domain}/{scope}_{part}", limit, f"--num-{name}", required=True)
+        for name, (scope, limit) in some.items()
+    ]
+    return _named(*sets, *([RowSet(HOLDOUT, config.holdout)] if config.holdout else []))
+
+
 def _percent(config: EvaluateConfig, percents: tuple[str, ...]) -> str:
     """`01` of `forget01`."""
     found = re.fullmatch(r"forget(\d\d)", str(config.forget))
@@ -120,4 +137,5 @@ _SETS: dict[str, Callable[[EvaluateConfig], dict[str, RowSet]]] = {
     "tofu": _tofu,
     "fictional": _fictional,
     "fictional-small": _fictional,
+    "knowundo": _knowundo,
 }

@@ -15,6 +15,7 @@ from tests.families import build_family
 from tests.rank.conftest import WORDS, word_tokenizer, write_rows
 
 COUNTS = {"forget01_perturbed": 7, "retain_perturbed": 6, "real_authors_perturbed": 5, "world_facts_perturbed": 4}
+HOLDOUT = {"holdout01": 5}
 
 
 def words(draw: random.Random, count: int) -> str:
@@ -25,7 +26,7 @@ def rows_of(split: str) -> list[dict[str, Any]]:
     """Rows of a split; how many words an answer has differs from row to row."""
     draw = random.Random(split)
     made = []
-    for number in range(COUNTS[split]):
+    for number in range({**COUNTS, **HOLDOUT}[split]):
         row: dict[str, Any] = {"question": words(draw, 2 + 3 * number % 7), "answer": words(draw, 1 + number % 5)}
         wrong = 3
         if split.startswith(("forget", "retain")):
@@ -56,9 +57,10 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def data_root(work: Path) -> str:
     (work / "data" / "tofu").mkdir(parents=True)
-    for split in COUNTS:
+    for split in (*COUNTS, *HOLDOUT):
         write_rows(work / "data" / "tofu" / f"{split}.json", rows_of(split))
     write_rows(work / "data" / "tofu" / "forget05_perturbed.json", rows_of("forget01_perturbed"))
+    write_rows(work / "data" / "tofu" / "holdout05.json", rows_of("holdout01"))
     return str(work / "data")
 
 

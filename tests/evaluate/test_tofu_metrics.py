@@ -196,4 +196,4 @@ def test_fictional_authors_have_one_set_of_general_facts(evaluate: Callable[...,
     assert 0.0 < summary["general_probability"] < 1.0 and "world_facts_probability" not in summary
     table = pyarrow.parquet.read_table(folder / "rows.parquet")
     sets = table["set"].to_pylist()
-    assert {name: sets.count(name) for name in set(sets)} == {"forget": 3, "retain": 3, "general": 109}
+    assert {name: sets.count(name) for name in set(sets)} == {"forget": 3, "retain": 3, "general": 109, "holdout": 40}
