@@ -1,0 +1,65 @@
+"""Short names for runs, made of the settings in which they differ."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fillm.report.runs import Run
+from fillm.runs import RUN_RECORD
+
+# Where and how a run went on, not what it computed.
+_BOOKKEEPING = {
+    "checkpoint_every", "checkpoint_seconds", "data_root", "debug", "device", "dry_run", "gradient_checkpointing",
+    "groups", "layout", "memory", "out", "overwrite", "resume", "skip_bad_rows", "store", "strict", "tokens_per_batch",
+    "trust_remote_code",
+}  # fmt: skip
+
+
+def labels_of(runs: Sequence[Run], always: Sequence[str], never: Sequence[str] = ()) -> list[str]:
+    """A label a run: the values of `always`, then `name value` of every other setting in which the runs differ.
+
+    Runs that only bookkeeping tells apart get their names behind it.
+
+    Args:
+        runs: of one command.
+        always: settings whose value is always shown, without its name.
+        never: settings that are not shown.
+    """
+    hidden = _BOOKKEEPING | set(always) | set(never)
+    names = list(dict.fromkeys(name for run in runs for name in run.settings if name not in hidden))
+    told = [name for name in names if len({repr(run.settings.get(name)) for run in runs}) > 1]
+    labels = []
+    for run in runs:
+        parts = [str(run.settings[name]) for name in always if run.settings.get(name) is not None]
+        parts += [f"{name.replace('_', ' ')} {_short(run.settings.get(name))}" for name in told]
+        labels.append(", ".join(parts) or run.name)
+    return [
+        f"{label} ({run.name})" if labels.count(label) > 1 else label for run, label in zip(runs, labels, strict=True)
+    ]
+
+
+def recipe(run: Run) -> dict[str, Any]:
+    """The settings that repeats of an unlearning share, whatever their seed and the model that was drawn with it.
+
+    The ranking is described by its method rather than by its path, where it can still be read.
+    """
+    settings = {name: value for name, value in run.settings.items() if name not in {*_BOOKKEEPING, "seed", "model"}}
+    if settings.get("ranking") is not None:
+        settings["ranking"] = ranking_words(str(settings["ranking"]))
+    return settings
+
+
+def ranking_words(folder: str) -> str:
+    """`soir`, or `soir, objective retain`; the path if nothing can be read there."""
+    try:
+        found = yaml.safe_load((Path(folder) / RUN_RECORD).read_text(encoding="utf-8"))["ranking"]
+        words = str(found["method"])
+        return words if found["objective"] == "forget" else f"{words}, objective {found['objective']}"
+    except (OSError, yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError):
+        return folder
+
+
+def _short(value: Any) -> str:
+    return "none" if value is None else str(value)
