@@ -142,7 +142,7 @@ def from_mapping(cls: type[Config], settings: Mapping[str, Any], where: str = "s
 
 def parse(cls: type[Config], argv: Sequence[str], prog: str) -> Config | None:
     """The settings from the command line over `--config` over the defaults; `None` after `--print_config`."""
-    given = vars(build_parser(cls, prog).parse_args(list(argv)))
+    given = vars(build_parser(cls, prog).parse_intermixed_args(list(argv)))
     path, show = given.pop("config", None), given.pop("print_config", False)
     settings = {**(read_settings(path) if path else {}), **given}
     config = from_mapping(cls, settings, where=path or "command line")

@@ -1,5 +1,6 @@
 """Short names for runs, made of the settings in which they differ."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,23 +18,28 @@ _BOOKKEEPING = {
 }  # fmt: skip
 
 
-def labels_of(runs: Sequence[Run], always: Sequence[str], never: Sequence[str] = ()) -> list[str]:
+def labels_of(runs: Sequence[Run], config: type, always: Sequence[str]) -> list[str]:
     """A label a run: the values of `always`, then `name value` of every other setting in which the runs differ.
 
-    Runs that only bookkeeping tells apart get their names behind it.
+    A value that is the default is not shown. Runs that this does not tell apart get their names behind it.
 
     Args:
         runs: of one command.
+        config: the command's dataclass.
         always: settings whose value is always shown, without its name.
-        never: settings that are not shown.
     """
-    hidden = _BOOKKEEPING | set(always) | set(never)
+    hidden = _BOOKKEEPING | set(always)
+    default = {field.name: field.default for field in dataclasses.fields(config)}
     names = list(dict.fromkeys(name for run in runs for name in run.settings if name not in hidden))
     told = [name for name in names if len({repr(run.settings.get(name)) for run in runs}) > 1]
     labels = []
     for run in runs:
         parts = [str(run.settings[name]) for name in always if run.settings.get(name) is not None]
-        parts += [f"{name.replace('_', ' ')} {_short(run.settings.get(name))}" for name in told]
+        parts += [
+            f"{name.replace('_', ' ')} {run.settings[name]}"
+            for name in told
+            if run.settings.get(name, default.get(name)) != default.get(name)
+        ]
         labels.append(", ".join(parts) or run.name)
     return [
         f"{label} ({run.name})" if labels.count(label) > 1 else label for run, label in zip(runs, labels, strict=True)
@@ -59,7 +65,3 @@ def ranking_words(folder: str) -> str:
         return words if found["objective"] == "forget" else f"{words}, objective {found['objective']}"
     except (OSError, yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError):
         return folder
-
-
-def _short(value: Any) -> str:
-    return "none" if value is None else str(value)

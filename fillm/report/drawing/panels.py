@@ -143,7 +143,7 @@ def _write_numbers(matrix: Matrix, axes: Any, colour_of: Any, theme: Theme) -> N
         if math.isfinite(value):
             red, green, blue, _ = colour_of(value)
             ink = "#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "#ffffff"
-        text = f"{value:.2f}" if math.isfinite(value) else number(float(value))
+        text = f"{round(value, 2) + 0.0:.2f}".replace("-", "−") if math.isfinite(value) else number(float(value))
         axes.text(j, i, text, ha="center", va="center", fontsize=7, color=ink)
 
 

@@ -14,11 +14,12 @@ def power(value: float) -> str:
     """A power of ten as it is written, `10⁻³`; other numbers, and powers close to 1, in decimals."""
     if value == 0.0:
         return "0"
-    mantissa, exponent = f"{value:.0e}".split("e")
+    mantissa, exponent = f"{value:.5e}".split("e")
     if -2 <= int(exponent) <= 3:
-        return f"{value:g}"
+        return f"{value:.6g}".replace("-", "−")
     power_of_ten = "10" + str(int(exponent)).translate(_SUPERSCRIPTS)
-    return power_of_ten if mantissa == "1" else f"{mantissa}·{power_of_ten}"
+    factor = f"{float(mantissa):g}".replace("-", "−")
+    return {"1": power_of_ten, "−1": f"−{power_of_ten}"}.get(factor, f"{factor}·{power_of_ten}")
 
 
 def set_axis(axes: Any, which: str, axis: Axis) -> None:
@@ -38,9 +39,12 @@ def set_axis(axes: Any, which: str, axis: Axis) -> None:
 
 def set_powers(own: Any, low: float, high: float) -> None:
     """Ticks of a logarithmic axis, `own`, that shows values from `low` to `high`."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-    if 0.0 < low < high and high / low < 30.0:
+    if 0.0 < low < high and high / low < 4.0:
+        own.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+        own.set_minor_locator(MaxNLocator(10))
+    elif 0.0 < low < high and high / low < 30.0:
         few = high / low > 6.0
         own.set_major_locator(LogLocator(subs=(1.0, 3.0) if few else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0), numticks=8))
     elif 0.0 < low < high:

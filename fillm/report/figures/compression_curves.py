@@ -12,7 +12,7 @@ Row = dict[str, Any]
 
 # In the order in which they get their styles, whatever is in the file.
 KINDS = ("oporp", "countsketch", "sjlt", "gaussian", "rademacher", "factored", "factored-sjlt", "tensorsketch")
-METHODS = ("soir", "woodbury", "first-order", "soir-per-sample", "damage")
+METHODS = ("soir", "woodbury", "first-order", "damage")
 _ERROR = "median_error"
 _LEAST = 1e-9  # an error that a logarithmic axis can show
 

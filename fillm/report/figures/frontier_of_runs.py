@@ -8,6 +8,7 @@ from fillm.report.figures.data import Axis, Panel, Series
 from fillm.report.figures.repeats import mean_and_bar, repeats
 from fillm.report.labels import labels_of, recipe
 from fillm.report.runs import Run
+from fillm.unlearn.config import UnlearnConfig
 
 _WIDE = 20.0  # largest over smallest value from which on an axis is logarithmic
 Point = tuple[float, float, float]  # step, forget loss, retain loss
@@ -33,7 +34,7 @@ def loss_panels(runs: Sequence[Run]) -> list[Panel]:
 def unlearning_labels(runs: Sequence[Run]) -> list[str]:
     """What tells unlearnings apart, their ranking by its method."""
     shown = [Run(run.path, run.name, run.command, {"settings": recipe(run)}, {}, {}) for run in runs]
-    return labels_of(shown, ("loss", "select"))
+    return labels_of(shown, UnlearnConfig, ("loss", "select"))
 
 
 def measured(run: Run) -> list[Point]:

@@ -11,6 +11,7 @@ import yaml
 from fillm.errors import RunFolderError
 from fillm.models import KINDS
 from fillm.report.figures.data import Axis, FigureData, Panel, Series
+from fillm.report.figures.repeats import mean_and_bar, repeats
 from fillm.report.figures.score_heatmap import OUTSIDE
 from fillm.report.model_shift import model_shift
 from fillm.report.runs import Run
@@ -22,33 +23,38 @@ Cells = Mapping[tuple[str, int], tuple[float, float]]  # (kind, layer) -> sums a
 
 
 def parameter_shift(runs: Sequence[Run]) -> FigureData | None:
-    """One panel for every fine-tuned or unlearned model, and every ranking by `parameter-shift`; None without one.
+    """One panel for every fine-tuning or unlearning and its repeats, and every ranking by `parameter-shift`.
 
     The relative shift sqrt(sum |after - before|^2 / sum |before|^2) of all tensors of one kind in one layer is measured
     from the two models, where both are still there. Of a ranking whose models are gone, what is drawn is
     sqrt(sum score^2 / number of weights), if its scores are norms of the shift.
     """
-    panels, notes = [], []
-    for run in runs:
-        panel = None
-        pair = _models(run)
-        if pair is not None:
-            panel, note = _measured(run, *pair)
-            notes += [note] if note else []
-        if panel is None and _ranks_shift(run):
-            panel = _panel(f"{run.name}, from its scores", _from_scores(run), _ROOT_MEAN_SQUARE)
-        if panel is not None:
+    panels: list[Panel] = []
+    notes: list[str] = []
+    trained = repeats([run for run in runs if run.command in ("unlearn", "finetune")])
+    for group in [*trained, *([run] for run in runs if _ranks_shift(run))]:
+        measured = [cells for run in group if (cells := _measured(run, notes)) is not None]
+        title = group[0].name if len(measured) < 2 else f"{group[0].name} and repeats, {len(measured)} runs"
+        if measured:
+            panel = _panel(title, measured, _RELATIVE)
+        elif _ranks_shift(group[0]):
+            panel = _panel(f"{title}, from its scores", [_from_scores(group[0])], _ROOT_MEAN_SQUARE)
+        else:
+            continue
+        if panel.series:
             panels.append(panel)
+        else:
+            notes.append(f"{title}: no weight has changed.")
     if not panels:
         return None
     caption = (
         "Euclidean norm of the change of all weights of one kind in one layer, over the norm of the weights before; a "
         f"number without a unit. Tensors outside the layers stand at {OUTSIDE}. What is not shown has not changed."
     )
-    return FigureData(
-        "parameter_shift", "Shift of the weights by layer", " ".join([caption, *notes]), tuple(panels),
-        columns=min(2, len(panels)),
-    )  # fmt: skip
+    if any(series.y_low is not None for panel in panels for series in panel.series):
+        caption += " Bars: one standard deviation to either side over repeats that differ in seed and model alone."
+    caption, columns = " ".join([caption, *notes]), min(2, len(panels))
+    return FigureData("parameter_shift", "Shift of the weights by layer", caption, tuple(panels), columns)
 
 
 def _ranks_shift(run: Run) -> bool:
@@ -76,21 +82,28 @@ def _models(run: Run) -> tuple[Path, Path, str | None] | None:
     return Path(before), after, first
 
 
-def _measured(run: Run, before: Path, after: Path, fingerprint: str | None) -> tuple[Panel | None, str]:
-    """The panel, and what has to be said about it."""
+def _measured(run: Run, notes: list[str]) -> Cells | None:
+    """The sums of one run, None where they cannot be had; what has to be said about them is added to the notes."""
+    found = _models(run)
+    if found is None:
+        return None
+    before, after, fingerprint = found
     now = _made_as(before)
     if fingerprint is not None and now is not None and now != fingerprint:
-        return None, f"{run.name}: not drawn; its base model has been made anew since."
+        notes.append(f"{run.name}: not drawn; its base model has been made anew since.")
+        return None
     try:
         tensors, alone = model_shift(before, after)
     except RunFolderError as error:
-        return None, f"{run.name}: not drawn; {error}."
+        notes.append(f"{run.name}: not drawn; {error}.")
+        return None
+    if alone:
+        notes.append(f"{run.name}: {len(alone)} tensors are in one of the two models alone and left out.")
     cells: dict[tuple[str, int], tuple[float, float]] = {}
     for tensor in tensors.values():
         above, below = cells.get((tensor.kind, tensor.layer), (0.0, 0.0))
         cells[tensor.kind, tensor.layer] = above + tensor.shift, below + tensor.base
-    note = f"{run.name}: {len(alone)} tensors are in one of the two models alone and left out." if alone else ""
-    return _panel(run.name, cells, _RELATIVE), note
+    return cells
 
 
 def _made_as(folder: Path) -> str | None:
@@ -115,18 +128,21 @@ def _from_scores(run: Run) -> Cells:
     return cells
 
 
-def _panel(title: str, cells: Cells, axis: Axis) -> Panel:
-    layers = sorted({layer for _, layer in cells})
-    places = [-1, *range(max(layers) + 1)] if layers and layers[0] < 0 else list(range(max(layers, default=-1) + 1))
+def _panel(title: str, measured: Sequence[Cells], axis: Axis) -> Panel:
+    """Means over the runs; at least one."""
+    layers = sorted({layer for cells in measured for _, layer in cells})
+    places = [*([-1] if layers and layers[0] < 0 else []), *range(max(layers, default=-1) + 1)]
     series = []
     for style, kind in enumerate(KINDS):
-        if not any(of_kind == kind for of_kind, _ in cells):
+        told = [mean_and_bar([_ratio(cells.get((kind, layer))) for cells in measured]) for layer in places]
+        if all(math.isnan(mean) for mean, _ in told):
             continue
-        points = [(place, _ratio(cells.get((kind, layer)))) for place, layer in enumerate(places)]
+        points = [(float(place), mean, bar) for place, (mean, bar) in enumerate(told)]
         if places[0] < 0 and len(points) > 1:
-            points.insert(1, (points[0][0], math.nan))  # no line from outside the layers to the first of them
-        x, y = (np.array(values, dtype=np.float64) for values in zip(*points, strict=True))
-        series.append(Series(kind, x, y, style, line=True))
+            points.insert(1, (0.0, math.nan, math.nan))  # no line from outside the layers to the first of them
+        x, y, bar = (np.array(values) for values in zip(*points, strict=True))
+        bars = {} if np.isnan(bar).all() else {"y_low": y - bar, "y_high": y + bar}
+        series.append(Series(kind, x, y, style, **bars, line=True))
     categories = tuple(OUTSIDE if layer < 0 else str(layer) for layer in places)
     return Panel(title, Axis("layer", scale="category", categories=categories), axis, tuple(series))
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
+from fillm.rank.config import RankConfig
 from fillm.report.figures.data import Axis, FigureData, Matrix, Panel
 from fillm.report.labels import labels_of
 from fillm.report.runs import Run
@@ -31,7 +32,7 @@ def rank_agreement(runs: Sequence[Run]) -> FigureData | None:
 
 
 def _panel(runs: Sequence[Run], granularity: str) -> Panel:
-    labels = tuple(labels_of(runs, ("method",)))
+    labels = tuple(labels_of(runs, RankConfig, ("method",)))
     values = np.eye(len(runs))
     for i in range(len(runs)):
         for j in range(i + 1):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fillm.figures import layer_grid
+from fillm.rank.config import RankConfig
 from fillm.rank.ranking_files import score_label
 from fillm.report.figures.data import Axis, FigureData, Matrix, Panel
 from fillm.report.labels import labels_of
@@ -21,7 +22,7 @@ def score_heatmap(runs: Sequence[Run]) -> FigureData | None:
     ranked = [run for run in runs if run.command == "rank" and run.tables["ranking"].num_rows]
     if not ranked:
         return None
-    panels = [_panel(run, label) for run, label in zip(ranked, labels_of(ranked, ("method",)), strict=True)]
+    panels = [_panel(run, label) for run, label in zip(ranked, labels_of(ranked, RankConfig, ("method",)), strict=True)]
     models = len({run.fingerprint() for run in ranked})
     caption = (
         f"{_count(len(ranked), 'ranking')} of {_count(models, 'model')}. A cell is a tensor, a column a layer; tensors "
