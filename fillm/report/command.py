@@ -13,6 +13,7 @@ from fillm.report.config import ReportConfig, check
 from fillm.report.drawing import draw
 from fillm.report.figures import FigureData, figures_of
 from fillm.report.runs import Run, load_runs
+from fillm.report.tensorboard import write_events
 from fillm.report.theme import THEMES
 from fillm.runs import RunFolder, run_record, write_record
 
@@ -57,5 +58,20 @@ def _write(path: Path, config: ReportConfig, runs: Sequence[Run], figures: Seque
         if suffix in config.formats:
             for data in figures:
                 draw(data, path / f"{data.name}.{suffix}", theme)
+    if set(config.formats) & {"png", "svg"}:
+        (path / "report.md").write_text(_page(config, runs, figures), encoding="utf-8")
+    if "tensorboard" in config.formats:
+        write_events(runs, figures, path / "tensorboard", theme)
     prints = {run.name: run.fingerprint() for run in runs}
     write_record(path, run_record(config, prints, [], torch.device("cpu")))
+
+
+def _page(config: ReportConfig, runs: Sequence[Run], figures: Sequence[FigureData]) -> str:
+    """The pictures with their captions, in Markdown."""
+    suffix = "png" if "png" in config.formats else "svg"
+    title = config.title or ", ".join(run.name for run in runs)
+    parts = [f"# {title}"]
+    for data in figures:
+        parts += [f"## {data.title}", f"![{data.title}]({data.name}.{suffix})", data.caption]
+    lines = [f"| {run.name} | {run.command} | `{run.path}` |".replace("\n", " ") for run in runs]
+    return "\n\n".join([*parts, "## Runs", "\n".join(["| run | command | from |", "|---|---|---|", *lines])]) + "\n"

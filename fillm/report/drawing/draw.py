@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fillm.errors import UsageError
 from fillm.report.drawing.panels import draw_panel, panel_size, special_cells
@@ -20,26 +20,27 @@ _CHARACTER = 0.058  # inches of a legend's text
 _SYMBOL = 0.55  # inches of a legend's symbol and gaps
 
 
-def draw(data: FigureData, path: str | os.PathLike[str], theme: Theme) -> None:
+def draw(data: FigureData, file: str | os.PathLike[str] | IO[bytes], theme: Theme, kind: str | None = None) -> None:
     """Draws a figure with matplotlib; no display is needed and a person's own matplotlibrc changes nothing.
 
     Args:
         data: what to draw.
-        path: the file to write; `.png` or `.svg`. An SVG keeps its text as text.
+        file: what to write; by its name `.png` or `.svg`. An SVG keeps its text as text.
         theme: its colours.
+        kind: `png` or `svg` where `file` has no name.
 
     Raises:
         UsageError: of another format, or of a figure with neither panels nor a table.
     """
-    kind = Path(path).suffix.removeprefix(".")
+    kind = kind or Path(str(file)).suffix.removeprefix(".")
     if kind not in ("png", "svg"):
-        raise UsageError(f"{path}: a picture is .png or .svg")
+        raise UsageError(f"{file}: a picture is .png or .svg")
     if not data.panels and data.table is None:
         raise UsageError(f"{data.name}: a figure needs panels or a table")
     with _settings(theme):
         figure = _figure(data, theme) if data.table is None else draw_table(data.title, data.table, theme)
         plain = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}[kind]
-        figure.savefig(os.fspath(path), format=kind, dpi=_DOTS_PER_INCH, metadata=plain, facecolor=theme.ground)
+        figure.savefig(file, format=kind, dpi=_DOTS_PER_INCH, metadata=plain, facecolor=theme.ground)
 
 
 @contextmanager

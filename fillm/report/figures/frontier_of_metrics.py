@@ -12,32 +12,36 @@ from fillm.report.figures.frontier_of_runs import unlearning_labels
 from fillm.report.figures.repeats import mean_and_bar, repeats
 from fillm.report.runs import Run, load_run
 
-# Forget, keep. A p-value spans many orders of magnitude. What is forgotten is less probable: that axis is turned.
-_PAIRS = (
-    (Axis("Forget Quality (p-value)", scale="log"), "forget_quality", Axis("Model Utility"), "model_utility"),
-    (
-        Axis("probability of the forget set's answers", reverse=True),
-        "forget_probability",
-        Axis("Model Utility"),
-        "model_utility",
-    ),
-    (Axis("unlearn success"), "unlearn_success", Axis("retention success"), "retention_success"),
-)
+_UTILITY = Axis("Model Utility"), "model_utility"
+_QUALITY = Axis("Forget Quality (p-value)", scale="log"), "forget_quality"
+# What is forgotten is less probable: the axis is turned, so that forgotten is to the right.
+_PROBABILITY = Axis("probability of the forget set's answers", reverse=True), "forget_probability"
+_UNLEARNED, _RETAINED = "unlearn_success_", "retention_success_"
 
 
 def metric_panels(runs: Sequence[Run]) -> list[Panel]:
-    """A panel for every pair of metrics that some evaluation has; Forget Quality or, without it, the probability."""
+    """A panel for every pair of metrics that some evaluation has: TOFU's, with Forget Quality or without it the
+    probability, and every score of KnowUnDo.
+    """
     evaluated = [run for run in runs if run.command == "evaluate"]
+    quality = any(_number(run, _QUALITY[1]) is not None for run in evaluated)
+    scores = dict.fromkeys(
+        name.removeprefix(_UNLEARNED) for run in evaluated for name in run.summary if name.startswith(_UNLEARNED)
+    )
+    pairs = [(*(_QUALITY if quality else _PROBABILITY), *_UTILITY)]
+    for score in scores:
+        words = score.replace("_", " ")
+        forgotten, kept = (Axis(f"{what} success, {words}") for what in ("unlearn", "retention"))
+        pairs.append((forgotten, _UNLEARNED + score, kept, _RETAINED + score))
     panels = []
-    for forget, of_forget, keep, of_keep in _PAIRS:
+    for forget, of_forget, keep, of_keep in pairs:
         having = [run for run in evaluated if _number(run, of_forget) is not None and _number(run, of_keep) is not None]
-        if of_forget == "forget_probability" and any(_number(run, "forget_quality") is not None for run in evaluated):
+        if not having:
             continue
-        if having:
-            series = tuple(_series(having, of_forget, of_keep))
-            if forget.scale == "log" and any((one.x <= 0).any() for one in series):
-                forget = replace(forget, scale="linear")
-            panels.append(Panel(f"{keep.label} against {forget.label}", forget, keep, series))
+        series = tuple(_series(having, of_forget, of_keep))
+        if forget.scale == "log" and any((one.x <= 0.0).any() for one in series):
+            forget = replace(forget, scale="linear")
+        panels.append(Panel(f"{keep.label} against {forget.label}", forget, keep, series))
     return panels
 
 

@@ -32,7 +32,7 @@ def loss_panels(runs: Sequence[Run]) -> list[Panel]:
 
 
 def unlearning_labels(runs: Sequence[Run]) -> list[str]:
-    """What tells unlearnings apart, their ranking by its method."""
+    """What tells unlearnings apart, their ranking by its method; as `labels_of`."""
     shown = [Run(run.path, run.name, run.command, {"settings": recipe(run)}, {}, {}) for run in runs]
     return labels_of(shown, UnlearnConfig, ("loss", "select"))
 

@@ -11,6 +11,7 @@ import yaml
 from fillm.errors import RunFolderError
 from fillm.models import KINDS
 from fillm.report.figures.data import Axis, FigureData, Panel, Series
+from fillm.report.figures.frontier_of_runs import unlearning_labels
 from fillm.report.figures.repeats import mean_and_bar, repeats
 from fillm.report.figures.score_heatmap import OUTSIDE
 from fillm.report.model_shift import model_shift
@@ -31,10 +32,9 @@ def parameter_shift(runs: Sequence[Run]) -> FigureData | None:
     """
     panels: list[Panel] = []
     notes: list[str] = []
-    trained = repeats([run for run in runs if run.command in ("unlearn", "finetune")])
-    for group in [*trained, *([run] for run in runs if _ranks_shift(run))]:
+    for title, group in _titled(runs):
         measured = [cells for run in group if (cells := _measured(run, notes)) is not None]
-        title = group[0].name if len(measured) < 2 else f"{group[0].name} and repeats, {len(measured)} runs"
+        title += f", {len(measured)} runs" if len(measured) > 1 else ""
         if measured:
             panel = _panel(title, measured, _RELATIVE)
         elif _ranks_shift(group[0]):
@@ -55,6 +55,18 @@ def parameter_shift(runs: Sequence[Run]) -> FigureData | None:
         caption += " Bars: one standard deviation to either side over repeats that differ in seed and model alone."
     caption, columns = " ".join([caption, *notes]), min(2, len(panels))
     return FigureData("parameter_shift", "Shift of the weights by layer", caption, tuple(panels), columns)
+
+
+def _titled(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
+    """What is drawn in a panel of its own, with a title."""
+    unlearned = repeats([run for run in runs if run.command == "unlearn"])
+    labels = unlearning_labels([group[0] for group in unlearned])
+    trained = repeats([run for run in runs if run.command == "finetune"])
+    return [
+        *((group[0].name, group) for group in trained),
+        *zip(labels, unlearned, strict=True),
+        *((run.name, [run]) for run in runs if _ranks_shift(run)),
+    ]
 
 
 def _ranks_shift(run: Run) -> bool:
