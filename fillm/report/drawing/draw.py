@@ -3,7 +3,7 @@
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -11,10 +11,11 @@ from typing import IO, Any
 from fillm.errors import UsageError
 from fillm.report.drawing.panels import draw_panel, panel_size, special_cells
 from fillm.report.drawing.table import draw_table
-from fillm.report.figures.data import FigureData
+from fillm.report.figures.data import FigureData, Panel
 from fillm.report.theme import Theme
 
 _DOTS_PER_INCH = 150
+_PAGE = 15.0  # inches across, beyond which panels stand below one another
 _LEGEND_FONT = 7
 _CHARACTER = 0.058  # inches of a legend's text
 _SYMBOL = 0.55  # inches of a legend's symbol and gaps
@@ -75,8 +76,9 @@ def _figure(data: FigureData, theme: Theme) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    columns = min(data.columns, len(data.panels))
-    grid = [data.panels[i : i + columns] for i in range(0, len(data.panels), columns)]
+    widest = max(panel_size(panel)[0] for panel in data.panels)
+    grid = _grid(data.panels, max(1, min(data.columns, int(_PAGE / widest))))
+    columns = max(map(len, grid))
     sizes = [[panel_size(panel) for panel in row] for row in grid]
     widths = [max(row[i][0] for row in sizes if i < len(row)) for i in range(columns)]
     heights = [max(height for _, height in row) for row in sizes]
@@ -98,6 +100,16 @@ def _figure(data: FigureData, theme: Theme) -> Any:
     if handles:
         figure.legend(handles=handles, loc="outside lower left", ncols=across, fontsize=_LEGEND_FONT, frameon=False)
     return figure
+
+
+def _grid(panels: Sequence[Panel], columns: int) -> list[list[Panel]]:
+    """Rows of the grid, `columns` panels in each at most."""
+    rows: list[list[Panel]] = []
+    for panel in panels:
+        if not rows or panel.new_row or len(rows[-1]) == columns:
+            rows.append([])
+        rows[-1].append(panel)
+    return rows
 
 
 def _legend_grid(texts: list[str], width: float) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from fillm.report.drawing.ticks import power, set_axis, set_powers
+from fillm.report.drawing.ticks import power, set_axis, set_powers, signed_decades
 from fillm.report.figures.data import Matrix, Panel, Series, number
 from fillm.report.theme import Theme
 
@@ -29,7 +29,8 @@ def panel_size(panel: Panel) -> tuple[float, float]:
         return left + max(_CELL * columns, 1.5) + 0.9, max(0.8 * _CELL * rows, 1.2) + below + 0.3
     cell = min(0.5, max(0.16, 9.0 / columns))
     left += _CHARACTER * (3 + max(map(len, panel.matrix.groups), default=0))
-    return left + max(cell * columns, 2.6) + 1.0, max(_ROW * rows, 1.2) + below + 0.3
+    label = _CHARACTER * 1.2 * len(panel.matrix.colour.text)  # beside the colour bar
+    return left + max(cell * columns, 2.6) + 1.2, max(_ROW * rows, 1.2, label) + below + 0.3
 
 
 def draw_panel(panel: Panel, axes: Any, theme: Theme) -> None:
@@ -42,6 +43,8 @@ def draw_panel(panel: Panel, axes: Any, theme: Theme) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         for series in panel.series:
             _draw_series(series, axes, theme)
+        if not any(np.isfinite(series.x + series.y).any() for series in panel.series):
+            axes.text(0.5, 0.5, "nothing to show", transform=axes.transAxes, ha="center", fontsize=8, color=theme.quiet)
         for level in panel.levels:
             line = axes.axhline if level.along == "x" else axes.axvline
             line(level.value, color=theme.quiet, linewidth=1.0, linestyle="--", zorder=1)
@@ -121,14 +124,16 @@ def _draw_matrix(panel: Panel, matrix: Matrix, axes: Any, theme: Theme) -> None:
     axes.pcolormesh(*edges, np.ma.masked_invalid(special), cmap=ListedColormap([theme.zero, theme.infinite]),
                     vmin=0, vmax=1, **drawn)  # fmt: skip
     bar = axes.figure.colorbar(mesh, ax=axes, fraction=0.04, pad=0.02, aspect=25)
-    scale = {"log": ", log scale", "symlog": ", symmetric log scale"}.get(matrix.colour.scale, "")
+    scale = {"log": "\nlog scale", "symlog": "\nsymmetric log scale"}.get(matrix.colour.scale, "")
     bar.set_label(matrix.colour.text + scale, fontsize=8)
     bar.ax.tick_params(labelsize=7, length=2)
     bar.outline.set_visible(False)
     if matrix.colour.scale == "log":
         set_powers(bar.ax.yaxis, *colour_range(matrix))
     elif logarithmic:
+        bar.set_ticks(signed_decades(*colour_range(matrix)))
         bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: power(value)))
+        bar.minorticks_off()
     if matrix.numbers:
         _write_numbers(matrix, axes, lambda value: colours(norm(value)), theme)
     set_axis(axes, "x", panel.x)

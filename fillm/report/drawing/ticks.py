@@ -1,5 +1,6 @@
 """Ticks of axes: names of categories, thinned and turned as they need; powers of ten without mathematical markup."""
 
+import math
 from typing import Any
 
 from fillm.report.figures.data import Axis
@@ -25,11 +26,12 @@ def power(value: float) -> str:
 def set_axis(axes: Any, which: str, axis: Axis) -> None:
     """Scale, label and ticks of the x or the y axis of an `Axes` whose data are drawn."""
     own = axes.xaxis if which == "x" else axes.yaxis
+    least = axes.dataLim.minposx if which == "x" else axes.dataLim.minposy  # infinite where nothing is above 0
     own.set_label_text(axis.text, fontsize=8)
     own.set_tick_params(labelsize=_FONT, length=2)
     if axis.scale == "category":
         _name(axes, which, axis)
-    elif axis.scale in ("log", "symlog"):
+    elif axis.scale == "symlog" or (axis.scale == "log" and math.isfinite(least)):
         set_scale = axes.set_xscale if which == "x" else axes.set_yscale
         set_scale(axis.scale, **({"linthresh": 1e-4} if axis.scale == "symlog" else {}))
         set_powers(own, *sorted(own.get_view_interval()))
@@ -51,6 +53,13 @@ def set_powers(own: Any, low: float, high: float) -> None:
         own.set_major_locator(LogLocator(numticks=6))
     own.set_major_formatter(FuncFormatter(lambda value, _: power(value)))
     own.set_minor_formatter(NullFormatter())
+
+
+def signed_decades(low: float, high: float) -> list[float]:
+    """Ticks of a symmetric logarithmic scale that shows 0 and both signs of `low` to `high`, four a sign at most."""
+    first, last = math.ceil(math.log10(low)), math.floor(math.log10(high))
+    above = [10.0**exponent for exponent in range(last, first - 1, -max(1, -(-(last - first + 1) // 4)))][::-1]
+    return [*(-value for value in reversed(above)), 0.0, *above]
 
 
 def _name(axes: Any, which: str, axis: Axis) -> None:

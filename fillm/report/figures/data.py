@@ -94,7 +94,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes: a matrix, or series."""
+    """One pair of axes: a matrix, or series; `new_row` begins a row of the grid."""
 
     title: str
     x: Axis
@@ -102,6 +102,7 @@ class Panel:
     series: tuple[Series, ...] = ()
     matrix: Matrix | None = None
     levels: tuple[Level, ...] = ()
+    new_row: bool = False
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ class FigureData:
         title: above it.
         caption: below it, in plain words: what is shown, of how many runs, what the bars are.
         panels: in reading order.
-        columns: panels in a row of the grid.
+        columns: at most so many panels in a row of the grid.
         table: in the place of panels.
     """
 
@@ -173,5 +174,5 @@ def number(value: Cell, digits: int = 4) -> str:
         return f"{value:,}"
     if np.isnan(value):
         return "–"
-    text = f"{value:.{digits}g}"
+    text = f"{value:#.{digits}g}".removesuffix(".")
     return text.replace("inf", "∞")

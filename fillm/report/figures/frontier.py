@@ -1,11 +1,13 @@
 """What forgetting cost: the forget set against what was to be kept, with error bars over seeds."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from fillm.report.figures.data import FigureData, Panel
 from fillm.report.figures.frontier_of_metrics import metric_panels
 from fillm.report.figures.frontier_of_runs import loss_panels
 from fillm.report.figures.frontier_of_study import study_panels
+from fillm.report.figures.repeats import BARS
 from fillm.report.runs import Run
 
 _SOURCES: tuple[tuple[Callable[[Sequence[Run]], list[Panel]], str], ...] = (
@@ -36,12 +38,12 @@ def frontier(runs: Sequence[Run]) -> FigureData | None:
     for source, words in _SOURCES:
         found = source(runs)
         if found:
-            panels += found
+            panels += [replace(found[0], new_row=True), *found[1:]]
             captions.append(words)
             widest = max(widest, len(found))
     if not panels:
         return None
-    bars = "Bars: one standard deviation to either side over repeats that differ in seed and model alone."
-    return FigureData(
-        "frontier", "Forgetting against keeping", " ".join([*captions, bars]), tuple(panels), columns=min(3, widest)
-    )
+    if any(series.x_low is not None for panel in panels for series in panel.series):
+        captions.append(BARS)
+    caption = " ".join(captions)
+    return FigureData("frontier", "Forgetting against keeping", caption, tuple(panels), columns=min(3, widest))

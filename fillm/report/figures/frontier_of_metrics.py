@@ -9,7 +9,7 @@ import numpy as np
 from fillm.errors import RunFolderError
 from fillm.report.figures.data import Axis, Panel, Series
 from fillm.report.figures.frontier_of_runs import unlearning_labels
-from fillm.report.figures.repeats import mean_and_bar, repeats
+from fillm.report.figures.repeats import centre_and_ends, repeats
 from fillm.report.runs import Run, load_run
 
 _UTILITY = Axis("Model Utility"), "model_utility"
@@ -38,9 +38,9 @@ def metric_panels(runs: Sequence[Run]) -> list[Panel]:
         having = [run for run in evaluated if _number(run, of_forget) is not None and _number(run, of_keep) is not None]
         if not having:
             continue
-        series = tuple(_series(having, of_forget, of_keep))
-        if forget.scale == "log" and any((one.x <= 0.0).any() for one in series):
+        if forget.scale == "log" and any(run.summary[of_forget] <= 0.0 for run in having):
             forget = replace(forget, scale="linear")
+        series = tuple(_series(having, of_forget, of_keep, forget.scale == "log"))
         panels.append(Panel(f"{keep.label} against {forget.label}", forget, keep, series))
     return panels
 
@@ -50,7 +50,7 @@ def _number(run: Run, name: str) -> float | None:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def _series(runs: Sequence[Run], of_forget: str, of_keep: str) -> list[Series]:
+def _series(runs: Sequence[Run], of_forget: str, of_keep: str, logarithmic: bool) -> list[Series]:
     """A point for every group of evaluations whose models are repeats of one another, and for every other model."""
     made = {run.name: _unlearning(run) for run in runs}
     groups = repeats([replace(found, name=name) for name, found in made.items() if found is not None])
@@ -64,10 +64,10 @@ def _series(runs: Sequence[Run], of_forget: str, of_keep: str) -> list[Series]:
         ends = {}
         centres = []
         for axis, some in zip("xy", values, strict=True):
-            mean, bar = mean_and_bar(some)
-            centres.append(np.array([mean]))
+            centre, low, high = centre_and_ends(some, logarithmic=logarithmic and axis == "x")
+            centres.append(np.array([centre]))
             if len(names) > 1:
-                ends |= {f"{axis}_low": np.array([mean - bar]), f"{axis}_high": np.array([mean + bar])}
+                ends |= {f"{axis}_low": np.array([low]), f"{axis}_high": np.array([high])}
         name = f"{label}, {len(names)} runs" if len(names) > 1 else label
         series.append(Series(name, *centres, style, **ends, labels=(", ".join(names),)))
     return series

@@ -16,12 +16,7 @@ def metric_table(runs: Sequence[Run]) -> FigureData | None:
     )
     rows = tuple((run.name, *(_value(run, name) for name in names)) for run in evaluated)
     columns = (Column("run", numeric=False), *(Column(name.replace("_", " ")) for name in names))
-    notes = [
-        f"{run.name}, {str(name).replace('_', ' ')}: {reason}"
-        for run in evaluated
-        if isinstance(run.summary.get("notes"), dict)
-        for name, reason in run.summary["notes"].items()
-    ]
+    notes = _notes(evaluated)
     caption = (
         "What docs/evaluate.md defines, with the range of every metric; numbers without a unit. A dash: not computed"
         + (", for the reason given below the table." if notes else ".")
@@ -36,3 +31,19 @@ def _is_metric(name: str, value: object) -> bool:
 def _value(run: Run, name: str) -> Cell:
     value = run.summary.get(name)
     return value if _is_metric(name, value) else None
+
+
+def _notes(runs: Sequence[Run]) -> list[str]:
+    """What is said of metrics, each thing once, with the metrics and the runs that it is said of unless it is all."""
+    said: dict[tuple[str, str], list[str]] = {}
+    for run in runs:
+        notes = run.summary.get("notes")
+        for name, reason in notes.items() if isinstance(notes, dict) else ():
+            said.setdefault((str(reason), str(name).replace("_", " ")), []).append(run.name)
+    merged: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for (reason, name), names in said.items():
+        merged.setdefault((reason, tuple(names)), []).append(name)
+    return [
+        f"{', '.join(metrics)}{'' if len(names) == len(runs) else ' of ' + ', '.join(names)}: {reason}"
+        for (reason, names), metrics in merged.items()
+    ]

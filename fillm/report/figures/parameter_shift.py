@@ -12,7 +12,7 @@ from fillm.errors import RunFolderError
 from fillm.models import KINDS
 from fillm.report.figures.data import Axis, FigureData, Panel, Series
 from fillm.report.figures.frontier_of_runs import unlearning_labels
-from fillm.report.figures.repeats import mean_and_bar, repeats
+from fillm.report.figures.repeats import BARS, mean_and_bar, repeats
 from fillm.report.figures.score_heatmap import OUTSIDE
 from fillm.report.model_shift import model_shift
 from fillm.report.runs import Run
@@ -52,7 +52,7 @@ def parameter_shift(runs: Sequence[Run]) -> FigureData | None:
         f"number without a unit. Tensors outside the layers stand at {OUTSIDE}. What is not shown has not changed."
     )
     if any(series.y_low is not None for panel in panels for series in panel.series):
-        caption += " Bars: one standard deviation to either side over repeats that differ in seed and model alone."
+        notes.insert(0, BARS)
     caption, columns = " ".join([caption, *notes]), min(2, len(panels))
     return FigureData("parameter_shift", "Shift of the weights by layer", caption, tuple(panels), columns)
 

@@ -8,6 +8,11 @@ import numpy as np
 from fillm.report.labels import recipe
 from fillm.report.runs import Run
 
+BARS = (
+    "Bars: one standard deviation to either side over repeats that differ in seed and model alone (of p-values, of "
+    "their logarithms)."
+)
+
 
 def repeats(runs: Sequence[Run]) -> list[list[Run]]:
     """Unlearnings grouped by what they did; the groups come in the order of their first run.
@@ -22,6 +27,13 @@ def repeats(runs: Sequence[Run]) -> list[list[Run]]:
         drawn = {(run.settings.get("seed"), run.settings.get("model")) for run in group}
         found += [group] if len(drawn) == len(group) else [[run] for run in group]
     return found
+
+
+def centre_and_ends(values: Sequence[float], logarithmic: bool) -> tuple[float, float, float]:
+    """Mean, and mean minus and plus one standard deviation; for a logarithmic axis of the logarithms of the values."""
+    mean, bar = mean_and_bar([math.log(value) for value in values] if logarithmic else values)
+    ends = mean, mean - bar, mean + bar
+    return tuple(map(math.exp, ends)) if logarithmic else ends
 
 
 def mean_and_bar(values: Sequence[float]) -> tuple[float, float]:
