@@ -54,7 +54,7 @@ LIGHT = Theme(
     ink="#1a1a1a",
     faint="#e3e3e3",
     quiet="#6b6b6b",
-    colours=(*_HUES, "#1a1a1a", "#8a7a00"),  # their yellow is too light on white: darkened
+    colours=(*_HUES, "#1a1a1a", "#882255"),  # their yellow is too light on white
     absent="#ffffff",
     zero="#d9d9d9",
 )

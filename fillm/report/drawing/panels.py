@@ -11,6 +11,7 @@ from fillm.report.theme import Theme
 
 _CHARACTER = 0.056  # inches of a tick's text
 _ROW = 0.23  # inches of a category down
+_MARKERS = 40  # on a line, at most about twice as many
 _CELL = 0.5  # inches of a cell with a number in it
 
 
@@ -68,6 +69,7 @@ def _draw_series(series: Series, axes: Any, theme: Theme) -> None:
     }
     axes.errorbar(
         series.x, series.y, **errors, color=colour, ecolor=colour, elinewidth=1.0, capsize=2.5, capthick=1.0,
+        markevery=max(1, len(series.x) // _MARKERS) if series.line else 1,
         linewidth=1.2, linestyle=("--" if series.dashed else "-") if series.line else "none",
         marker=theme.marker(series.style), markersize=4.5, markeredgecolor=colour,
         markerfacecolor=theme.ground if series.hollow else colour,

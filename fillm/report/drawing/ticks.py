@@ -25,6 +25,8 @@ def power(value: float) -> str:
 
 def set_axis(axes: Any, which: str, axis: Axis) -> None:
     """Scale, label and ticks of the x or the y axis of an `Axes` whose data are drawn."""
+    from matplotlib.ticker import MaxNLocator
+
     own = axes.xaxis if which == "x" else axes.yaxis
     least = axes.dataLim.minposx if which == "x" else axes.dataLim.minposy  # infinite where nothing is above 0
     own.set_label_text(axis.text, fontsize=8)
@@ -35,6 +37,8 @@ def set_axis(axes: Any, which: str, axis: Axis) -> None:
         set_scale = axes.set_xscale if which == "x" else axes.set_yscale
         set_scale(axis.scale, **({"linthresh": 1e-4} if axis.scale == "symlog" else {}))
         set_powers(own, *sorted(own.get_view_interval()))
+    elif axis.whole:
+        own.set_major_locator(MaxNLocator("auto", integer=True))
     if axis.reverse:
         (axes.invert_xaxis if which == "x" else axes.invert_yaxis)()
 

@@ -9,6 +9,7 @@ from fillm.report.figures.metric_table import metric_table
 from fillm.report.figures.parameter_shift import parameter_shift
 from fillm.report.figures.rank_agreement import rank_agreement
 from fillm.report.figures.score_heatmap import score_heatmap
+from fillm.report.figures.training_curves import training_curves
 from fillm.report.runs import Run
 
 __all__ = [
@@ -22,6 +23,7 @@ FIGURES: tuple[Callable[[Sequence[Run]], FigureData | None], ...] = (
     score_heatmap,
     rank_agreement,
     parameter_shift,
+    training_curves,
     compression_curves,
 )
 

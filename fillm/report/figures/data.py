@@ -18,7 +18,8 @@ class Axis:
         unit: its unit; empty for a number without one, and for categories.
         scale: `symlog` is linear next to zero and logarithmic beyond.
         categories: of a `category` axis, in order; the values on it are indices into them.
-        reverse: whether the first category, or the smallest value, stands at the top.
+        reverse: whether the first category, or the smallest value, stands at the top (of the x axis: to the right).
+        whole: whether only whole numbers have a meaning.
     """
 
     label: str
@@ -26,6 +27,7 @@ class Axis:
     scale: Scale = "linear"
     categories: tuple[str, ...] = ()
     reverse: bool = False
+    whole: bool = False
 
     @property
     def text(self) -> str:
