@@ -33,7 +33,8 @@ def write_report(runs: Sequence[str], out: str, **settings: Any) -> list[FigureD
         UsageError: settings that cannot be honoured, or runs that have nothing to draw.
         RunFolderError: a run that cannot be read, or an `out` that cannot be written.
     """
-    given = {"runs": [str(run) for run in runs], "out": str(out), **settings}
+    # A single string is left for the settings to refuse.
+    given = {"runs": runs if isinstance(runs, str) else [str(run) for run in runs], "out": str(out), **settings}
     return run(from_mapping(ReportConfig, given, where="write_report"), tell=lambda line: None)
 
 

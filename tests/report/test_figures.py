@@ -3,17 +3,15 @@ from statistics import correlation, mean, stdev
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 
 from fillm.report.figures import figures_of, number
 from fillm.report.figures.compression_curves import compression_curves
 from fillm.report.figures.frontier import frontier
 from fillm.report.figures.metric_table import metric_table
-from fillm.report.figures.parameter_shift import parameter_shift
 from fillm.report.figures.rank_agreement import rank_agreement, spearman
 from fillm.report.figures.score_heatmap import score_heatmap
 from fillm.report.figures.training_curves import training_curves
@@ -79,6 +77,20 @@ def test_agreement_counts_what_both_rank_whatever_their_order(tmp_path):
     two = run_folders.rank(tmp_path / "b", [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 0.0], seed=1)
     (panel,) = rank_agreement(load_runs([one, two])).panels
     assert panel.matrix.values[0, 1] == pytest.approx(by_hand([1, 2, 3, 4, 9], [1, 2, 3, 4, 0]))
+
+
+def test_rows_of_one_tensor_are_told_apart_by_their_index(tmp_path):
+    folders = []
+    for name, scores, index in (("a", [3.0, 2.0, 1.0, 0.5], [0, 1, 2, 3]), ("b", [1.0, 2.0, 3.0, 9.0], [2, 0, 1, 3])):
+        folder = run_folders.rank(tmp_path / name, [1.0] * 3, granularity="row", seed=len(folders))
+        columns = {"name": ["w"] * 4, "kind": ["mlp"] * 4, "layer": [0] * 4, "index": index, "score": scores}
+        pq.write_table(pa.table(columns), folder / "ranking.parquet")
+        folders.append(folder)
+    runs = load_runs(folders)
+    (panel,) = rank_agreement(runs).panels
+    assert panel.title == "m, by row"
+    assert panel.matrix.values[0, 1] == pytest.approx(by_hand([3.0, 2.0, 1.0, 0.5], [2.0, 3.0, 1.0, 9.0]))
+    np.testing.assert_array_equal([panel.matrix.values for panel in score_heatmap(runs).panels], [[[3.0]], [[9.0]]])
 
 
 def test_agreement_without_an_order_is_not_a_number(tmp_path):
@@ -256,61 +268,6 @@ def test_compression_curves_are_of_the_first_workload_and_all_samples(tmp_path):
     np.testing.assert_array_equal([oporp.x, oporp.y], [[100], [0.25]])
     np.testing.assert_array_equal([by_time.series[0].x, by_time.series[0].y], [[1.5, 3.0], [0.5, 1e-9]])
     assert by_bytes.x.text == "sketches of the retain set (bytes)" and "v, which are not drawn" in data.caption
-
-
-def weights(folder, **tensors):
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name.replace("__", "."): torch.tensor(values) for name, values in tensors.items()},
-        folder / "model.safetensors",
-    )
-    return folder
-
-
-def test_the_shift_is_relative_to_the_weights_before(tmp_path):
-    base = weights(tmp_path / "base", h__0__w=[3.0, 4.0], h__1__w=[1.0, 0.0], h__1__b=[0.0, 2.0], wte=[2.0], gone=[1.0])
-    folders = []
-    for seed, last in enumerate((4.0, 3.0)):
-        run = run_folders.unlearn(
-            tmp_path / f"u{seed}", [(0, 1.0, 1.0), (1, 1.0, 1.0)], (1.0, 1.0), seed=seed, model=str(base)
-        )
-        weights(run / "model", h__0__w=[3.0, 4.0], h__1__w=[1.0, 1.0], h__1__b=[2.0, 2.0], wte=[last])
-        folders.append(run)
-    data = parameter_shift(load_runs(folders))
-    (panel,) = data.panels
-    (series,) = panel.series  # no configuration says what the tensors are
-    assert series.name == "other" and panel.x.categories == ("–", "0", "1") and panel.title == "npo, top:0.1, 2 runs"
-    # wte: 2/2 and 1/2; layer 0: nothing; layer 1: sqrt((1 + 4) / (1 + 4)) in both.
-    np.testing.assert_allclose(series.y, [0.75, math.nan, math.nan, 1.0])
-    np.testing.assert_allclose(series.y_high - series.y, [stdev([1.0, 0.5]), math.nan, math.nan, 0.0])
-    np.testing.assert_array_equal(series.x, [0.0, 0.0, 1.0, 2.0])
-    assert "u0: 1 tensors are in one of the two models alone" in data.caption
-
-
-def test_a_base_that_was_made_anew_is_not_compared(tmp_path):
-    base = weights(tmp_path / "base", w=[1.0])
-    (base / "run.yaml").write_text("fingerprints: {model: new}\n")
-    log = {"log": {"step": [1], "loss": [2.0]}}
-    record = {
-        "settings": {"model": str(base)},
-        "result": {"epoch_losses": []},
-        "fingerprints": {"initial_model": "old"},
-    }
-    run = weights(run_folders.write(tmp_path / "f", record, log), w=[2.0])
-    assert parameter_shift(load_runs([run])) is None
-    (base / "run.yaml").write_text("fingerprints: {model: old}\n")
-    (panel,) = parameter_shift(load_runs([run])).panels
-    assert panel.title == "f" and panel.series[0].y[0] == 1.0
-
-
-def test_the_shift_of_a_ranking_comes_from_its_scores_where_the_models_are_gone(tmp_path):
-    run = run_folders.rank(tmp_path / "r", [2.0, 4.0, 6.0], method="parameter-shift", base_model="gone")
-    (panel,) = parameter_shift(load_runs([run])).panels
-    assert panel.y.text == "root mean square shift (weight)"
-    found = {series.name: series.y[~np.isnan(series.y)].tolist() for series in panel.series}
-    assert found == {"mlp": [2.0], "attn": [1.0], "embed": [3.0]}  # score / sqrt(4 weights)
-    sums = run_folders.rank(tmp_path / "s", [2.0, 4.0, 6.0], method="parameter-shift", granularity="element")
-    assert parameter_shift(load_runs([sums])) is None
 
 
 def test_losses_are_drawn_where_they_were_measured(tmp_path):

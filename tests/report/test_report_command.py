@@ -4,6 +4,7 @@ import sys
 import pytest
 import yaml
 
+from fillm.errors import UsageError
 from fillm.report import write_report
 from fillm.report.__main__ import main
 from tests.report import run_folders
@@ -56,6 +57,11 @@ def test_python_gives_what_was_drawn(runs, tmp_path, capsys):
         not list((tmp_path / "out").glob("*.png")) and "(score_heatmap.svg)" in (tmp_path / "out/report.md").read_text()
     )
     assert capsys.readouterr().err == ""
+
+
+def test_one_string_is_no_list_of_runs(runs, tmp_path):
+    with pytest.raises(UsageError, match="write_report|runs: .* is not a list of strings"):
+        write_report(runs[0], str(tmp_path / "out"))
 
 
 def test_tensorboard_reads_what_was_written(runs, tmp_path):

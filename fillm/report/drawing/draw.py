@@ -15,7 +15,7 @@ from fillm.report.figures.data import FigureData, Panel
 from fillm.report.theme import Theme
 
 _DOTS_PER_INCH = 150
-_PAGE = 15.0  # inches across, beyond which panels stand below one another
+_PAGE = 17.0  # inches across, beyond which panels stand below one another
 _LEGEND_FONT = 7
 _CHARACTER = 0.058  # inches of a legend's text
 _SYMBOL = 0.55  # inches of a legend's symbol and gaps

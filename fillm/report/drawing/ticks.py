@@ -47,14 +47,14 @@ def set_powers(own: Any, low: float, high: float) -> None:
     """Ticks of a logarithmic axis, `own`, that shows values from `low` to `high`."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-    if 0.0 < low < high and high / low < 4.0:
-        own.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-        own.set_minor_locator(MaxNLocator(10))
-    elif 0.0 < low < high and high / low < 30.0:
-        few = high / low > 6.0
-        own.set_major_locator(LogLocator(subs=(1.0, 3.0) if few else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0), numticks=8))
-    elif 0.0 < low < high:
-        own.set_major_locator(LogLocator(numticks=6))
+    if 0.0 < low < high:
+        span = high / low
+        if span < 4.0:
+            own.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+            own.set_minor_locator(MaxNLocator(10))
+        else:
+            factors = (1.0, 2.0, 3.0, 5.0) if span < 10.0 else (1.0, 3.0) if span < 300.0 else (1.0,)
+            own.set_major_locator(LogLocator(subs=factors, numticks=7))
     own.set_major_formatter(FuncFormatter(lambda value, _: power(value)))
     own.set_minor_formatter(NullFormatter())
 
