@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from fillm.rank.config import RankConfig
 from fillm.report.runs import Run
 from fillm.runs import RUN_RECORD
 
@@ -16,6 +17,8 @@ _BOOKKEEPING = {
     "groups", "layout", "memory", "out", "overwrite", "resume", "skip_bad_rows", "store", "strict", "tokens_per_batch",
     "trust_remote_code",
 }  # fmt: skip
+# What a ranking shares with the unlearning, or what its repeats differ in.
+_OF_A_RANKING = {"model", "adapter", "tokenizer", "method", "forget", "retain", "template", "seed", "save_update"}
 
 
 def labels_of(runs: Sequence[Run], config: type, always: Sequence[str]) -> list[str]:
@@ -49,7 +52,7 @@ def labels_of(runs: Sequence[Run], config: type, always: Sequence[str]) -> list[
 def recipe(run: Run) -> dict[str, Any]:
     """The settings that repeats of an unlearning share, whatever their seed and the model that was drawn with it.
 
-    The ranking is described by its method rather than by its path, where it can still be read.
+    The ranking is described by how it was made rather than by its path, where it can still be read.
     """
     settings = {name: value for name, value in run.settings.items() if name not in {*_BOOKKEEPING, "seed", "model"}}
     if settings.get("ranking") is not None:
@@ -58,10 +61,12 @@ def recipe(run: Run) -> dict[str, Any]:
 
 
 def ranking_words(folder: str) -> str:
-    """`soir`, or `soir, objective retain`; the path if nothing can be read there."""
+    """Method and what is not the default, `soir, objective retain`; the path if nothing can be read there."""
     try:
-        found = yaml.safe_load((Path(folder) / RUN_RECORD).read_text(encoding="utf-8"))["ranking"]
-        words = str(found["method"])
-        return words if found["objective"] == "forget" else f"{words}, objective {found['objective']}"
-    except (OSError, yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError):
+        record = yaml.safe_load((Path(folder) / RUN_RECORD).read_text(encoding="utf-8"))
+        method, settings = str(record["ranking"]["method"]), dict(record["settings"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, UnicodeDecodeError):
         return folder
+    default = {field.name: field.default for field in dataclasses.fields(RankConfig)}
+    told = [name for name in settings if name not in _BOOKKEEPING | _OF_A_RANKING and name in default]
+    return ", ".join([method, *(f"{n.replace('_', ' ')} {settings[n]}" for n in told if settings[n] != default[n])])

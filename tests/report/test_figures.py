@@ -1,3 +1,4 @@
+import json
 import math
 from statistics import correlation, mean, stdev
 
@@ -153,6 +154,7 @@ def test_the_same_seed_twice_is_no_repeat(tmp_path):
 def test_rankings_made_alike_are_one_recipe(tmp_path):
     rankings = [run_folders.rank(tmp_path / f"r{i}", [1.0, 2.0, 3.0], objective="retain") for i in range(2)]
     rankings.append(run_folders.rank(tmp_path / "r2", [1.0, 2.0, 3.0], method="random"))
+    rankings.append(run_folders.rank(tmp_path / "r3", [1.0, 2.0, 3.0], curvature="woodbury"))
     folders = [
         run_folders.unlearn(
             tmp_path / f"u{i}", [(0, 1.0, 1.0), (1, 2.0, 1.0)], (2.0, 1.0), seed=i, ranking=str(ranking)
@@ -160,7 +162,22 @@ def test_rankings_made_alike_are_one_recipe(tmp_path):
         for i, ranking in enumerate(rankings)
     ]
     names = [series.name for series in frontier(load_runs(folders)).panels[0].series]
-    assert names == ["npo, top:0.1, ranking soir, objective retain, 2 runs", "npo, top:0.1, ranking random"]
+    assert names == [
+        "npo, top:0.1, ranking soir, objective retain, 2 runs",
+        "npo, top:0.1, ranking random",
+        "npo, top:0.1, ranking soir, curvature woodbury",
+    ]
+
+
+def test_models_of_different_sizes_are_no_repeats(tmp_path):
+    folders = []
+    for i, size in enumerate((10, 10, 20)):
+        folder = run_folders.unlearn(tmp_path / f"u{i}", [(0, 1.0, 1.0), (1, 2.0, 1.0)], (2.0, 1.0), seed=i)
+        told = json.loads((folder / "verification.json").read_text())
+        (folder / "verification.json").write_text(json.dumps({**told, "parameters": size}))
+        folders.append(folder)
+    names = [series.name for series in frontier(load_runs(folders)).panels[0].series]
+    assert names == ["npo, top:0.1 (u0), 2 runs", "npo, top:0.1 (u2)"]
 
 
 def test_metrics_of_repeats_of_unlearned_models(tmp_path):

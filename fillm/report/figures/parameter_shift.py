@@ -51,6 +51,8 @@ def parameter_shift(runs: Sequence[Run]) -> FigureData | None:
         "Euclidean norm of the change of all weights of one kind in one layer, over the norm of the weights before; a "
         f"number without a unit. Tensors outside the layers stand at {OUTSIDE}. What is not shown has not changed."
     )
+    if any(panel.y is _ROOT_MEAN_SQUARE for panel in panels):
+        caption += " Of rankings from their scores: the root mean square of the change, in units of a weight."
     if any(series.y_low is not None for panel in panels for series in panel.series):
         notes.insert(0, BARS)
     caption, columns = " ".join([caption, *notes]), min(2, len(panels))

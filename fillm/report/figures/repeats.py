@@ -21,7 +21,9 @@ def repeats(runs: Sequence[Run]) -> list[list[Run]]:
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(repr(sorted(recipe(run).items())), []).append(run)
+        # Models of different sizes are no repeats of one another.
+        key = run.summary.get("parameters"), sorted(recipe(run).items())
+        groups.setdefault(repr(key), []).append(run)
     found = []
     for group in groups.values():
         drawn = {(run.settings.get("seed"), run.settings.get("model")) for run in group}
