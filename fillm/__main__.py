@@ -9,6 +9,7 @@ COMMANDS = {
     "finetune": "make the model that is to forget: train a new or a given causal language model",
     "rank": "rank a model's parameters by how much they hold of what is to be forgotten",
     "unlearn": "unlearn a forget set inside a mask of a model's weights, and leave every other bit as it is",
+    "report": "draw what runs came to: heatmaps, agreement of methods, frontiers, tables",
 }
 
 

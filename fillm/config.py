@@ -2,6 +2,8 @@
 
 A field is made with `option(default, help)`; its annotation says what it accepts: `str`, `int`, `float`, `bool`,
 `Literal[...]`, and any of these `| None`. `num_retain` in Python and YAML is `--num-retain` on the command line.
+A field made with `arguments(help, metavar)` is a `tuple[str, ...]`: the words that stand on the command line without a
+flag, a list of strings in Python and YAML.
 """
 
 import argparse
@@ -27,6 +29,11 @@ Config = TypeVar("Config")
 def option(default: Any, help: str, metavar: str | None = None) -> Any:
     """A field of a command's dataclass: its default and the line that `--help` prints for it."""
     return dataclasses.field(default=default, metadata={"help": help, "metavar": metavar})
+
+
+def arguments(help: str, metavar: str) -> Any:
+    """A field of a command's dataclass, a `tuple[str, ...]`: the words without a flag, none unless given."""
+    return dataclasses.field(default=(), metadata={"help": help, "metavar": metavar, "positional": True})
 
 
 def flag_name(field: str) -> str:
@@ -57,6 +64,10 @@ def _convert(cls: type, name: str, value: Any) -> Any:
     elif kind is str:
         if isinstance(value, str):
             return value
+    elif get_origin(kind) is tuple:
+        if isinstance(value, list | tuple) and all(isinstance(word, str) for word in value):
+            return tuple(value)
+        raise UsageError(f"{name}: {value!r} is not a list of strings")
     elif kind is int and not isinstance(value, bool):
         try:
             return int(str(value))
@@ -89,6 +100,9 @@ def build_parser(cls: type, prog: str) -> argparse.ArgumentParser:
     for field in dataclasses.fields(cls):
         kind, _ = _unpack(hints[field.name])
         text = field.metadata["help"]
+        if field.metadata.get("positional"):
+            parser.add_argument(field.name, metavar=field.metadata["metavar"], nargs="*", help=text.replace("%", "%%"))
+            continue
         if field.default is not None and field.default is not False:
             shown = repr(field.default) if "\n" in str(field.default) else field.default
             text += f" (default: {shown})"
@@ -128,7 +142,7 @@ def from_mapping(cls: type[Config], settings: Mapping[str, Any], where: str = "s
 
 def parse(cls: type[Config], argv: Sequence[str], prog: str) -> Config | None:
     """The settings from the command line over `--config` over the defaults; `None` after `--print_config`."""
-    given = vars(build_parser(cls, prog).parse_args(list(argv)))
+    given = vars(build_parser(cls, prog).parse_intermixed_args(list(argv)))
     path, show = given.pop("config", None), given.pop("print_config", False)
     settings = {**(read_settings(path) if path else {}), **given}
     config = from_mapping(cls, settings, where=path or "command line")

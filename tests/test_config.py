@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fillm.config import flag_name, from_mapping, option, parse, run_command, to_yaml
+from fillm.config import arguments, flag_name, from_mapping, option, parse, run_command, to_yaml
 from fillm.errors import DataError, FillmError, InterruptedRun, UsageError
 
 
@@ -183,3 +183,29 @@ def test_every_named_error_has_an_exit_code():
     errors = [FillmError, *FillmError.__subclasses__()]
     assert {error.exit_code for error in errors} == {2, 3}
     assert [error.__name__ for error in errors if error.exit_code == 3] == ["InterruptedRun"]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Names things."""
+
+    names: tuple[str, ...] = arguments("what to name, 100 % of it", "NAME")
+    loud: bool = option(False, "in capitals")
+
+
+def test_words_without_a_flag_are_a_list_of_strings(tmp_path, capsys):
+    assert parse(Listing, ["a", "--loud", "b c"], "x") == Listing(("a", "b c"), loud=True)
+    assert parse(Listing, [], "x") == Listing()
+    path = tmp_path / "settings.yaml"
+    path.write_text(to_yaml(dataclasses.asdict(Listing(("a", "1")))))
+    assert parse(Listing, ["--config", str(path)], "x") == Listing(("a", "1"))
+    assert parse(Listing, ["b", "--config", str(path)], "x").names == ("b",)
+    assert from_mapping(Listing, {"names": ["a"]}) == Listing(("a",))
+    assert parse(Listing, ["a", "--print_config"], "x") is None
+    assert yaml.safe_load(capsys.readouterr().out) == {"names": ["a"], "loud": False}
+
+
+@pytest.mark.parametrize("names", ["a", [1], None, {"a": 1}])
+def test_what_is_no_list_of_strings_is_refused(names):
+    with pytest.raises(UsageError, match="names: .* is not a list of strings"):
+        from_mapping(Listing, {"names": names})

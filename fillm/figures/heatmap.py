@@ -43,7 +43,7 @@ def score_heatmap(
     """
     if not names or len({len(names), len(kinds), len(layers), len(scores)}) > 1:
         raise UsageError("a heatmap needs names, kinds, layers and scores of one length, at least one of each")
-    rows, columns, grid = _arrange(names, kinds, layers, scores)
+    rows, columns, grid = layer_grid(names, kinds, layers, scores)
 
     import matplotlib
 
@@ -78,10 +78,21 @@ def row_labels(names: Sequence[str], layers: Sequence[int]) -> list[str]:
     ]
 
 
-def _arrange(
+def layer_grid(
     names: Sequence[str], kinds: Sequence[str], layers: Sequence[int], scores: Sequence[float]
 ) -> tuple[list[tuple[str, str]], list[int], np.ndarray]:
-    """Rows (kind, label) by kind and then as they come in the names' order, columns (layers), scores or NaN."""
+    """The cells of a heatmap; of several scores in one cell the largest.
+
+    Args:
+        names: tensor names, at least one.
+        kinds: their kinds.
+        layers: their layers, -1 for none.
+        scores: their scores.
+
+    Returns:
+        Rows, (kind, label) by kind and then by label; columns, layers with -1 first if there is one; scores, float64
+        [rows, columns], NaN where there is no tensor.
+    """
     order = {kind: i for i, kind in enumerate(KINDS)}
     keys = list(zip(kinds, row_labels(names, layers), strict=True))
     # Rankings come in the order of their scores; the rows' order must not depend on it.

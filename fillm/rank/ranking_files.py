@@ -201,8 +201,13 @@ def check_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
             raise RunFolderError(f"{path}: missing or damaged (its size is not {entry['bytes']} bytes); {_REMEDY}")
 
 
+def score_label(method: str, objective: str) -> str:
+    """What a score is, with its unit, for an axis."""
+    return _OBJECTIVE_UNITS.get(objective) or _UNITS.get(method, "score")
+
+
 def _draw(ranking: "Ranking", path: Path) -> None:
     columns = [ranking.table[name].to_pylist() for name in ("name", "kind", "layer", "score")]
-    label = _OBJECTIVE_UNITS.get(ranking.objective) or _UNITS.get(ranking.method, "score")
+    label = score_label(ranking.method, ranking.objective)
     each = f", largest {ranking.granularity} of each tensor" if ranking.granularity in ("row", "head") else ""
     score_heatmap(*columns, path, title=f"{ranking.method}, objective {ranking.objective}{each}", label=label)

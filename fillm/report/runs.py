@@ -1,0 +1,192 @@
+"""What a finished run left, read back: its record, its tables, its summary."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import yaml
+
+import fillm
+from fillm.errors import RunFolderError, UsageError
+from fillm.runs import RUN_RECORD
+from fillm.runs.state_files import check_file
+
+Command = Literal["rank", "unlearn", "evaluate", "finetune", "compression", "experiment"]
+
+_REMEDY = "make the run again, or copy it again from where it is whole"
+# Result files of benchmarks are known by columns that no other table has.
+_RESULT_FILES: tuple[tuple[Command, frozenset[str]], ...] = (
+    ("compression", frozenset({"workload", "method", "kind", "k", "store_bytes"})),
+    ("experiment", frozenset({"seed", "choice", "loss", "forget_end", "retain_end"})),
+)
+_SUMMARIES = {"unlearn": "verification.json", "evaluate": "summary.json"}
+_NULLS = ["", "nan", "NaN"]  # how a number that is not there is written in a CSV
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        path: its folder, or its result file.
+        name: the folder's name, or the file's stem; `load_runs` makes it the only one of its kind.
+        command: what made it.
+        record: `run.yaml`; of a result file, what its metadata or its last columns say of how it was made.
+        tables: every Parquet file of the folder by its stem (`ranking`, `samples`, `log`, `rows`, ...), or the one
+            table of a result file.
+        summary: of `rank`, `ranking` of the record; of `unlearn`, `verification.json`; of `evaluate`, `summary.json`;
+            of `finetune`, `result` of the record; of an experiment, `summary.json` if there is one.
+    """
+
+    path: Path
+    name: str
+    command: Command
+    record: dict[str, Any]
+    tables: dict[str, pa.Table]
+    summary: dict[str, Any]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of the record, empty for a result file."""
+        return self.record.get("settings") or {}
+
+    def fingerprint(self, of: str = "model") -> str | None:
+        """A fingerprint of the record; of `rank`, `model` is the model that was ranked."""
+        return (self.record.get("fingerprints") or {}).get(of)
+
+
+def load_runs(paths: Sequence[str | Path]) -> list[Run]:
+    """Every run once, in the order given, under names that tell them apart.
+
+    Raises:
+        UsageError: if there is none.
+        RunFolderError: as `load_run`.
+    """
+    if not paths:
+        raise UsageError("give at least one run folder or result file")
+    runs = [load_run(path) for path in dict.fromkeys(Path(path).expanduser().resolve() for path in paths)]
+    for depth in range(2, 1 + max(len(run.path.parts) for run in runs)):
+        names = [run.name for run in runs]
+        runs = [
+            replace(run, name="/".join(run.path.parts[-depth:])) if names.count(run.name) > 1 else run for run in runs
+        ]
+    return runs
+
+
+def load_run(path: str | Path) -> Run:
+    """Reads a run folder of any command, or a `.parquet` or `.csv` result file of a benchmark.
+
+    Raises:
+        RunFolderError: one line: nothing there, none of ours, not finished, of a newer version, or damaged.
+    """
+    path = Path(path).expanduser().resolve()
+    if path.is_file():
+        return _result_file(path)
+    record = _record(path)
+    command = _command(path, record)
+    summary = _summary(path, command, record)
+    tables = {file.stem: _table(file, record) for file in sorted(path.glob("*.parquet"))}
+    needed = {"rank": "ranking", "unlearn": "log", "evaluate": "rows", "finetune": "log"}.get(command)
+    if needed is not None and needed not in tables and not _scored_from_log(command, record):
+        raise RunFolderError(f"{path / needed}.parquet: missing; {_REMEDY}")
+    return Run(path, path.name, command, record, tables, summary)
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    path = folder / RUN_RECORD
+    if not path.is_file():
+        if folder.name.endswith(".partial") or folder.with_name(folder.name + ".partial").is_dir():
+            raise RunFolderError(f"{folder}: the run is not finished; continue it with --resume")
+        where = f"no {RUN_RECORD} in it; give the folder of a finished run" if folder.is_dir() else "no such folder"
+        raise RunFolderError(f"{folder}: {where}")
+    try:
+        record = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RunFolderError(f"{path}: damaged ({' '.join(str(error).split())}); {_REMEDY}") from None
+    if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
+        raise RunFolderError(f"{path}: not the record of a run; give a folder that a command of fillm wrote")
+    versions = record.get("versions")
+    made_by = str(versions.get("fillm", "")) if isinstance(versions, dict) else ""
+    if _version(made_by) > _version(fillm.__version__):
+        raise RunFolderError(f"{folder}: made by fillm {made_by}, this is {fillm.__version__}; update fillm to read it")
+    return record
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", text)[:3])
+
+
+def _command(folder: Path, record: Mapping[str, Any]) -> Command:
+    result = record.get("result")
+    if isinstance(record.get("experiment"), dict | str):
+        return "experiment"
+    if isinstance(record.get("ranking"), dict):
+        return "rank"
+    if (folder / "verification.json").is_file():
+        return "unlearn"
+    if (folder / "summary.json").is_file():
+        return "evaluate"
+    if isinstance(result, dict) and "epoch_losses" in result:
+        return "finetune"
+    raise RunFolderError(f"{folder}: of no command that can be reported (rank, unlearn, evaluate, finetune)")
+
+
+def _summary(folder: Path, command: Command, record: Mapping[str, Any]) -> dict[str, Any]:
+    if command in ("rank", "finetune"):
+        return dict(record["ranking" if command == "rank" else "result"])
+    path = folder / _SUMMARIES.get(command, "summary.json")
+    if command == "experiment" and not path.is_file():
+        return {}
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(summary, dict):
+            raise ValueError("not a mapping")
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"{path}: damaged ({' '.join(str(error).split())}); {_REMEDY}") from None
+    return summary
+
+
+def _table(path: Path, record: Mapping[str, Any]) -> pa.Table:
+    """A Parquet file, checked against the checksum of the record where there is one."""
+    entry = (record.get("files") or {}).get(path.name)
+    if isinstance(entry, dict) and {"sha256", "bytes"} <= set(entry):
+        check_file(path, entry["sha256"], entry["bytes"], _REMEDY)
+    try:
+        return pq.read_table(path, page_checksum_verification=True)
+    except (pa.ArrowException, OSError) as error:
+        raise RunFolderError(f"{path}: damaged ({' '.join(str(error).split())}); {_REMEDY}") from None
+
+
+def _scored_from_log(command: Command, record: Mapping[str, Any]) -> bool:
+    """Whether an evaluation read a published log, of which it has no rows."""
+    return command == "evaluate" and record["settings"].get("from_log") is not None
+
+
+def _result_file(path: Path) -> Run:
+    try:
+        if path.suffix == ".parquet":
+            table = pq.read_table(path, page_checksum_verification=True)
+        elif path.suffix == ".csv":
+            options = pa.csv.ConvertOptions(null_values=_NULLS, strings_can_be_null=True)
+            table = pa.csv.read_csv(path, pa.csv.ReadOptions(use_threads=False), convert_options=options)
+        else:
+            raise RunFolderError(f"{path}: give a run folder, or a .parquet or .csv file of results")
+    except (pa.ArrowException, OSError) as error:
+        raise RunFolderError(f"{path}: cannot be read ({' '.join(str(error).split())}); {_REMEDY}") from None
+    known = [command for command, columns in _RESULT_FILES if columns <= set(table.column_names)]
+    if not known:
+        raise RunFolderError(f"{path}: the results of no benchmark that can be reported (compression, unlearning)")
+    if table.num_rows == 0:
+        raise RunFolderError(f"{path}: has no rows; let its benchmark finish")
+    metadata = table.schema.metadata or {}
+    made = {key.decode(): value.decode() for key, value in metadata.items() if key != b"ARROW:schema"}
+    for column in ("cpu", "commit", "date", "command"):
+        if column in table.column_names and column not in made:
+            made[column] = str(table[column][0].as_py())
+    return Run(path, path.stem, known[0], {"made": made}, {path.stem: table.replace_schema_metadata(None)}, {})

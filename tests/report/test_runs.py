@@ -1,0 +1,158 @@
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from fillm.errors import RunFolderError, UsageError
+from fillm.report.runs import load_run, load_runs
+from tests.report import run_folders
+
+
+def test_every_command_is_known_by_what_it_wrote(tmp_path):
+    ranked = load_run(run_folders.rank(tmp_path / "r", [1.0, 2.0, 3.0]))
+    assert (ranked.name, ranked.command, ranked.fingerprint()) == ("r", "rank", "m")
+    assert ranked.summary["method"] == "soir" and ranked.tables["ranking"]["score"].to_pylist() == [1.0, 2.0, 3.0]
+    forgot = load_run(run_folders.unlearn(tmp_path / "u", [(0, 1.0, 2.0), (1, 3.0, 4.0)], (3.0, 4.0)))
+    assert (forgot.command, forgot.summary["forget_loss"]) == ("unlearn", {"before": 1.0, "after": 3.0})
+    judged = load_run(run_folders.evaluate(tmp_path / "e", {"model_utility": 0.5}, benchmark="tofu"))
+    assert (judged.command, judged.summary, judged.settings) == (
+        "evaluate",
+        {"model_utility": 0.5},
+        {"benchmark": "tofu"},
+    )
+    log = {"log": {"step": [1], "loss": [2.0]}}
+    record = {"settings": {"data": "x"}, "result": {"epoch_losses": [2.0]}}
+    trained = load_run(run_folders.write(tmp_path / "f", record, log))
+    assert (trained.command, trained.summary) == ("finetune", {"epoch_losses": [2.0]})
+    record = {"settings": {}, "experiment": {"name": "shift"}}
+    study = load_run(run_folders.write(tmp_path / "x", record, {"cells": {"a": [1]}}))
+    assert (study.command, list(study.tables), study.summary) == ("experiment", ["cells"], {})
+
+
+def test_an_evaluation_of_a_published_log_has_no_rows(tmp_path):
+    folder = run_folders.evaluate(tmp_path / "e", {"model_utility": 0.5}, from_log="log.json")
+    (folder / "rows.parquet").unlink()
+    assert load_run(folder).tables == {}
+
+
+def test_result_files_are_runs(tmp_path):
+    rows = [{"workload": "w", "method": "soir", "kind": "oporp", "k": 4, "store_bytes": 8}]
+    found = load_run(run_folders.compression(tmp_path / "compression.parquet", rows))
+    assert (found.command, found.name, found.tables["compression"].to_pylist()) == ("compression", "compression", rows)
+    path = tmp_path / "unlearning.csv"
+    path.write_text("seed,choice,loss,forget_end,retain_end,commit\n0,whole,ga,1.5,nan,abc\n")
+    found = load_run(path)
+    assert found.command == "experiment" and found.record == {"made": {"commit": "abc"}}
+    assert found.tables["unlearning"]["retain_end"].to_pylist() == [None]
+
+
+def test_names_tell_runs_apart_and_a_run_counts_once(tmp_path):
+    one = run_folders.rank(tmp_path / "a" / "run", [1.0, 2.0, 3.0])
+    two = run_folders.rank(tmp_path / "b" / "run", [1.0, 2.0, 3.0])
+    other = run_folders.rank(tmp_path / "other", [1.0, 2.0, 3.0])
+    runs = load_runs([one, two, other, str(tmp_path / "b" / ".." / "a" / "run")])
+    assert [run.name for run in runs] == ["a/run", "b/run", "other"]
+    with pytest.raises(UsageError, match="at least one"):
+        load_runs([])
+
+
+def _no_record(folder):
+    (folder / "run.yaml").unlink()
+
+
+def _unfinished(folder):
+    folder.rename(folder.with_name("r.partial"))
+
+
+def _newer(folder):
+    record = yaml.safe_load((folder / "run.yaml").read_text())
+    (folder / "run.yaml").write_text(yaml.safe_dump({**record, "versions": {"fillm": "999.1.0"}}))
+
+
+def _foreign(folder):
+    (folder / "run.yaml").write_text("- 1\n")
+
+
+def _of_no_command(folder):
+    (folder / "run.yaml").write_text("settings: {}\n")
+
+
+def _not_yaml(folder):
+    (folder / "run.yaml").write_text("a: [\n")
+
+
+def _no_table(folder):
+    (folder / "ranking.parquet").unlink()
+
+
+def _bad_table(folder):
+    (folder / "ranking.parquet").write_bytes(b"PAR1")
+
+
+def _other_checksum(folder):
+    record = yaml.safe_load((folder / "run.yaml").read_text())
+    size = (folder / "ranking.parquet").stat().st_size
+    record["files"] = {"ranking.parquet": {"bytes": size, "sha256": "0" * 64}}
+    (folder / "run.yaml").write_text(yaml.safe_dump(record))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_no_record, r"r: no run.yaml in it; give the folder of a finished run"),
+        (_unfinished, r"r: the run is not finished; continue it with --resume"),
+        (_newer, r"r: made by fillm 999.1.0, this is .*; update fillm"),
+        (_foreign, r"run.yaml: not the record of a run"),
+        (_of_no_command, r"r: of no command that can be reported"),
+        (_not_yaml, r"run.yaml: damaged \("),
+        (_no_table, r"ranking.parquet: missing; make the run again"),
+        (_bad_table, r"ranking.parquet: damaged \("),
+        (_other_checksum, r"ranking.parquet: damaged \(its checksum differs\)"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_in_one_line(tmp_path, spoil, message):
+    folder = run_folders.rank(tmp_path / "r", [1.0, 2.0, 3.0])
+    spoil(folder)
+    with pytest.raises(RunFolderError, match=message) as caught:
+        load_run(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_summary_is_refused(tmp_path):
+    folder = run_folders.evaluate(tmp_path / "e", {"a": 1})
+    for text in ("{", "[1]"):
+        (folder / "summary.json").write_text(text)
+        with pytest.raises(RunFolderError, match=r"summary.json: damaged"):
+            load_run(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"x", "give a run folder, or a .parquet or .csv file"),
+        ("a.csv", b"x,y\n1,2\n", "the results of no benchmark"),
+        ("a.csv", b"", "cannot be read"),
+        ("a.parquet", b"x", "cannot be read"),
+        ("a.csv", b"seed,choice,loss,forget_end,retain_end\n", "has no rows"),
+    ],
+)
+def test_a_file_that_is_no_result_is_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(RunFolderError, match=message):
+        load_run(tmp_path / name)
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(RunFolderError, match="gone: no such folder"):
+        load_run(tmp_path / "gone")
+
+
+def test_reading_changes_nothing(tmp_path):
+    folder = run_folders.unlearn(tmp_path / "u", [(0, 1.0, 2.0), (1, 3.0, 4.0)], (3.0, 4.0))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    load_run(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert json.loads(before["verification.json"])["steps"] == 1
+    assert pq.read_table(folder / "log.parquet").schema.field("forget_loss").type == pa.float64()
