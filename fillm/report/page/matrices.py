@@ -65,7 +65,7 @@ def _colour_ends(matrix: Matrix, placing: Placing, values: np.ndarray) -> dict[s
     low, high = _ends(matrix, values)
     first, last = (float(place) for place in placing.places(np.array([low, high])))
     if matrix.colour.scale == "symlog":
-        reach = max(abs(first), abs(last))
+        reach = max(abs(first), abs(last)) or 1.0
         return {"zmin": -reach, "zmax": reach}
     return {"zmin": first, "zmax": last if last > first else first + 1.0}
 

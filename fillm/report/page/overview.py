@@ -97,7 +97,7 @@ def seconds(run: Run) -> float | None:
 
 def duration(value: float) -> str:
     """`4.2 s`, `3 min 12 s`, `2 h 05 min`."""
-    if value < 60:
+    if round(value, 1) < 60:
         return f"{value:.1f} s"
     minutes, rest = divmod(round(value), 60)
     if minutes < 60:

@@ -107,7 +107,9 @@
   // ---- plots
   const looks = data("looks");
   const narrow = matchMedia("(max-width: 34rem)");
-  const saved = { displaylogo: false, responsive: true };
+  const saved = {
+    displaylogo: false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+  };
 
   // What depends on the theme and the width; all else was decided when the page was written.
   function dressed(trace, look, hidden) {

@@ -14,6 +14,7 @@ _ROW = 22  # pixels of a row of a matrix
 _MOST_WHOLE = 12  # ticks at every whole number
 _SPOKEN = 500  # points of a series that each say everything when pointed at; of more, x and y alone
 _MARKERS = 40  # on a line
+_TOOLS = 32  # pixels above a plot, for the buttons that would else lie on it
 _HEIGHT = 380  # pixels of a panel of series
 
 
@@ -39,7 +40,7 @@ def panel_plot(panel: Panel) -> dict[str, Any]:
     layout: dict[str, Any] = {
         "xaxis": _axis(panel.x, placings["x"], values["x"]),
         "yaxis": _axis(panel.y, placings["y"], values["y"]),
-        "margin": {"l": 8, "r": 8, "t": 10, "b": 8},
+        "margin": {"l": 8, "r": 8, "t": _TOOLS, "b": 8},
         "hovermode": "closest",
         "showlegend": False,
         "shapes": [_line(level, placings) for level in levels],
@@ -50,13 +51,13 @@ def panel_plot(panel: Panel) -> dict[str, Any]:
         layout["yaxis"]["ticktext"] = grouped(layout["yaxis"]["ticktext"], panel.matrix.groups)
         layout["shapes"] += group_lines(panel.matrix.groups)
         rows, longest = len(panel.y.categories), max((len(shortened(name)) for name in panel.x.categories), default=0)
-        height = max(_ROW * rows, 120) + 110 + (5 * longest if longest > 4 else 0)
+        height = max(_ROW * rows, 120) + 80 + _TOOLS + (5 * longest if longest > 4 else 0)
         return {"traces": matrix_traces(panel, panel.matrix), "layout": {**layout, "height": height}, "height": height}
     traces = [_series(series, panel, placings) for series in panel.series]
     if not any(np.isfinite(np.asarray(series.x) + np.asarray(series.y)).any() for series in panel.series):
         layout["annotations"].append({"text": "nothing to show", "showarrow": False, "xref": "paper", "yref": "paper",
                                       "x": 0.5, "y": 0.5})  # fmt: skip
-    height = max(_HEIGHT, _ROW * len(panel.y.categories) + 110)
+    height = max(_HEIGHT, _ROW * len(panel.y.categories) + 80 + _TOOLS)
     return {"traces": traces, "layout": {**layout, "height": height}, "height": height}
 
 

@@ -36,13 +36,14 @@ class Placing:
         """Places of values, float64 of the same shape; NaN for what has none (not finite, or not above 0 on `log`)."""
         values = np.asarray(values, np.float64)
         finite = np.where(np.isfinite(values), values, np.nan)
-        with np.errstate(divide="ignore", invalid="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             if self.scale == "log":
                 return np.log10(np.where(finite > 0.0, finite, np.nan))
             if self.scale == "symlog":
-                ratio = finite / self.threshold
-                outside = np.sign(ratio) * (1.0 + np.log10(np.abs(ratio)))
-                return np.where(np.abs(ratio) >= 1.0, outside, ratio)
+                size = np.abs(finite)
+                # The quotient overflows where it is not used, hence the difference of logarithms.
+                outside = np.sign(finite) * (1.0 + np.log10(size) - np.log10(self.threshold))
+                return np.where(size >= self.threshold, outside, finite / self.threshold)
         return finite
 
     def ticks(self, low: float, high: float) -> tuple[list[float], list[str]]:
