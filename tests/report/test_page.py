@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 
@@ -170,6 +171,15 @@ def test_the_numbers_of_a_figure_are_a_table(page):
     assert [float(rows[0][heads.index(f"loss on forget (nat a token){end}")]) for end in ("", ", low", ", high")] == [
         first.x[0], first.x_low[0], first.x_high[0]
     ]  # fmt: skip
+
+
+def test_a_legend_names_even_a_single_series(tmp_path):
+    frontier = example_figures()[1]
+    alone = replace(frontier, panels=(replace(frontier.panels[0], series=frontier.panels[0].series[:1]),))
+    unnamed = replace(alone, panels=(replace(alone.panels[0], series=(replace(alone.panels[0].series[0], name=""),)),))
+    write_page(tmp_path / "page.html", example_runs()[2:3], [alone, unnamed], "Legends")
+    buttons = [a for a, _ in Parsed((tmp_path / "page.html").read_text(encoding="utf-8")).all("button")]
+    assert [a["data-name"] for a in buttons if "data-name" in a] == ["soir, top 10 %"]
 
 
 def test_summary_and_provenance_say_what_was_run(page, parsed):

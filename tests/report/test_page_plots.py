@@ -140,6 +140,21 @@ def test_symmetric_logarithmic_places_keep_the_order_and_the_sign(values):
     assert (np.diff(places[order]) >= 0.0).all()
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "texts"),
+    [
+        (0.9, 1100.0, ["1", "10", "10²", "10³"]),
+        (2e-6, 4e-4, ["3·10⁻⁶", "10⁻⁵", "3·10⁻⁵", "10⁻⁴", "3·10⁻⁴"]),
+        (0.01, 0.9, ["0.01", "0.03", "0.1", "0.3"]),
+        (1.2, 6.0, ["1.5", "2", "3", "4", "5", "6"]),
+        (1.1, 1.3, ["1.1", "1.2", "1.3"]),
+        (7.0, 7.0, ["7"]),
+    ],
+)
+def test_logarithmic_ticks_are_round_where_they_can_be(low, high, texts):
+    assert Placing("log").ticks(low, high)[1] == texts
+
+
 @given(st.floats(1e-30, 1e30), st.floats(1.0, 1e12))
 def test_logarithmic_ticks_lie_in_the_range_and_say_where(low, span):
     places, texts = Placing("log").ticks(low, low * span)

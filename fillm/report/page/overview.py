@@ -163,8 +163,14 @@ def _of(count: int, noun: str) -> str:
 
 
 def _several(names: Sequence[str]) -> str:
-    short = [name.rstrip("/").split("/")[-1] or name for name in names]
-    return ", ".join(short[:3]) + (f" and {len(short) - 3} more models" if len(short) > 3 else "")
+    short = list(dict.fromkeys(_last_part(name) for name in names))
+    return ", ".join(short[:3]) + (f" and {len(short) - 3:,} more" if len(short) > 3 else "")
+
+
+def _last_part(path: str) -> str:
+    """Of a path or a Hub id; `fillm.unlearn` calls all its models `model`, which is why their folder goes before."""
+    parts = [part for part in path.split("/") if part]
+    return "/".join(parts[-2 if parts[-1:] == ["model"] else -1 :]) or path
 
 
 def _model(run: Run) -> str | None:

@@ -146,7 +146,10 @@
       const { traces, layout: wide } = data(plot.dataset.of); // parsed anew: plotly writes into what it is given
       const layout = tightened(wide, traces[0]?.type === "heatmap");
       const beside = 7 * Math.max(...(layout.yaxis.ticktext ?? [""]).map((text) => text.length)) + (narrow.matches ? 60 : 100);
-      thinned(layout.xaxis, plot.clientWidth - beside);
+      const room = plot.clientWidth - beside;
+      const cell = room / Math.max((layout.xaxis.ticktext ?? [""]).length, 1); // pixels
+      for (const { mode, textfont } of traces) if (mode === "text") textfont.size = Math.max(6, Math.min(12, cell / 3.2));
+      thinned(layout.xaxis, room);
       // A view that was zoomed stays as long as uirevision does.
       const whole = { ...layout, template: structuredClone(look.template), uirevision: "keep" };
       const file = { toImageButtonOptions: { filename: plot.id, scale: 2 } };

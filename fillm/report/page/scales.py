@@ -8,6 +8,7 @@ import numpy as np
 from fillm.report.figures.data import Scale
 
 _MOST_TICKS = 7
+_FACTORS = ((1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8))  # of powers of ten, where these alone are too few
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -61,10 +62,17 @@ class Placing:
 
     def _log_ticks(self, low: float, high: float) -> tuple[list[float], list[str]]:
         powers = self._powers(low, high, _MOST_TICKS)
-        if len(powers) >= 2:
+        if len(powers) > 2:
             return [float(p) for p in powers], [power_of_ten(p) for p in powers]
-        ends = np.linspace(math.log10(low), math.log10(high), 4) if high > low else [math.log10(low)]
-        return [float(p) for p in ends], [f"{10.0**p:.3g}" for p in ends]
+        first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+        for factors in _FACTORS:
+            values = [f * 10.0**p for p in range(first, last + 1) for f in factors]
+            values = [value for value in values if low <= value <= high]
+            if 3 <= len(values) <= _MOST_TICKS:
+                break
+        else:
+            values = np.linspace(low, high, 3).tolist() if high > low else [low]
+        return [math.log10(value) for value in values], [_plain_number(value) for value in values]
 
     @staticmethod
     def _powers(low: float, high: float, most: int) -> list[int]:
@@ -76,3 +84,12 @@ class Placing:
 def power_of_ten(power: int) -> str:
     """`10⁻³`; 1 and 10 in full."""
     return {0: "1", 1: "10"}.get(power, f"10{str(power).translate(_SUPERSCRIPT)}")
+
+
+def _plain_number(value: float) -> str:
+    """In decimals near 1, else `3·10⁻⁵`."""
+    if 1e-3 <= value < 1e4:
+        return f"{value:.4g}"
+    mantissa, exponent = f"{value:.3e}".split("e")
+    power, factor = power_of_ten(int(exponent)), f"{float(mantissa):.4g}"
+    return power if factor == "1" else f"{factor}·{power}"

@@ -95,7 +95,7 @@ def figure_section(figure: FigureData, number: int) -> FigureSection:
         plots.append(
             Plot(f"{name}-plot-{i}", panel.title if named else "", colour, plot["height"], json, panel.new_row)
         )
-    shown = figure.legend.values() if len(figure.legend) > 1 else ()
+    shown = figure.legend.values() if any(figure.legend) else ()
     return FigureSection(
         name,
         figure.title,
