@@ -83,6 +83,7 @@ def test_wheel_holds_both_packages_and_the_extension_and_no_folder_called_kernel
     assert {top for top in tops if not top.endswith(".dist-info")} == {"fillm", "fillm_kernels"}
     assert modules(ROOT / "fillm") | modules(ROOT / "kernels" / "fillm_kernels") <= set(names)
     assert "fillm_kernels/py.typed" in names
+    assert {f"fillm/report/page/page.{kind}" for kind in ("html", "css", "js")} <= set(names)
     assert [name for name in names if name.startswith("fillm_kernels/_C.") and name.endswith(".so")]
     if shutil.which("nvcc"):
         assert [name for name in names if name.startswith("fillm_kernels/_CUDA.") and name.endswith(".so")]

@@ -1,4 +1,4 @@
-"""From run folders to a folder of pictures."""
+"""From run folders to a folder with a page and pictures."""
 
 import sys
 from collections.abc import Sequence
@@ -54,7 +54,11 @@ def run(config: ReportConfig, tell: Any = None) -> list[FigureData]:
 
 
 def _write(path: Path, config: ReportConfig, runs: Sequence[Run], figures: Sequence[FigureData]) -> None:
-    theme = THEMES[config.theme]
+    theme = THEMES["light" if config.theme == "auto" else config.theme]
+    if "html" in config.formats:
+        from fillm.report.page import write_page
+
+        write_page(path / "report.html", runs, figures, _title(config, runs), config.theme)
     for suffix in ("png", "svg"):
         if suffix in config.formats:
             for data in figures:
@@ -67,11 +71,14 @@ def _write(path: Path, config: ReportConfig, runs: Sequence[Run], figures: Seque
     write_record(path, run_record(config, prints, [], torch.device("cpu")))
 
 
+def _title(config: ReportConfig, runs: Sequence[Run]) -> str:
+    return config.title or ", ".join(run.name for run in runs)
+
+
 def _page(config: ReportConfig, runs: Sequence[Run], figures: Sequence[FigureData]) -> str:
     """The pictures with their captions, in Markdown."""
     suffix = "png" if "png" in config.formats else "svg"
-    title = config.title or ", ".join(run.name for run in runs)
-    parts = [f"# {title}"]
+    parts = [f"# {_title(config, runs)}"]
     for data in figures:
         parts += [f"## {data.title}", f"![{data.title}]({data.name}.{suffix})", data.caption]
     lines = [f"| {run.name} | {run.command} | `{run.path}` |".replace("\n", " ") for run in runs]

@@ -6,18 +6,21 @@ from typing import Literal
 from fillm.config import arguments, option
 from fillm.errors import UsageError
 
-FORMATS = ("png", "svg", "tensorboard")
+FORMATS = ("html", "png", "svg", "tensorboard")
 
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Draw what runs came to: one picture for everything that the runs can show."""
+    """Show what runs came to: one page to work with, and a picture for everything that the runs can show."""
 
     runs: tuple[str, ...] = arguments("run folders of any command, and result files of benchmarks", "RUN")
     out: str = option("runs/report", "folder to write", "DIR")
-    format: str = option("png,svg", f"comma-separated, of {', '.join(FORMATS)}", "FORMATS")
+    format: str = option("html,png,svg", f"comma-separated, of {', '.join(FORMATS)}", "FORMATS")
     title: str | None = option(None, "title of the report (default: the names of the runs)", "TEXT")
-    theme: Literal["light", "dark"] = option("light", "background of the pictures; light is also the one to print")
+    theme: Literal["auto", "light", "dark"] = option(
+        "auto",
+        "background; auto: light pictures, which are also the ones to print, and pages as their reader's system is",
+    )
     overwrite: bool = option(False, "replace an existing --out")
     debug: bool = option(False, "show a traceback with every error")
 

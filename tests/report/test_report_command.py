@@ -31,7 +31,9 @@ def test_a_report_is_every_figure_in_every_format(runs, tmp_path, capsys):
     out = tmp_path / "out"
     assert main([runs[0], "--out", str(out), *runs[1:], "--title", "What it came to"]) == 0
     found = sorted(path.name for path in out.iterdir())
-    assert found == sorted([f"{name}.{kind}" for name in NAMES for kind in ("png", "svg")] + ["report.md", "run.yaml"])
+    pictures = [f"{name}.{kind}" for name in NAMES for kind in ("png", "svg")]
+    assert found == sorted([*pictures, "report.html", "report.md", "run.yaml"])
+    assert "<h1>What it came to</h1>" in (out / "report.html").read_text()
     page = (out / "report.md").read_text()
     assert page.startswith("# What it came to\n") and all(f"({name}.png)" in page for name in NAMES)
     told = capsys.readouterr().err.splitlines()
@@ -92,13 +94,22 @@ def test_tensorboard_that_is_not_there_is_said_in_one_line(runs, tmp_path, capsy
     assert not out.exists() and not out.with_name("out.partial").exists()
 
 
+def test_plotly_that_is_not_there_is_said_in_one_line(runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    out = tmp_path / "out"
+    assert main([*runs, "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert "pip install 'fillm[report]', or give --format png,svg" in error and error.count("\n") == 1
+    assert not out.exists() and not out.with_name("out.partial").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "give at least one RUN: a run folder, or a result file of a benchmark"),
         (["{run}", "--format", "pdf"], "--format pdf: give some of"),
         (["{run}", "--format", ","], "--format ,: give some of"),
-        (["{run}", "--theme", "red"], "--theme: 'red' is none of light, dark"),
+        (["{run}", "--theme", "red"], "--theme: 'red' is none of auto, light, dark"),
         (["{none}"], "none: no such folder"),
         (["{run}", "--out", "{foreign}"], "foreign exists and is not a run folder"),
     ],
