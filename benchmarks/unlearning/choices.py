@@ -12,7 +12,7 @@ from benchmarks.unlearning.settings import SCOPE, UnlearningConfig
 from fillm.data import Row
 from fillm.errors import UsageError
 from fillm.masks import Mask
-from fillm.models import catalogue, select_tensors
+from fillm.models import catalogue, load_model, select_tensors
 from fillm.rank import rank_parameters
 from fillm.rank.ranking import Ranking
 
@@ -104,7 +104,7 @@ def masks(
         if key not in rankings:
             settings = dict(choice.settings)
             if settings["method"] == "parameter-shift":
-                settings["base_model"] = str(base())
+                settings["base_model"] = load_model(str(base()), device="cpu")
             forget, retain = ([row.fields for row in rows[name]] for name in ("forget", "retain"))
             rankings[key] = rank_parameters(model, tokenizer, forget, retain, include=SCOPE, **settings)
         yield choice, rankings[key].select(config.fraction, choice.side)

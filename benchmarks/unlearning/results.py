@@ -11,11 +11,11 @@ import numpy as np
 
 from benchmarks.end_to_end.results import commit, processor
 from benchmarks.unlearning.settings import FEW_STEPS
-from benchmarks.unlearning.study import AT_LEVELS, Cell, Record
+from benchmarks.unlearning.study import AT_LEVELS, Record
 
 COLUMNS = (
-    "seed", "choice", "loss", "lr", "mask", "selected_parameters", "selected_tensors", "steps", "forget_start", "retain_start",
-    "forget_end", "retain_end", *AT_LEVELS, "cpu", "commit", "command",
+    "seed", "choice", "loss", "lr", "mask", "selected_parameters", "selected_tensors", "steps", "forget_start",
+    "retain_start", "forget_end", "retain_end", *AT_LEVELS, "cpu", "commit", "command",
 )  # fmt: skip
 _WHOLE = "whole model"
 
@@ -43,13 +43,9 @@ class Runs:
             writer.writerows({name: _cell(value) for name, value in record.items()} for record in self.records)
         os.replace(partial, path)
 
-    def done(self, seed: int) -> dict[Cell, dict[float, Record]]:
-        """The runs of one model that are in it, by peak rate."""
-        found: dict[Cell, dict[float, Record]] = {}
-        for record in self.records:
-            if record["seed"] == seed:
-                found.setdefault((record["choice"], record["loss"]), {})[record["lr"]] = record
-        return found
+    def done(self, seed: int) -> list[Record]:
+        """The runs of one model that are in it."""
+        return [record for record in self.records if record["seed"] == seed]
 
     def add(self, record: Record) -> None:
         """Appends one line."""
@@ -77,8 +73,8 @@ def _cell(value: Any) -> Any:
 def best_rates(records: Iterable[Record], column: str) -> dict[tuple[str, str], dict[int, float]]:
     """The retain loss at a level by (loss, choice) and model, at the best of the rates; NaN where none got there.
 
-    A run that passed the levels in so few steps that a lower rate was tried does not count: between two of its evaluations
-    lies no line.
+    A run that passed the levels in so few steps that a lower rate was tried does not count: what lies between
+    two of its evaluations is not a line.
     """
     cells: dict[tuple[str, str], dict[int, list[Record]]] = {}
     for record in records:

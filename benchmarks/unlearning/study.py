@@ -20,6 +20,7 @@ from fillm.models import load_model, load_tokenizer
 from fillm.rank.default_model import cache_folder
 from fillm.unlearn import unlearn_model
 from fillm.unlearn.checkpoint import LOG_COLUMNS
+from fillm.unlearn.masked_optimizer import mask_digest
 
 Record = dict[str, Any]
 Cell = tuple[str, str]  # choice, loss
@@ -76,21 +77,28 @@ def next_rate(tried: Mapping[float, Record]) -> float | None:
 
 
 def runs(
-    config: UnlearningConfig,
-    one: Recited,
-    wanted: list[Choice],
-    done: dict[Cell, dict[float, Record]],
-    say: Callable[[str], None],
+    config: UnlearningConfig, one: Recited, wanted: list[Choice], done: list[Record], say: Callable[[str], None]
 ) -> Iterator[Record]:
-    """Every loss inside every mask of one model at the rates of `next_rate`, but for what is done."""
+    """Every loss inside every mask of one model at the rates of `next_rate`, but for what is done.
+
+    Choices that select the same weights are trained once: the same bits twice need no second run.
+    """
+    of_cells: dict[Cell, dict[float, Record]] = {}
+    of_masks: dict[tuple[str, str, float], Record] = {}
+    for record in done:
+        of_cells.setdefault((record["choice"], record["loss"]), {})[record["lr"]] = record
+        of_masks[record["mask"], record["loss"], record["lr"]] = record
     cells = [(choice, loss) for choice in wanted for loss in config.chosen_losses]
-    left = {choice.name for choice, loss in cells if next_rate(done.get((choice.name, loss), {})) is not None}
+    left = {choice.name for choice, loss in cells if next_rate(of_cells.get((choice.name, loss), {})) is not None}
     missing = [choice for choice in wanted if choice.name in left]
     for choice, mask in masks(config, one.model, one.tokenizer, one.rows, one.base, missing):
+        digest = mask_digest(mask)[:16]
         for loss in config.chosen_losses:
-            tried = dict(done.get((choice.name, loss), {}))
+            tried = of_cells.setdefault((choice.name, loss), {})
             while (rate := next_rate(tried)) is not None:
-                record = tried[rate] = _run(config, one, choice, mask, loss, rate)
+                same = of_masks.get((digest, loss, rate))
+                record = {**same, "choice": choice.name} if same else _run(config, one, choice, mask, loss, rate)
+                tried[rate] = of_masks[digest, loss, rate] = record = {**record, "mask": digest}
                 told = ", ".join(f"{record[column]:.3f}" for column in AT_LEVELS)
                 say(f"model {one.seed}: {loss} {rate:g}, {choice.name}: {record['steps']} steps, retain loss {told}")
                 yield record

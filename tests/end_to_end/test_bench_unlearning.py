@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import benchmarks.unlearning.__main__ as command
+from benchmarks.unlearning import study
 from benchmarks.unlearning.choices import METHODS, choices, level_crossing
 from benchmarks.unlearning.results import _numbers, best_rates, table
 from benchmarks.unlearning.settings import QUICK_LEVELS, UnlearningConfig
@@ -54,8 +55,30 @@ def test_a_whole_run_and_its_continuation(cache, tmp_path, capsys):
     assert len(folders) == 1
     weights = load_model(str(folders[0]), device="cpu").num_parameters()
     assert all(0 < int(row["selected_parameters"]) < weights for row in rows)
+    masks = {row["choice"]: row["mask"] for row in rows}
+    assert len(set(masks.values())) == 3 and all(len(mask) == 16 for mask in masks.values())
     assert (tmp_path / "unlearning.png").read_bytes()[:4] == b"\x89PNG"
     assert "random" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_every_choice_has_a_mask_and_equal_masks_train_once(cache, tmp_path, monkeypatch):
+    """Every method ranks the tiny model, the shift from its first weights too."""
+    trained = []
+
+    def run(config, one, choice, mask, loss, rate):
+        trained.append(choice.name)
+        kept = {"seed": one.seed, "choice": choice.name, "loss": loss, "lr": rate, "steps": 9}
+        return {**kept, "retain_at_low": 0.5, "retain_at_high": 0.6}
+
+    monkeypatch.setattr(study, "_run", run)
+    config = UnlearningConfig(quick=True, fraction=0.3)
+    one = study.recited(config, False, 0, lambda line: None)
+    wanted = choices(UnlearningConfig())
+    records = list(study.runs(config, one, wanted, [], lambda line: None))
+    assert [record["choice"] for record in records] == [choice.name for choice in wanted]
+    assert len(trained) == len({record["mask"] for record in records}) < len(records)
+    assert not list(study.runs(config, one, wanted, records, lambda line: None))
 
 
 @pytest.mark.slow
