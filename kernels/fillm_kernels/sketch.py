@@ -63,13 +63,21 @@ def sketch(
         BackendError: if `FILLM_BACKEND` asks for a backend that cannot run here.
     """
     g, dim, seed = as_tensor(g, "g"), as_integer(dim, "dim"), as_integer(seed, "seed")
-    offsets = as_tensor(offset, "offset") if hasattr(offset, "shape") and len(offset.shape) else None
+    offsets = _offsets_of_rows(offset)
     last = offset = 0 if offsets is not None else as_integer(offset, "offset")
     if offsets is not None and total is not None and offsets.numel():
         last = int(offsets.max())
     if total is not None and g.ndim == 2 and last + g.shape[1] > total:
         raise ShapeError(f"a piece of {g.shape[1]} from offset {last} ends beyond total = {total}")
     return _op(g, dim, kind, seed, as_integer(nonzeros, "nonzeros"), offset, offsets)
+
+
+def _offsets_of_rows(offset: int | Tensor | Any) -> Tensor | None:
+    """The array among what an offset may be; None for a whole number, a tensor of no dimension included."""
+    if isinstance(offset, (int, torch.SymInt)) or not hasattr(offset, "__dlpack__"):
+        return None
+    offsets = as_tensor(offset, "offset")
+    return offsets if offsets.ndim else None
 
 
 def _check(g: Tensor, dim: int, kind: str, seed: int, nonzeros: int, offset: int, offsets: Tensor | None) -> None:

@@ -124,8 +124,9 @@ def sketch_contract(kind: str, dim: int, places: bool = False) -> Contract:
     return Contract(
         f"sketch {kind}{' of rows at places' if places else ''}", "sketch", fk.sketch, build, answer,
         roundoff=INEXACT if kind == "gaussian" else 0.0,
-        anything_goes=frozenset({("g", "longer")}), many_programs=True,
-        not_on=("cuda",) if kind in ("gaussian", "rademacher") else (),
+        # A tensor of no dimension is a whole number, for all rows.
+        anything_goes=frozenset({("offset", "scalar") if places else ("g", "longer")}),
+        many_programs=True, not_on=("cuda",) if kind in ("gaussian", "rademacher") else (),
     )  # fmt: skip
 
 

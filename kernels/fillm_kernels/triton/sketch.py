@@ -122,7 +122,7 @@ def _dense(g: Tensor, dim: int, kind: str, seed: int, offset: int | Tensor) -> T
         return project(g, dim, kind, seed, offset)
     samples, count = g.shape
     own = isinstance(offset, Tensor)
-    table = _groups(offset) if own else torch.empty(0, 3, dtype=torch.int64, device=g.device)
+    table = _groups(offset) if own else torch.zeros(0, 3, dtype=torch.int64, device=g.device)
     groups = table.shape[0] if own else triton.cdiv(samples, DENSE.constants["SAMPLES"])
     steps = triton.cdiv(count, DENSE.constants["COORDINATES"])
     splits = max(1, min(SPLITS, steps))
