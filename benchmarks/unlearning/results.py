@@ -11,11 +11,11 @@ import numpy as np
 
 from benchmarks.end_to_end.results import commit, processor
 from benchmarks.unlearning.settings import FEW_STEPS
-from benchmarks.unlearning.study import AT_LEVELS, Record
+from benchmarks.unlearning.study import AT_LEVELS, FORGET_LEVELS, Record
 
 COLUMNS = (
     "seed", "choice", "loss", "lr", "mask", "selected_parameters", "selected_tensors", "steps", "forget_start",
-    "retain_start", "forget_end", "retain_end", *AT_LEVELS, "cpu", "commit", "command",
+    "retain_start", "forget_end", "retain_end", *FORGET_LEVELS, *AT_LEVELS, "cpu", "commit", "command",
 )  # fmt: skip
 _WHOLE = "whole model"
 

@@ -24,7 +24,8 @@ from fillm.unlearn.masked_optimizer import mask_digest
 
 Record = dict[str, Any]
 Cell = tuple[str, str]  # choice, loss
-AT_LEVELS = ("retain_at_low", "retain_at_high")  # retain losses at the two levels of the forget loss
+FORGET_LEVELS = ("forget_low", "forget_high")  # the two levels of the forget loss
+AT_LEVELS = ("retain_at_low", "retain_at_high")  # retain losses at them
 _FORGET, _RETAIN = LOG_COLUMNS.index("forget_loss"), LOG_COLUMNS.index("retain_loss")
 
 
@@ -128,5 +129,5 @@ def _run(config: UnlearningConfig, one: Recited, choice: Choice, mask: Mask, los
         "seed": one.seed, "choice": choice.name, "loss": loss, "lr": rate, "selected_parameters": mask.count,
         "selected_tensors": len(mask), "steps": result.steps, "forget_start": losses[0, 0],
         "retain_start": losses[0, 1], "forget_end": losses[-1, 0], "retain_end": losses[-1, 1],
-        **dict(zip(AT_LEVELS, crossings, strict=True)),
+        **dict(zip(FORGET_LEVELS, config.levels, strict=True)), **dict(zip(AT_LEVELS, crossings, strict=True)),
     }  # fmt: skip

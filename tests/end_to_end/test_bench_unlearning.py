@@ -46,6 +46,7 @@ def test_a_whole_run_and_its_continuation(cache, tmp_path, capsys):
         tried = {float(row["lr"]): _numbers(row) for row in rows if row["choice"] == name}
         assert len(tried) == sum(row["choice"] == name for row in rows)
         assert 4e-3 in tried and next_rate(tried) is None
+    assert {(float(row["forget_low"]), float(row["forget_high"])) for row in rows} == {QUICK_LEVELS}
     assert len({row["forget_start"] for row in rows}) == 1  # the model comes back as it was
     assert all(int(row["steps"]) > 0 for row in rows)
     for row in rows:  # steps that are not evaluated hide no crossing

@@ -228,13 +228,14 @@ def test_every_score_of_knowundo_has_a_panel(tmp_path):
 def test_the_study_of_masks_takes_the_best_rate_of_every_model(tmp_path):
     path = tmp_path / "unlearning.csv"
     lines = [
-        "seed,choice,loss,lr,forget_end,retain_end,retain_at_low,retain_at_high",
-        "0,whole model,ga,0.1,9,9,0.5,1.0",
-        "0,whole model,ga,0.2,9,9,0.25,nan",
-        "1,whole model,ga,0.1,9,9,0.75,2.0",
-        "0,random 0,ga,0.1,9,9,1.0,nan",
-        "0,random 1,ga,0.1,9,9,2.0,nan",
-        "0,soir top,npo,0.1,9,9,3.0,4.0",
+        "seed,choice,loss,lr,steps,forget_end,retain_end,forget_low,forget_high,retain_at_low,retain_at_high",
+        "0,whole model,ga,0.1,60,9,9,1,2,0.5,1.0",
+        "0,whole model,ga,0.2,20,9,9,1,2,0.25,nan",
+        "0,whole model,ga,0.4,2,9,9,1,2,0.01,0.02",  # too coarse: a lower rate was tried
+        "1,whole model,ga,0.1,2,9,9,1,2,0.75,2.0",
+        "0,random 0,ga,0.1,60,9,9,1,2,1.0,nan",
+        "0,random 1,ga,0.1,60,9,9,1,2,2.0,nan",
+        "0,soir top,npo,0.1,60,9,9,1,2,3.0,4.0",
     ]
     path.write_text("\n".join(lines) + "\n")
     data = frontier(load_runs([path]))
@@ -245,6 +246,7 @@ def test_the_study_of_masks_takes_the_best_rate_of_every_model(tmp_path):
     np.testing.assert_allclose(low.x, [0.5, 1.5, math.nan])
     np.testing.assert_allclose(low.x_high - low.x, [stdev([0.25, 0.75]), stdev([1.0, 2.0]), math.nan])
     np.testing.assert_allclose(high.x, [1.5, math.nan, math.nan])
+    assert (low.name, high.name) == ("at a forget loss of 1", "at a forget loss of 2")
     assert high.labels[1] == "random: 0 of 2 got there" and first.levels[0].value == 1.5
     np.testing.assert_allclose(second.series[1].x, [math.nan, math.nan, 4.0])
     assert second.levels == ()

@@ -10,7 +10,8 @@ from fillm.report.figures.data import Axis, Level, Panel, Series
 from fillm.report.figures.repeats import mean_and_bar
 from fillm.report.runs import Run
 
-_LEVELS = (("retain_at_low", "at the lower forget loss"), ("retain_at_high", "at the higher forget loss"))
+_LEVELS = (("forget_low", "retain_at_low"), ("forget_high", "retain_at_high"))  # a forget loss, the retain loss there
+_FEW_STEPS = 8  # of a run that passed both levels too fast to say what lies between, if a lower rate was tried
 _WHOLE = "whole model"
 Found = dict[str, dict[Any, float]]  # choice -> (seed, draw) -> retain loss at the best rate
 
@@ -21,7 +22,7 @@ def study_panels(runs: Sequence[Run]) -> list[Panel]:
         row
         for run in runs
         for table in run.tables.values()
-        if run.command == "experiment" and {name for name, _ in _LEVELS} <= set(table.column_names)
+        if run.command == "experiment" and {name for pair in _LEVELS for name in pair} <= set(table.column_names)
         for row in table.to_pylist()
     ]
     choices = tuple(dict.fromkeys(_merged(row["choice"]) for row in rows))
@@ -38,10 +39,15 @@ def _merged(choice: str) -> str:
 def best_rates(rows: Sequence[dict[str, Any]], column: str) -> Found:
     """The least value over the rates tried, of every mask, seed and draw; NaN where no rate got there."""
     found: Found = {}
+    lowest: dict[Any, float] = {}
+    for row in rows:
+        key = row["seed"], row["choice"]
+        lowest[key] = min(row["lr"], lowest.get(key, math.inf))
     for row in rows:
         of_choice = found.setdefault(_merged(row["choice"]), {})
         key = row["seed"], row["choice"]
-        value = math.nan if row[column] is None else float(row[column])
+        coarse = row["steps"] < _FEW_STEPS and row["lr"] > lowest[key]
+        value = math.nan if row[column] is None or coarse else float(row[column])
         of_choice[key] = float(np.fmin(of_choice.get(key, math.nan), value))
     return found
 
@@ -49,7 +55,8 @@ def best_rates(rows: Sequence[dict[str, Any]], column: str) -> Found:
 def _panel(rows: Sequence[dict[str, Any]], loss: str, choices: tuple[str, ...]) -> Panel:
     series = []
     levels: tuple[Level, ...] = ()
-    for style, (column, words) in enumerate(_LEVELS):
+    for style, (level, column) in enumerate(_LEVELS):
+        words = f"at a forget loss of {rows[0][level]:g}"
         found = best_rates(rows, column)
         told = [mean_and_bar(list(found.get(choice, {}).values())) for choice in choices]
         mean, bar = (np.array(values) for values in zip(*told, strict=True))
