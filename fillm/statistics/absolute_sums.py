@@ -19,7 +19,7 @@ ROUNDS = 100  # of expectation and maximisation
 MOST_FITTED = 20000  # pairs that the mixture is fitted to
 BLOCK = 1 << 16  # pairs that are shrunk at a time
 # Of what was taken off, the part that a bar allows for: as much as covered the errors of docs/compression.md.
-DOUBT, DOUBT_TWO_SIDED = 0.35, 0.5
+DOUBT, DOUBT_TWO_SIDED = 0.35, 0.8
 
 
 def mean_absolute(products: InnerProducts) -> Estimate:
