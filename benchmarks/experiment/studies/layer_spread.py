@@ -24,7 +24,7 @@ RISES = ("forget", "retain")
 
 
 def records(case: Case, settings: Mapping[str, Any], done: Sequence[Record]) -> Iterator[Record]:
-    """Both losses before and after so many steps of one run in every layer by itself; its rate falls to the last step."""
+    """Both losses before and after so many steps of one run in a layer by itself; its rate falls to the end."""
     there = {tuple(row[name] for name in KEY) for row in done}
     layers = {name: mask for name, mask in masks(case).items() if name.startswith("layer ")}
     wanted = settings["steps"]
