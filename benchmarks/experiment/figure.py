@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from benchmarks.experiment.intervals import Interval
 from fillm.report.theme import LIGHT
@@ -35,6 +36,7 @@ def dots(axes: Any, rows: Mapping[str, Sequence[tuple[str, Interval]]], label: s
         log: whether that axis is logarithmic.
     """
     series = list(dict.fromkeys(name for cells in rows.values() for name, _ in cells))
+    named = set[str]()
     for place, cells in enumerate(rows.values()):
         for name, found in cells:
             style = series.index(name)
@@ -44,17 +46,30 @@ def dots(axes: Any, rows: Mapping[str, Sequence[tuple[str, Interval]]], label: s
             if not math.isnan(found.low):
                 axes.plot([found.low, found.high], [place + shift] * 2, color=LIGHT.colour(style), linewidth=1.2)
             axes.plot(found.mean, place + shift, LIGHT.marker(style), color=LIGHT.colour(style), markersize=4,
-                      label=name if place == 0 else None)  # fmt: skip
+                      label=None if name in named else name)  # fmt: skip
+            named.add(name)
     axes.set_yticks(range(len(rows)), list(rows), fontsize=7)
     axes.set_xlabel(label, fontsize=7)
     if log:
         axes.set_xscale("log")
+        _plain_numbers(axes)
     if len(series) > 1:
         axes.legend(fontsize=7)
 
 
-def lines(axes: Any, series: Mapping[str, Mapping[float, Interval]], x: str, y: str, log_x: bool = True) -> None:
-    """A line a series over numbers, with intervals."""
+def _plain_numbers(axes: Any) -> None:
+    """0.5 and 2 instead of powers of ten; between these only where less than a decade and a half is shown."""
+    low, high = axes.get_xlim()
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_major_formatter(plain)
+    axes.xaxis.set_minor_formatter(plain if high < 30.0 * low else NullFormatter())
+    if high < 30.0 * low:
+        axes.xaxis.set_minor_locator(LogLocator(subs=(2.0, 3.0, 5.0)))
+    axes.tick_params(axis="x", which="both", labelsize=7)
+
+
+def lines(axes: Any, series: Mapping[str, Mapping[float, Interval]], x: str, y: str, legend: bool = True) -> None:
+    """A line a series over numbers, with intervals; the numbers on a logarithmic scale, a tick each."""
     for style, (name, points) in enumerate(series.items()):
         places = sorted(points)
         means = [points[place].mean for place in places]
@@ -65,9 +80,11 @@ def lines(axes: Any, series: Mapping[str, Mapping[float, Interval]], x: str, y: 
                     color=LIGHT.colour(style), linewidth=1.0)  # fmt: skip
     axes.set_xlabel(x, fontsize=7)
     axes.set_ylabel(y, fontsize=7)
-    if log_x:
-        axes.set_xscale("log")
-    if len(series) > 1:
+    axes.set_xscale("log")
+    ticks = sorted({place for points in series.values() for place in points})
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xticks([], minor=True)
+    if legend and len(series) > 1:
         axes.legend(fontsize=7)
 
 

@@ -48,14 +48,17 @@ def _means(records: Sequence[Record], kind: str, layer: int) -> list[float]:
 
 
 def summary(records: Sequence[Record]) -> str:
-    """A row a layer, a column a kind."""
+    """A row a layer, a column a kind; of all models, then of every family by itself."""
     kinds = list(dict.fromkeys(row["kind"] for row in records))
-    of_kinds = {kind: by_place(records, kind) for kind in kinds}
-    places = list(dict.fromkeys(place for found in of_kinds.values() for place in found))
-    lines = ["relative shift, mean over models (95 % interval)", "", "| | " + " | ".join(kinds) + " |"]
-    lines += ["|---|" + "---|" * len(kinds)]
-    for place in sorted(places):
-        lines.append(f"| {place} | " + " | ".join(str(of_kinds[kind].get(place, "")) for kind in kinds) + " |")
+    lines = ["relative shift, mean over models (95 % interval)", ""]
+    lines += ["| | " + " | ".join(kinds) + " |", "|---|" + "---|" * len(kinds)]
+    families = list(dict.fromkeys(row["family"] for row in records))
+    for title, wanted in (("all", families), *((family, [family]) for family in families)):
+        own = [row for row in records if row["family"] in wanted]
+        of_kinds = {kind: by_place(own, kind) for kind in kinds}
+        for place in sorted({place for found in of_kinds.values() for place in found}):
+            cells = " | ".join(str(of_kinds[kind].get(place, "")) for kind in kinds)
+            lines.append(f"| {title}, {place} | {cells} |")
     return "\n".join(lines)
 
 

@@ -74,6 +74,12 @@ def draw(records: Sequence[Record], path: Path) -> None:
     figure, axes = panels(scopes, 2.6 * len(scopes), 2.8, share_y=True)
     for one, scope in zip(axes, scopes, strict=True):
         series = {f"{a}, {b}": over_models(records, scope, a, b, "spearman") for a, b in _pairs()}
-        lines(one, {name: points for name, points in series.items() if points}, "retain samples", "")
+        lines(
+            one,
+            {name: points for name, points in series.items() if points},
+            "retain samples",
+            "",
+            legend=one is axes[0],
+        )
     axes[0].set_ylabel("Spearman's correlation of scores", fontsize=7)
     save(figure, path)
