@@ -244,3 +244,8 @@ def test_the_spread_over_layers_is_that_of_the_rises():
     ]  # fmt: skip
     found = layer_spread.spreads(rows, "ga", 4)
     assert found["forget"].mean == pytest.approx(0.0, abs=1e-12) and found["retain"].mean == pytest.approx(0.5)
+    found = layer_spread.ranges(rows, "ga", 4)
+    assert found["forget"].mean == pytest.approx(0.0, abs=1e-12) and found["retain"].mean == pytest.approx(0.4)
+    fallen = [{**row, "retain_end": 0.1 - (row["retain_end"] - 0.1)} for row in rows]
+    assert layer_spread.spreads(fallen, "ga", 4)["retain"].count == 0
+    assert "| ga | 4 |" in layer_spread.summary(fallen) and "| 1 and 0 |" in layer_spread.summary(fallen)

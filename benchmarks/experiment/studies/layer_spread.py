@@ -45,20 +45,29 @@ def records(case: Case, settings: Mapping[str, Any], done: Sequence[Record]) -> 
 
 
 def spreads(records: Sequence[Record], loss: str, steps: int) -> dict[str, Interval]:
-    """By `forget` and `retain`: standard deviation over layers of the rise, over its mean, averaged over models."""
-    of_models: dict[tuple[Any, Any], list[Record]] = {}
-    for row in records:
-        if (row["loss"], row["steps"]) == (loss, steps):
-            of_models.setdefault((row["family"], row["seed"]), []).append(row)
+    """By `forget` and `retain`: standard deviation over layers of the rise, over its mean, averaged over models.
+
+    Models in which the loss fell on average have no such ratio and are left out; `ranges` has them.
+    """
     found = {}
     for one in RISES:
-        values = []
-        for rows in of_models.values():
-            rises = np.array([row[f"{one}_end"] - row[f"{one}_start"] for row in rows])
-            if len(rises) > 1 and rises.mean() > 0:
-                values.append(float(rises.std(ddof=1) / rises.mean()))
-        found[one] = interval([value for value in values if math.isfinite(value)])
+        rises = _rises(records, one, loss, steps)
+        found[one] = interval([float(r.std(ddof=1) / r.mean()) for r in rises if len(r) > 1 and r.mean() > 0])
     return found
+
+
+def ranges(records: Sequence[Record], loss: str, steps: int) -> dict[str, Interval]:
+    """By `forget` and `retain`: the greatest rise over layers less the least, nats a token, averaged over models."""
+    return {one: interval([float(np.ptp(r)) for r in _rises(records, one, loss, steps)]) for one in RISES}
+
+
+def _rises(records: Sequence[Record], one: str, loss: str, steps: int) -> list[np.ndarray]:
+    """Of every model, the rises of its layers."""
+    of_models: dict[tuple[Any, Any], list[float]] = {}
+    for row in records:
+        if (row["loss"], row["steps"]) == (loss, steps):
+            of_models.setdefault((row["family"], row["seed"]), []).append(row[f"{one}_end"] - row[f"{one}_start"])
+    return [np.array(rises) for rises in of_models.values()]
 
 
 def _cells(records: Sequence[Record]) -> list[tuple[str, int]]:
@@ -66,15 +75,15 @@ def _cells(records: Sequence[Record]) -> list[tuple[str, int]]:
 
 
 def summary(records: Sequence[Record]) -> str:
-    """A row a loss and number of steps."""
-    lines = [
-        "standard deviation over layers, over the mean, of the rise of a loss (mean over models, 95 % interval)",
-        "",
-    ]
-    lines += ["| loss | steps | forget | retain |", "|---|---|---|---|"]
+    """A row a loss and number of steps: spread over the mean, and range; the models that the first is of."""
+    lines = ["the rise of a loss over layers: standard deviation over mean, and range in nats a token", ""]
+    lines += ["| loss | steps | forget: spread | retain: spread | of models | forget: range | retain: range |"]
+    lines += ["|---|---|---|---|---|---|---|"]
     for loss, steps in _cells(records):
-        found = spreads(records, loss, steps)
-        lines.append(f"| {loss} | {steps} | {found['forget']} | {found['retain']} |")
+        found, wide = spreads(records, loss, steps), ranges(records, loss, steps)
+        models = f"{found['forget'].count} and {found['retain'].count}"
+        cells = [found["forget"], found["retain"], models, wide["forget"], wide["retain"]]
+        lines.append(f"| {loss} | {steps} | " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
 
