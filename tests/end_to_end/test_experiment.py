@@ -249,3 +249,6 @@ def test_the_spread_over_layers_is_that_of_the_rises():
     fallen = [{**row, "retain_end": 0.1 - (row["retain_end"] - 0.1)} for row in rows]
     assert layer_spread.spreads(fallen, "ga", 4)["retain"].count == 0
     assert "| ga | 4 |" in layer_spread.summary(fallen) and "| 1 and 0 |" in layer_spread.summary(fallen)
+    two = [{**row, "seed": 1, "forget_end": 1.0 + k, "retain_end": 0.1 + (1.0 + k)} for k, row in enumerate(rows)]
+    found = layer_spread.difference([*rows, *two], "ga", 4)  # 0.5 - 0 in one model, none in the other
+    assert (found.mean, found.count) == (pytest.approx(0.25), 2)

@@ -56,6 +56,15 @@ def spreads(records: Sequence[Record], loss: str, steps: int) -> dict[str, Inter
     return found
 
 
+def difference(records: Sequence[Record], loss: str, steps: int) -> Interval:
+    """The retain loss's spread less the forget loss's in the same model, averaged over models that have both."""
+    pairs = zip(*(_rises(records, one, loss, steps) for one in RISES), strict=True)
+    both = [
+        [r.std(ddof=1) / r.mean() for r in pair] for pair in pairs if all(len(r) > 1 and r.mean() > 0 for r in pair)
+    ]
+    return interval([float(retain - forget) for forget, retain in both])
+
+
 def ranges(records: Sequence[Record], loss: str, steps: int) -> dict[str, Interval]:
     """By `forget` and `retain`: the greatest rise over layers less the least, nats a token, averaged over models."""
     return {one: interval([float(np.ptp(r)) for r in _rises(records, one, loss, steps)]) for one in RISES}
@@ -77,12 +86,15 @@ def _cells(records: Sequence[Record]) -> list[tuple[str, int]]:
 def summary(records: Sequence[Record]) -> str:
     """A row a loss and number of steps: spread over the mean, and range; the models that the first is of."""
     lines = ["the rise of a loss over layers: standard deviation over mean, and range in nats a token", ""]
-    lines += ["| loss | steps | forget: spread | retain: spread | of models | forget: range | retain: range |"]
-    lines += ["|---|---|---|---|---|---|---|"]
+    lines += [
+        "| loss | steps | forget: spread | retain: spread | of models | difference | forget: range | retain: range |"
+    ]
+    lines += ["|---|---|---|---|---|---|---|---|"]
     for loss, steps in _cells(records):
         found, wide = spreads(records, loss, steps), ranges(records, loss, steps)
         models = f"{found['forget'].count} and {found['retain'].count}"
-        cells = [found["forget"], found["retain"], models, wide["forget"], wide["retain"]]
+        between = difference(records, loss, steps)
+        cells = [found["forget"], found["retain"], models, between, wide["forget"], wide["retain"]]
         lines.append(f"| {loss} | {steps} | " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
