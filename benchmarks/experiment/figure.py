@@ -53,7 +53,7 @@ def dots(axes: Any, rows: Mapping[str, Sequence[tuple[str, Interval]]], label: s
     if log:
         axes.set_xscale("log")
         _plain_numbers(axes)
-    if len(series) > 1:
+    if len(named) > 1:
         axes.legend(fontsize=7)
 
 
