@@ -108,7 +108,14 @@ def runs(
 
 
 def unlearned(
-    config: UnlearningConfig, one: Recited, choice: str, mask: Mask, loss: str, rate: float, stop: bool = True
+    config: UnlearningConfig,
+    one: Recited,
+    choice: str,
+    mask: Mask,
+    loss: str,
+    rate: float,
+    stop: bool = True,
+    **options: float,
 ) -> Record:
     """One unlearning; the model comes back as it was.
 
@@ -120,6 +127,7 @@ def unlearned(
         loss: as `--loss` of `fillm.unlearn`.
         rate: the peak rate.
         stop: at the higher level; else all steps are taken.
+        options: of the loss.
 
     Returns:
         Losses before and after and at the levels, steps, and what was selected.
@@ -131,7 +139,7 @@ def unlearned(
         result = unlearn_model(
             one.model, one.tokenizer, forget, retain, mask=mask, loss=loss, lr=rate, batch_size=config.batch_size,
             max_steps=config.max_steps, eval_every=config.eval_every, eval_retain=config.eval_retain,
-            stop_forget_loss=max(config.levels) if stop else None, seed=one.seed,
+            stop_forget_loss=max(config.levels) if stop else None, seed=one.seed, **options,
         )  # fmt: skip
     finally:
         with torch.no_grad():
