@@ -28,7 +28,7 @@ COLUMNS = objective_search.COLUMNS
 DEFAULTS: Mapping[str, Any] = {
     **forgetting.DEFAULTS, "losses": ["ga", "npo" + ALONE], "rankings": ["soir top", "soir bottom", "least damage"],
     "fraction": 0.3, "draws": 1, "rise": 1.0, "points": 4,
-    "paths": ["weights, 1", "weights, 3", "rows, 3"], "path_fractions": [0.1, 0.3],
+    "paths": ["weights, 1", "weights, 3", "weights, 10", "rows, 3"], "path_fractions": [0.1, 0.3],
 }  # fmt: skip
 summary, draw = objective_search.summary, objective_search.draw
 
