@@ -116,3 +116,17 @@ def test_no_mask_is_made_from_the_rows_on_which_damage_is_read(case, monkeypatch
     list(weight_path.records(case, weight_path.DEFAULTS, []))
     assert not set(seen["ranked"]) & set(seen["held"])
     assert {*seen["ranked"], *seen["held"]} == {row.id for row in case.rows["retain"]}
+
+
+def test_the_confirmation_shares_nothing_with_the_search_and_has_one_choice_of_it():
+    one, other = (
+        read_plan(ExperimentConfig(experiment=(f"weight_path_{name}",)), FAMILIES) for name in ("search", "confirm")
+    )
+    assert not set(one.families) & set(other.families) and not set(one.seeds) & set(other.seeds)
+    assert not set(one.data.values()) & set(other.data.values())
+    searched, confirmed = ({**weight_path.DEFAULTS, **plan.settings} for plan in (one, other))
+    for name in ("paths", "path_fractions"):
+        [chosen] = confirmed[name]
+        assert chosen in searched[name]
+    same = set(searched) - {"paths", "path_fractions", "rankings"}
+    assert {name: searched[name] for name in same} == {name: confirmed[name] for name in same}
