@@ -18,7 +18,7 @@ from fillm.evaluate.__main__ import main
 from fillm.evaluate.metric import Metric, Needs, Outcome
 from fillm.evaluate.results import merged
 from fillm.models import load_model, load_tokenizer
-from tests.evaluate.conftest import COUNTS, rows_of
+from tests.evaluate.conftest import COUNTS, HOLDOUT, rows_of
 from tests.rank.conftest import write_rows
 
 TOFU = "probability,rouge,truth-ratio,model-utility,forget-quality"  # the paper's own
@@ -253,10 +253,12 @@ def test_a_missing_log_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
-        ("paraphrased_answer", None, "field 'paraphrased_answer' has to hold text"),
+        ("paraphrased_answer", None, "field 'paraphrased_answer' has to hold one text"),
+        ("paraphrased_answer", ["w1", "w2"], "field 'paraphrased_answer' has to hold one text"),
         ("perturbed_answer", [], "field 'perturbed_answer' has to hold text"),
         ("perturbed_answer", ["w1", 2], "field 'perturbed_answer' has to hold text"),
-        ("answer", " ", "field 'answer' is empty"),
+        ("answer", " ", "field 'answer' is empty; mend the row\n"),
+        ("answer", 7, "field 'answer' has to be text, not int; mend the row\n"),
     ],
 )
 def test_a_row_that_lacks_something_is_named(
@@ -269,6 +271,38 @@ def test_a_row_that_lacks_something_is_named(
             rows[2][field] = value
         write_rows(tmp_path / "tofu" / f"{split}.json", rows)
     assert f"tofu:forget01_perturbed, line 3: {words}" in fails(data_root=str(tmp_path))
+
+
+def data_with(folder: Path, forget: list[dict[str, Any]]) -> str:
+    """A data root with other forget rows."""
+    (folder / "tofu").mkdir()
+    for split in (*COUNTS, *HOLDOUT):
+        write_rows(folder / "tofu" / f"{split}.json", forget if split == "forget01_perturbed" else rows_of(split))
+    return str(folder)
+
+
+def test_rows_of_text_and_labels_are_scored_as_those_of_question_and_answer(
+    evaluate: Callable[..., Path], tmp_path: Path
+) -> None:
+    names = {"question": "text", "answer": "labels"}
+    rows = [{names.get(name, name): value for name, value in row.items()} for row in rows_of("forget01_perturbed")]
+    plain, renamed = evaluate("plain"), evaluate("renamed", data_root=data_with(tmp_path, rows))
+    assert (plain / "rows.parquet").read_bytes() == (renamed / "rows.parquet").read_bytes()
+
+
+@pytest.mark.parametrize("metrics", ["rouge", "truth-ratio"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "w1 w2"},
+        {"input_ids": [1, 4, 5], "labels": [-100, 4, 5]},
+        {"input_ids": [1, 4, 5], "labels": [-100, 4, 5], "question": "w1", "answer": "w2"},
+    ],
+)
+def test_passages_have_no_answers(fails: Callable[..., str], tmp_path: Path, metrics: str, row: dict[str, Any]) -> None:
+    rows = [{**row, "paraphrased_answer": "w1", "perturbed_answer": ["w2"]}]
+    said = fails(data_root=data_with(tmp_path, rows), metrics=metrics)
+    assert "tofu:forget01_perturbed, line 1: has no question and answer in words" in said
 
 
 def test_rows_longer_than_the_model_are_refused_and_cut_ones_told(
