@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fillm.report.figures import figures_of, number
-from fillm.report.figures.compression_curves import compression_curves
+from fillm.report.figures.compression_curves import compression_curves, compression_workloads
 from fillm.report.figures.frontier import frontier
 from fillm.report.figures.metric_table import metric_table
 from fillm.report.figures.rank_agreement import rank_agreement, spearman
@@ -286,7 +286,29 @@ def test_compression_curves_are_of_the_first_workload_and_all_samples(tmp_path):
     np.testing.assert_array_equal([sjlt.x, sjlt.y], [[100, 200], [0.5, 1e-9]])
     np.testing.assert_array_equal([oporp.x, oporp.y], [[100], [0.25]])
     np.testing.assert_array_equal([by_time.series[0].x, by_time.series[0].y], [[1.5, 3.0], [0.5, 1e-9]])
-    assert by_bytes.x.text == "sketches of the retain set (bytes)" and "v, which are not drawn" in data.caption
+    assert by_bytes.x.text == "sketches of the retain set (bytes)" and "Workload w" in data.caption
+
+
+def test_compression_workloads_have_a_panel_each(tmp_path):
+    def row(workload, kind, k, error, **changes):
+        whole = {"method": "soir", "n": 60, "retain_samples": 60, "storage": "float32", "store_bytes": 10 * k}
+        return {"workload": workload, "kind": kind, "k": k, "median_error": error, **whole, **changes}
+
+    rows = [
+        row("w", "sjlt", 8, 0.5), row("w", "sjlt", 16, 0.25), row("w", "none", 0, 0.75),
+        row("w", "oporp", 8, 0.1, n=30),
+        row("v", "gaussian", 8, 0.125), row("v", "sjlt", 8, 0.0625, method="woodbury"),
+    ]  # fmt: skip
+    study = run_folders.compression(tmp_path / "c.parquet", rows)
+    first, second = compression_workloads(load_runs([study])).panels
+    assert (first.title, second.title) == ("w", "v")
+    assert [(s.name, s.x.tolist(), s.y.tolist()) for s in first.series] == [("sjlt", [80, 160], [0.5, 0.25])]
+    assert [(s.name, s.x.tolist(), s.y.tolist()) for s in second.series] == [("gaussian", [80], [0.125])]
+    assert [level.value for level in first.levels] == [0.75] and second.levels == ()
+    other = run_folders.compression(tmp_path / "d.parquet", rows[:1])
+    assert compression_workloads(load_runs([other])) is None
+    titles = [panel.title for panel in compression_workloads(load_runs([study, other])).panels]
+    assert titles == ["w (c)", "v (c)", "w (d)"]
 
 
 def test_losses_are_drawn_where_they_were_measured(tmp_path):
