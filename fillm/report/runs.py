@@ -56,6 +56,18 @@ class Run:
         """The settings of the record, empty for a result file."""
         return self.record.get("settings") or {}
 
+    def place_of(self, named: str) -> Path:
+        """Where a path of its settings leads.
+
+        A relative one starts in the folder in which the command was given, which a relative `out` tells; where that
+        finds nothing, in the current one.
+        """
+        path, out = Path(named).expanduser(), Path(str(self.settings.get("out") or "/"))
+        if path.is_absolute() or out.is_absolute() or self.path.parts[-len(out.parts) :] != out.parts:
+            return path
+        found = self.path.parents[len(out.parts) - 1] / path
+        return found if found.exists() else path
+
     def fingerprint(self, of: str = "model") -> str | None:
         """A fingerprint of the record; of `rank`, `model` is the model that was ranked."""
         return (self.record.get("fingerprints") or {}).get(of)

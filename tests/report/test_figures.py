@@ -1,5 +1,6 @@
 import json
 import math
+from pathlib import Path
 from statistics import correlation, mean, stdev
 
 import numpy as np
@@ -167,6 +168,27 @@ def test_rankings_made_alike_are_one_recipe(tmp_path):
         "npo, top:0.1, ranking random",
         "npo, top:0.1, ranking soir, curvature woodbury",
     ]
+
+
+def test_relative_paths_lead_from_where_the_runs_were_made(tmp_path, monkeypatch):
+    # As made by commands given in tmp_path; the report is asked for elsewhere, where other folders have these names.
+    made, elsewhere = tmp_path / "runs", tmp_path / "elsewhere"
+    folders = []
+    for i in range(2):
+        run_folders.rank(made / f"r{i}", [1.0, 2.0, 3.0], objective="retain")
+        run_folders.rank(elsewhere / "runs" / f"r{i}", [1.0, 2.0, 3.0], method=("random", "soir")[i])
+        path, places = [(0, 1.0, 1.0), (1, 2.0, 1.0)], {"out": f"runs/u{i}", "ranking": f"./runs/r{i}"}
+        folders.append(run_folders.unlearn(made / f"u{i}", path, (2.0, 1.0), seed=i, **places))
+        (made / f"u{i}" / "model").mkdir()
+        summary, places = {"forget_quality": 0.5, "model_utility": 0.5}, {"out": f"runs/e{i}"}
+        folders.append(run_folders.evaluate(made / f"e{i}", summary, model=f"runs/u{i}/model", **places))
+    monkeypatch.chdir(elsewhere)
+    losses, metrics = frontier(load_runs(folders)).panels
+    assert [s.name for s in (*losses.series, *metrics.series)] == ["npo, top:0.1, 2 runs"] * 2
+    run = load_runs(folders)[0]
+    assert run.place_of("nowhere") == Path("nowhere") and run.place_of("/x") == Path("/x")
+    (elsewhere / "here").mkdir()
+    assert run.place_of("here") == Path("here")
 
 
 def test_models_of_different_sizes_are_no_repeats(tmp_path):
