@@ -16,7 +16,7 @@ _MOST_WHOLE = 12  # ticks at every whole number
 _SPOKEN = 500  # points of a series that each say everything when pointed at; of more, x and y alone
 _MARKERS = 40  # on a line
 _TOOLS = 32  # pixels above a plot, for the buttons that would else lie on it
-_LINE = 36  # characters of an axis's title that a telephone has room for
+_LINE = 38  # characters of an axis's title that a telephone has room for
 _HEIGHT = 380  # pixels of a panel of series
 
 
