@@ -119,6 +119,7 @@ def draw(records: Sequence[Record], column: str, level: float, path: Path) -> No
     """A dot a model and choice, a panel a loss, the whole model's mean as a line."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     found, losses = best_rates(records, column), list(dict.fromkeys(record["loss"] for record in records))
     names = list(dict.fromkeys("random" if r["choice"].startswith("random ") else r["choice"] for r in records))
@@ -138,6 +139,10 @@ def draw(records: Sequence[Record], column: str, level: float, path: Path) -> No
         if whole:
             axes.axvline(float(np.mean(whole)), color="black", linewidth=0.8, linestyle="--")
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter(lambda value, place: f"{value:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.tick_params(axis="x", labelsize=7)
         axes.set_title(loss, fontsize=9, loc="left")
         axes.set_xlabel(f"retain loss at forget loss {level:g} (nats a token)", fontsize=7)
         axes.set_yticks(range(len(names)), names, fontsize=7)
