@@ -80,12 +80,11 @@ def best_rates(records: Iterable[Record], column: str) -> dict[tuple[str, str], 
     for record in records:
         of_models = cells.setdefault((record["loss"], record["choice"]), {})
         of_models.setdefault(record["seed"], []).append(record)
-    return {
-        cell: {seed: _best(tried, column) for seed, tried in of_models.items()} for cell, of_models in cells.items()
-    }
+    return {cell: {seed: best(tried, column) for seed, tried in of_models.items()} for cell, of_models in cells.items()}
 
 
-def _best(tried: Sequence[Record], column: str) -> float:
+def best(tried: Sequence[Record], column: str) -> float:
+    """Of the runs of one mask and loss in one model, the least; NaN if none got there. Coarse runs do not count."""
     lowest = min(record["lr"] for record in tried)
     values = [record[column] for record in tried if record["steps"] >= FEW_STEPS or record["lr"] == lowest]
     return min((value for value in values if not math.isnan(value)), default=math.nan)

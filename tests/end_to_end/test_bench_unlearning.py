@@ -70,11 +70,11 @@ def test_every_choice_has_a_mask_and_equal_masks_train_once(cache, tmp_path, mon
     trained = []
 
     def run(config, one, choice, mask, loss, rate):
-        trained.append(choice.name)
-        kept = {"seed": one.seed, "choice": choice.name, "loss": loss, "lr": rate, "steps": 9}
+        trained.append(choice)
+        kept = {"seed": one.seed, "choice": choice, "loss": loss, "lr": rate, "steps": 9}
         return {**kept, "retain_at_low": 0.5, "retain_at_high": 0.6}
 
-    monkeypatch.setattr(study, "_run", run)
+    monkeypatch.setattr(study, "unlearned", run)
     config = UnlearningConfig(quick=True, fraction=0.3)
     one = study.recited(config, False, 0, lambda line: None)
     wanted = choices(UnlearningConfig())
