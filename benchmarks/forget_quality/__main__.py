@@ -3,9 +3,8 @@ r"""Unlearned models beside the model that never saw the forget set, over method
     python -m benchmarks.forget_quality --data-root DIR
 
 A small model recites 400 rows, of which the last 40 are to be forgotten; another one was trained the same way on the
-other 360 alone. Inside every mask, with every loss, the first unlearns until its loss on the forget rows is the second
-one's. What it says then is scored by the metrics of TOFU, Forget Quality against the second. That the second is known
-is what no real unlearning has; it puts all methods at one forget loss.
+other 360 alone. Inside every mask, with every loss, the first unlearns until its loss on the forget rows is one number.
+What it says then is scored by the metrics of TOFU, Forget Quality against the second.
 """
 
 import dataclasses

@@ -1,5 +1,6 @@
 """The settings of `python -m benchmarks.forget_quality`."""
 
+import math
 from dataclasses import dataclass
 
 from fillm.config import flag_name, option
@@ -15,12 +16,13 @@ QUICK_RISE = 0.1  # nats a token: a model that recites nothing is to forget this
 
 @dataclass(frozen=True)
 class ForgetQualityConfig:
-    """Unlearns to the forget loss of the retain-only model by every method, and scores all beside that model."""
+    """Unlearns to one forget loss by every method, and scores all beside the model that never saw the rows."""
 
     data_root: str | None = option(None, "folder that holds tofu/ (or set FILLM_DATA); else fictional authors", "DIR")
     seeds: int = option(3, "pairs of models, each with its own initial weights and order of rows", "N")
     losses: str = option(",".join(LOSSES), "comma-separated losses", "LOSSES")
     choices: str | None = option(None, "comma-separated names of choices to try (default: all)", "NAMES")
+    forget_loss: float = option(3.0, "unlearn until the forget loss is this; 0: the retain-only model's own", "NATS")
     fraction: float = option(0.1, "of the parameters of MLP and attention tensors that a mask takes", "X")
     batch_size: int = option(20, "forget samples of a step, and as many retain samples", "N")
     max_steps: int = option(40, "optimiser steps, after which a run that has not forgotten ends", "N")
@@ -73,6 +75,8 @@ def check(config: ForgetQualityConfig) -> None:
         first, slash, parts = config.part.partition("/")
         if not (slash and first.isdecimal() and parts.isdecimal() and 1 <= int(first) <= int(parts)):
             raise UsageError(f"--part {config.part}: give I/N with I from 1 to N")
+    if not 0 <= config.forget_loss < math.inf:
+        raise UsageError(f"--forget-loss {config.forget_loss}: has to be finite, 0 or above")
     if not 0 < config.fraction <= 1:
         raise UsageError(f"--fraction {config.fraction}: has to be above 0 and 1 at most")
 

@@ -26,7 +26,7 @@ _SOURCES: tuple[tuple[Callable[[Sequence[Run]], list[Panel]], str], ...] = (
     ),
     (
         quality_panels,
-        "Beside the model that never saw the forget set, at its forget loss or as near as a method came: further right "
+        "Beside the model that never saw the forget set, at one forget loss or as near as a method came: further right "
         "is harder to tell from that model, higher is more kept.",
     ),
 )
