@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -50,7 +51,7 @@ def bench(config: ForgetQualityConfig) -> None:
 
     for seed in range(config.seeds):
         done = {(record["choice"], record["loss"]) for record in kept.done(seed)}
-        other = made((seed + 1) % config.seeds) if config.seeds > 1 else None
+        other = partial(made, (seed + 1) % config.seeds) if config.seeds > 1 else None
         for record in compared(config, made(seed), other, done, _say):
             kept.add(record)
             if config.minutes and time.monotonic() - begun > 60.0 * config.minutes:

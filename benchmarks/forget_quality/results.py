@@ -31,15 +31,17 @@ class Figure:
             shown = [f"{value:.1g}" for value in (mean, min(values), max(values))]
         else:
             shown = [f"{value:.2f}" for value in (float(np.mean(values)), min(values), max(values))]
-        return shown[0] if len(values) == 1 else f"{shown[0]} ({shown[1]} to {shown[2]})"
+        return shown[0] if len(values) == 1 else f"{shown[0]} ({shown[1]}–{shown[2]})"
 
 
 TABLE = (
     Figure("forget loss", "forget_loss"),
     Figure("forget P", "forget_probability"),
     Figure("forget ROUGE-L", "forget_rouge_l_recall"),
+    Figure("forget truth ratio", "forget_truth_ratio"),
     Figure("retain P", "retain_probability"),
     Figure("retain ROUGE-L", "retain_rouge_l_recall"),
+    Figure("retain truth ratio", "retain_truth_ratio"),
     Figure("utility", "model_utility"),
     Figure("Forget Quality", "forget_quality", logarithmic=True),
     Figure("D", "forget_quality_ks_statistic"),

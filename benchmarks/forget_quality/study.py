@@ -26,14 +26,19 @@ Key = tuple[str, str]  # choice, loss
 
 
 def compared(
-    config: ForgetQualityConfig, one: Pair, other: Pair | None, done: set[Key], say: Callable[[str], None]
+    config: ForgetQualityConfig,
+    one: Pair,
+    other: Callable[[], Pair] | None,
+    done: set[Key],
+    say: Callable[[str], None],
 ) -> Iterator[Record]:
     """A record for the models themselves and for every choice and loss, but for what is done.
 
     Args:
         config: the settings.
         one: the models.
-        other: of another seed; its retain-only model shows what two models that never saw the rows come to.
+        other: makes those of another seed, whose retain-only model shows what two models that never saw the rows come
+            to; asked last, as they may have to be trained.
         done: what is known already.
         say: told of every record.
     """
@@ -54,13 +59,9 @@ def compared(
         return found
 
     untouched = {"selected_parameters": 0, "steps": 0, "lr": math.nan, "eta": math.nan}
-    for name in references:
+    for name, scores in ((FULL, before), (RETAIN_ONLY, judge)):
         if (name, NO_LOSS) not in done:
-            same = {FULL: before, RETAIN_ONLY: judge}.get(name)
-            if same is None and other is not None:
-                same = score(load_model(str(other.retain_only), device="cpu"))
-            assert same is not None
-            yield record(name, NO_LOSS, same, untouched)
+            yield record(name, NO_LOSS, scores, untouched)
     named = ",".join(config.chosen_choices)
     of_masks = UnlearningConfig(fraction=config.fraction, draws=1, choices=named)
     missing = [one for one in choices(of_masks) if any((one.name, loss) not in done for loss in config.chosen_losses)]
@@ -77,6 +78,9 @@ def compared(
                     more = {**_trained(config, one, mask, loss, goal, start), "eta": math.nan}
                 scores = score(one.full)
             yield record(choice.name, loss, scores, {"selected_parameters": mask.count, **more})
+    if other is not None and (OTHER_SEED, NO_LOSS) not in done:
+        scores = score(load_model(str(other().retain_only), device="cpu"))
+        yield record(OTHER_SEED, NO_LOSS, scores, untouched)
 
 
 class restored:
