@@ -15,7 +15,7 @@ define make_environment
 	touch $(1)/.made
 endef
 
-.PHONY: install demo test slow test-all lint bench clean
+.PHONY: install demo test slow test-all lint docs bench clean
 
 install: .venv/.made
 
@@ -43,9 +43,20 @@ lint: .venv-test/.made
 	.venv-test/bin/python -m ruff check .
 	.venv-test/bin/python -m ruff format --check .
 
+# The site lands in build/site. An environment of its own: nothing of the package is imported, so torch is not needed.
+docs: .venv-docs/.made
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict --quiet
+
+.venv-docs/.made: constraints.txt
+	rm -rf .venv-docs
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	  'mkdocs>=1.6,<2' 'mkdocs-material>=9.6' 'mkdocstrings[python]>=0.29'
+	touch .venv-docs/.made
+
 bench: install
 	.venv/bin/python -m pytest benchmarks/kernels -o python_files='bench_*.py' -o python_functions='bench_*' --benchmark-only
 	.venv/bin/python -m benchmarks.end_to_end.bench_rank
 
 clean:
-	rm -rf build dist *.egg-info .venv-test kernels/fillm_kernels/_C.* kernels/fillm_kernels/_CUDA.*
+	rm -rf build dist *.egg-info .venv-test .venv-docs kernels/fillm_kernels/_C.* kernels/fillm_kernels/_CUDA.*

@@ -14,8 +14,8 @@ from benchmarks.unlearning.settings import FEW_STEPS
 from benchmarks.unlearning.study import AT_LEVELS, FORGET_LEVELS, Record
 
 COLUMNS = (
-    "seed", "choice", "loss", "lr", "mask", "selected_parameters", "selected_tensors", "steps", "forget_start",
-    "retain_start", "forget_end", "retain_end", *FORGET_LEVELS, *AT_LEVELS, "cpu", "commit", "command",
+    "model_parameters", "seed", "choice", "loss", "lr", "mask", "selected_parameters", "selected_tensors", "steps",
+    "forget_start", "retain_start", "forget_end", "retain_end", *FORGET_LEVELS, *AT_LEVELS, "cpu", "commit", "command",
 )  # fmt: skip
 _WHOLE = "whole model"
 
@@ -60,7 +60,7 @@ class Runs:
 
 def _numbers(row: dict[str, str]) -> Record:
     whole, text = (
-        ("seed", "selected_parameters", "selected_tensors", "steps"),
+        ("model_parameters", "seed", "selected_parameters", "selected_tensors", "steps"),
         ("choice", "loss", "mask", "cpu", "commit", "command"),
     )
     return {

@@ -9,6 +9,7 @@ PROGRAM = "python -m benchmarks.unlearning"
 SCOPE = "mlp,attn"  # tensors that a mask may take
 LEVELS = (1.0, 2.0)  # forget losses, in nats a token, at which the retain loss is read
 QUICK_LEVELS = (5.0, 5.5)  # of a model that recites nothing
+ARCHITECTURES = ("small", "tiny")
 LOSSES = ("ga", "grad-diff", "npo")
 RATES = (2.5e-4, 1e-3, 4e-3, 1.6e-2)  # peak rates that may be tried; what counts is the best of those tried
 FIRST_RATE = 4e-3
@@ -20,6 +21,7 @@ class UnlearningConfig:
     """Unlearns inside masks of every ranking method, and reads the retain loss at equal forget loss."""
 
     data_root: str | None = option(None, "folder that holds tofu/ (or set FILLM_DATA); else fictional authors", "DIR")
+    architecture: str = option("small", "of the models: small (5.3 million parameters) or tiny (1.3 million)", "NAME")
     seeds: int = option(3, "models, each with its own initial weights and order of rows", "N")
     losses: str = option("ga,grad-diff,npo", "comma-separated losses", "LOSSES")
     choices: str | None = option(None, "comma-separated names of choices to try (default: all)", "NAMES")
@@ -57,6 +59,8 @@ def check(config: UnlearningConfig) -> None:
     unknown = [loss for loss in config.chosen_losses if loss not in LOSSES]
     if unknown or not config.chosen_losses:
         raise UsageError(f"--losses {config.losses}: give some of {', '.join(LOSSES)}")
+    if config.architecture not in ARCHITECTURES:
+        raise UsageError(f"--architecture {config.architecture}: give one of {', '.join(ARCHITECTURES)}")
     for name in ("seeds", "batch_size", "max_steps", "eval_every", "eval_retain", "threads"):
         value = getattr(config, name)
         if value is not None and value < 1:

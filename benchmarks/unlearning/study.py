@@ -45,7 +45,7 @@ def recited(config: UnlearningConfig, tofu: bool, seed: int, say: Callable[[str]
     specs = TOFU if tofu else FICTIONAL
     rows = {name: load_rows(spec, data_root=config.data_root)
             for name, spec in zip(("forget", "retain"), specs, strict=True)}  # fmt: skip
-    recipe: Record = {**RECIPE, "seed": seed}
+    recipe: Record = {**RECIPE, "architecture": config.architecture, "seed": seed}
     if config.quick:
         rows = {name: some[:20] for name, some in rows.items()}
         recipe |= {"architecture": "tiny", "vocab_size": 300, "epochs": 1, "target_loss": None}
@@ -126,8 +126,9 @@ def _run(config: UnlearningConfig, one: Recited, choice: Choice, mask: Mask, los
     assert result.verification.outside_mask_bit_equal
     crossings = [level_crossing(losses[:, 0], losses[:, 1], level) for level in config.levels]
     return {
-        "seed": one.seed, "choice": choice.name, "loss": loss, "lr": rate, "selected_parameters": mask.count,
-        "selected_tensors": len(mask), "steps": result.steps, "forget_start": losses[0, 0],
-        "retain_start": losses[0, 1], "forget_end": losses[-1, 0], "retain_end": losses[-1, 1],
+        "model_parameters": one.model.num_parameters(), "seed": one.seed, "choice": choice.name, "loss": loss,
+        "lr": rate, "selected_parameters": mask.count, "selected_tensors": len(mask), "steps": result.steps,
+        "forget_start": losses[0, 0], "retain_start": losses[0, 1],
+        "forget_end": losses[-1, 0], "retain_end": losses[-1, 1],
         **dict(zip(FORGET_LEVELS, config.levels, strict=True)), **dict(zip(AT_LEVELS, crossings, strict=True)),
     }  # fmt: skip
