@@ -104,6 +104,20 @@ def put(parameters: dict[str, nn.Parameter], values: Weights) -> None:
             parameters[name].copy_(value)
 
 
+def between(tried: dict[float, Record]) -> float | None:
+    """The rate half way, by factors, from one that did not reach the goal to the next, which shot past it; else None.
+
+    Args:
+        tried: as `next_rate` takes them, when that has no rate to try any more.
+    """
+    reached = [rate for rate, run in tried.items() if not math.isnan(run[AT_LEVELS[-1]])]
+    short = [rate for rate in tried if rate not in reached]
+    if not reached or not short or any(tried[rate]["steps"] >= FEW_STEPS for rate in reached):
+        return None
+    low, high = max(short), min(reached)
+    return None if high <= 2.0 * low else math.sqrt(low * high)
+
+
 def _trained(
     config: ForgetQualityConfig, one: Pair, mask: Mask, loss: str, goal: float, start: Weights
 ) -> dict[str, Any]:
@@ -116,7 +130,7 @@ def _trained(
     forget, retain = ([row.fields for row in one.rows[name]] for name in ("forget", "retain"))
     tried: dict[float, Record] = {}
     best: tuple[tuple[bool, bool, float], dict[str, Any], Weights] | None = None
-    while (rate := next_rate(tried)) is not None:
+    while (rate := next_rate(tried) or between(tried)) is not None:
         put(parameters, start)
         result = unlearn_model(
             one.full, one.tokenizer, forget, retain, mask=mask, loss=loss, lr=rate, batch_size=config.batch_size,
