@@ -2,6 +2,7 @@
 
 import csv
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,12 +18,15 @@ from benchmarks.forget_quality.results import COLUMNS, TABLE, table
 from benchmarks.forget_quality.scoring import COMPARED, FIGURES, Scorer
 from benchmarks.forget_quality.settings import CHOICES, LOSSES, QUICK_RISE, ForgetQualityConfig
 from benchmarks.unlearning.choices import choices
+from benchmarks.unlearning.results import _numbers
 from benchmarks.unlearning.settings import UnlearningConfig
 from fillm.data import tokenize_rows
 from fillm.errors import DataError
 from fillm.masks import Mask
 from fillm.models import load_model, load_tokenizer
 
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "forget_quality.csv"
 SHORT = {"score_retain": 20, "max_new_tokens": 8, "eval_retain": 5, "max_steps": 3}
 QUICK = ["--quick", *(word for name, value in SHORT.items() for word in (f"--{name.replace('_', '-')}", str(value)))]
 CONFIG = ForgetQualityConfig(quick=True, **SHORT)
@@ -204,6 +208,13 @@ def test_the_table_has_means_over_pairs():
     assert [line.split(" | ")[:2] for line in lines[2:]] == [["| ", "full model"], ["| `ga`", "random"]]
     assert "| 0.60 (0.50–0.70) | 1e-05 (1e-08–0.01) | 0.25 (0.25–0.25) |" in lines[3]
     assert lines[2].endswith("| 0.25 | 0 | 0.25 |")
+
+
+@pytest.mark.skipif(not RESULTS.exists(), reason=f"no {RESULTS.name} is committed yet")
+def test_the_page_shows_the_committed_figures():
+    with RESULTS.open(newline="") as file:
+        lines = table([_numbers(row) for row in csv.DictReader(file)]).splitlines()
+    assert "\n".join(lines) in (ROOT / "docs" / "evaluate.md").read_text(encoding="utf-8")
 
 
 def test_parts_share_the_choices_and_all_names_are_known():

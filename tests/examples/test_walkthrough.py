@@ -44,7 +44,8 @@ def executed(notebook, tmp_path_factory):
     folder = tmp_path_factory.mktemp("walkthrough")
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     command = [sys.executable, "-c", EXECUTE, str(NOTEBOOK), str(folder)]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    own = {"PYTHONPATH": path, "JUPYTER_RUNTIME_DIR": str(folder), "IPYTHONDIR": str(folder / "ipython")}
+    done = subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return nbformat.read(folder / "executed.ipynb", as_version=4), folder / "walkthrough"
 
