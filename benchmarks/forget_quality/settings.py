@@ -24,7 +24,7 @@ class ForgetQualityConfig:
     choices: str | None = option(None, "comma-separated names of choices to try (default: all)", "NAMES")
     forget_loss: float = option(3.0, "unlearn until the forget loss is this; 0: the retain-only model's own", "NATS")
     fraction: float = option(0.1, "of the parameters of MLP and attention tensors that a mask takes", "X")
-    batch_size: int = option(20, "forget samples of a step, and as many retain samples", "N")
+    batch_size: int = option(10, "forget samples of a step, and as many retain samples", "N")
     max_steps: int = option(30, "optimiser steps, after which a run that has not forgotten ends", "N")
     eval_every: int = option(2, "steps between the evaluations at which a run may stop", "STEPS")
     eval_retain: int = option(40, "retain samples whose loss is measured while unlearning", "N")
