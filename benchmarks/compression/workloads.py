@@ -55,7 +55,9 @@ def planned(config: CompressionConfig) -> list[Planned]:
         found = [Planned("given", str(config.forget), str(config.retain), None, 1.0, config.model)]
     elif config.quick:
         specs = ("fictional-small:forget05[:3]", "fictional-small:retain95[:10]")
-        found = [Planned(f"{family}-fictional", *specs, _config(family, 16, 1, 300), 1.0) for family in FAMILIES[:2]]
+        found = [
+            Planned(f"{family}-fictional", *specs, family_config(family, 16, 1, 300), 1.0) for family in FAMILIES[:2]
+        ]
     else:
         found = _study(bool(config.data_root or os.environ.get("FILLM_DATA")))
     if config.workloads is None:
@@ -77,10 +79,10 @@ def _study(tofu: bool) -> list[Planned]:
     names = [(family, data) for data in sets for family in FAMILIES]
     rest = (1.0 - MAIN_SHARE) / (len(names) - 1)
     main = Planned(f"{names[0][0]}-{names[0][1]}", *large[names[0][1]], "small", MAIN_SHARE)
-    return [main, *(Planned(f"{f}-{d}", *few[d], _config(f, 128, 4, 2048), rest) for f, d in names[1:])]
+    return [main, *(Planned(f"{f}-{d}", *few[d], family_config(f, 128, 4, 2048), rest) for f, d in names[1:])]
 
 
-def _config(family: str, hidden: int, layers: int, vocab: int) -> PretrainedConfig:
+def family_config(family: str, hidden: int, layers: int, vocab: int) -> PretrainedConfig:
     """A small model of one family; no dropout, for it is to recite its rows."""
     if family == "gpt2":
         drop = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 1, "eos_token_id": 2}

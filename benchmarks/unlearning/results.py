@@ -82,12 +82,11 @@ def best_rates(records: Iterable[Record], column: str) -> dict[tuple[str, str], 
     for record in records:
         of_models = cells.setdefault((record["loss"], record["choice"]), {})
         of_models.setdefault(record["seed"], []).append(record)
-    return {
-        cell: {seed: _best(tried, column) for seed, tried in of_models.items()} for cell, of_models in cells.items()
-    }
+    return {cell: {seed: best(tried, column) for seed, tried in of_models.items()} for cell, of_models in cells.items()}
 
 
-def _best(tried: Sequence[Record], column: str) -> float:
+def best(tried: Sequence[Record], column: str) -> float:
+    """Of the runs of one mask and loss in one model, the least; NaN if none got there. Coarse runs do not count."""
     lowest = min(record["lr"] for record in tried)
     values = [record[column] for record in tried if record["steps"] >= FEW_STEPS or record["lr"] == lowest]
     return min((value for value in values if not math.isnan(value)), default=math.nan)
@@ -121,6 +120,7 @@ def draw(records: Sequence[Record], column: str, level: float, path: Path) -> No
     """A dot a model and choice, a panel a loss, the whole model's mean as a line."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     found, losses = best_rates(records, column), list(dict.fromkeys(record["loss"] for record in records))
     names = list(dict.fromkeys("random" if r["choice"].startswith("random ") else r["choice"] for r in records))
@@ -140,6 +140,10 @@ def draw(records: Sequence[Record], column: str, level: float, path: Path) -> No
         if whole:
             axes.axvline(float(np.mean(whole)), color="black", linewidth=0.8, linestyle="--")
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter(lambda value, place: f"{value:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.tick_params(axis="x", labelsize=7)
         axes.set_title(loss, fontsize=9, loc="left")
         axes.set_xlabel(f"retain loss at forget loss {level:g} (nats a token)", fontsize=7)
         axes.set_yticks(range(len(names)), names, fontsize=7)

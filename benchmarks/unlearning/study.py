@@ -98,15 +98,32 @@ def runs(
             tried = of_cells.setdefault((choice.name, loss), {})
             while (rate := next_rate(tried)) is not None:
                 same = of_masks.get((digest, loss, rate))
-                record = {**same, "choice": choice.name} if same else _run(config, one, choice, mask, loss, rate)
+                record = (
+                    {**same, "choice": choice.name} if same else unlearned(config, one, choice.name, mask, loss, rate)
+                )
                 tried[rate] = of_masks[digest, loss, rate] = record = {**record, "mask": digest}
                 told = ", ".join(f"{record[column]:.3f}" for column in AT_LEVELS)
                 say(f"model {one.seed}: {loss} {rate:g}, {choice.name}: {record['steps']} steps, retain loss {told}")
                 yield record
 
 
-def _run(config: UnlearningConfig, one: Recited, choice: Choice, mask: Mask, loss: str, rate: float) -> Record:
-    """One unlearning; the model comes back as it was."""
+def unlearned(
+    config: UnlearningConfig, one: Recited, choice: str, mask: Mask, loss: str, rate: float, stop: bool = True
+) -> Record:
+    """One unlearning; the model comes back as it was.
+
+    Args:
+        config: the settings; its `levels` are where the retain loss is read.
+        one: the model and its rows.
+        choice: the mask's name in the record.
+        mask: what may change.
+        loss: as `--loss` of `fillm.unlearn`.
+        rate: the peak rate.
+        stop: at the higher level; else all steps are taken.
+
+    Returns:
+        Losses before and after and at the levels, steps, and what was selected.
+    """
     parameters = dict(one.model.named_parameters())
     before = {name: parameters[name].detach().clone() for name in mask}
     forget, retain = ([row.fields for row in one.rows[name]] for name in ("forget", "retain"))
@@ -114,7 +131,7 @@ def _run(config: UnlearningConfig, one: Recited, choice: Choice, mask: Mask, los
         result = unlearn_model(
             one.model, one.tokenizer, forget, retain, mask=mask, loss=loss, lr=rate, batch_size=config.batch_size,
             max_steps=config.max_steps, eval_every=config.eval_every, eval_retain=config.eval_retain,
-            stop_forget_loss=max(config.levels), seed=one.seed,
+            stop_forget_loss=max(config.levels) if stop else None, seed=one.seed,
         )  # fmt: skip
     finally:
         with torch.no_grad():
@@ -126,7 +143,7 @@ def _run(config: UnlearningConfig, one: Recited, choice: Choice, mask: Mask, los
     assert result.verification.outside_mask_bit_equal
     crossings = [level_crossing(losses[:, 0], losses[:, 1], level) for level in config.levels]
     return {
-        "model_parameters": one.model.num_parameters(), "seed": one.seed, "choice": choice.name, "loss": loss,
+        "model_parameters": one.model.num_parameters(), "seed": one.seed, "choice": choice, "loss": loss,
         "lr": rate, "selected_parameters": mask.count, "selected_tensors": len(mask), "steps": result.steps,
         "forget_start": losses[0, 0], "retain_start": losses[0, 1],
         "forget_end": losses[-1, 0], "retain_end": losses[-1, 1],

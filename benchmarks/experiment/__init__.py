@@ -1,0 +1,1 @@
+"""The studies behind the method, as experiments that anyone can replay."""

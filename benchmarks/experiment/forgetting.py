@@ -1,0 +1,121 @@
+"""What keeping costs at equal forgetting: the part that the studies of masks share."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.experiment.case import Case
+from benchmarks.experiment.intervals import Interval, interval
+from benchmarks.experiment.results import Record
+from benchmarks.unlearning.results import best
+from benchmarks.unlearning.settings import UnlearningConfig
+from benchmarks.unlearning.study import AT_LEVELS, FORGET_LEVELS, next_rate, unlearned
+from fillm.masks import Mask
+from fillm.unlearn.masked_optimizer import mask_digest
+
+COLUMNS = (
+    "choice", "loss", "mask", "selected_parameters", "selected_tensors", "forget_start", "retain_start",
+    *FORGET_LEVELS, *AT_LEVELS, "rates",
+)  # fmt: skip
+KEY = ("choice", "loss")
+WHOLE = "whole model"
+LOSSES = ("ga", "grad-diff")
+DEFAULTS: Mapping[str, Any] = {
+    "losses": list(LOSSES), "batch_size": 20, "max_steps": 60, "eval_every": 2, "eval_retain": 80
+}  # fmt: skip
+
+
+def settings_of(given: Mapping[str, Any], quick: bool) -> UnlearningConfig:
+    """What an unlearning takes, of a study's settings."""
+    chosen = {name: given[name] for name in ("batch_size", "max_steps", "eval_every", "eval_retain")}
+    return UnlearningConfig(quick=quick, **{**chosen, **({"max_steps": 4} if quick else {})})
+
+
+def records(
+    case: Case, choices: Iterable[tuple[Record, Mask]], settings: Mapping[str, Any], done: Sequence[Record]
+) -> Iterator[Record]:
+    """A record a mask and loss: the retain loss at the levels of the forget loss, at the best of the rates tried.
+
+    Args:
+        case: the model.
+        choices: what a mask is called (`choice` and whatever else the study says of it), and the mask. Equal masks are
+            trained once.
+        settings: of the study; `DEFAULTS` says which.
+        done: records that are there already.
+    """
+    config = settings_of(settings, case.quick)
+    there = {(row["choice"], row["loss"]): row for row in done}
+    trained: dict[tuple[str, str], Record] = {(row["mask"], row["loss"]): row for row in done}
+    losses = settings["losses"][:1] if case.quick else settings["losses"]
+    for about, mask in choices:
+        digest = mask_digest(mask)[:16]
+        for loss in losses:
+            if (about["choice"], loss) in there:
+                continue
+            found = trained.get((digest, loss)) or _best_of_rates(config, case, mask, loss)
+            kept = {name: found[name] for name in COLUMNS if name not in ("choice", "loss", "mask")}
+            trained[digest, loss] = kept
+            yield {"family": case.family, "seed": case.seed, **about, "loss": loss, "mask": digest, **kept}
+
+
+def _best_of_rates(config: UnlearningConfig, case: Case, mask: Mask, loss: str) -> Record:
+    tried: dict[float, Record] = {}
+    while (rate := next_rate(tried)) is not None:
+        tried[rate] = unlearned(config, case, "", mask, loss, rate)
+    runs = list(tried.values())
+    at_levels = {column: best(runs, column) for column in AT_LEVELS}
+    return {**runs[0], **at_levels, "rates": " ".join(f"{rate:g}" for rate in sorted(tried))}
+
+
+def damage(row: Record, column: str = AT_LEVELS[0]) -> float:
+    """Nats a token that the retain set lost until the forget loss had reached a level."""
+    return float(row[column]) - float(row["retain_start"])
+
+
+def against_whole(rows: Sequence[Record], choice: str, loss: str, column: str = AT_LEVELS[0]) -> tuple[Interval, int]:
+    """A choice's damage over that of the whole model in the same models: geometric mean, and how many never got there.
+
+    Draws of one model (`random 0`, `random 1`, ...) are one value, their geometric mean. A damage below a thousandth of
+    a nat counts as that.
+    """
+    whole = {_case(row): damage(row, column) for row in rows if row["choice"] == WHOLE and row["loss"] == loss}
+    of_models: dict[Any, list[float]] = {}
+    never = 0
+    for row in rows:
+        if merged(row["choice"]) != choice or row["loss"] != loss or _case(row) not in whole:
+            continue
+        ratio = max(damage(row, column), 1e-3) / max(whole[_case(row)], 1e-3)
+        if math.isnan(ratio):
+            never += 1
+        else:
+            of_models.setdefault(_case(row), []).append(math.log(ratio))
+    return interval([math.exp(float(np.mean(logs))) for logs in of_models.values()], geometric=True), never
+
+
+def merged(choice: str) -> str:
+    """Draws of one kind have one name."""
+    return "random" if choice.startswith("random ") else choice
+
+
+def _case(row: Record) -> tuple[Any, Any]:
+    return row["family"], row["seed"]
+
+
+def table(rows: Sequence[Record], title: str) -> str:
+    """A Markdown table: damage over that of the whole model, by choice and loss, at both levels."""
+    losses = list(dict.fromkeys(row["loss"] for row in rows))
+    choices = list(dict.fromkeys(merged(row["choice"]) for row in rows))
+    low, high = (rows[0][column] for column in FORGET_LEVELS)
+    columns = [(loss, column, level) for loss in losses for column, level in zip(AT_LEVELS, (low, high), strict=True)]
+    lines = [f"{title}: retain damage over that of the whole model, geometric mean (95 % interval)", ""]
+    lines += ["| mask | " + " | ".join(f"{loss} at {level:g}" for loss, _, level in columns) + " |"]
+    lines += ["|---|" + "---|" * len(columns)]
+    for choice in choices:
+        cells = []
+        for loss, column, _ in columns:
+            found, never = against_whole(rows, choice, loss, column)
+            cells.append(f"{found}{f', {never} never' if never else ''}")
+        lines.append(f"| {choice} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)

@@ -1,0 +1,74 @@
+"""Unlearning one layer, or the matrices of one kind, at a time: what forgets, and what it costs."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.experiment import forgetting
+from benchmarks.experiment.case import Case
+from benchmarks.experiment.figure import dots, panels, save
+from benchmarks.experiment.forgetting import WHOLE, against_whole
+from benchmarks.experiment.results import Record
+from benchmarks.unlearning.settings import SCOPE
+from benchmarks.unlearning.study import AT_LEVELS, FORGET_LEVELS, unlearned
+from fillm.masks import Mask
+from fillm.models import TensorInfo, catalogue, select_tensors
+
+KEY = ("choice", "loss")
+COLUMNS = (*forgetting.COLUMNS, "fixed_rate", "fixed_steps", "forget_after_fixed", "retain_after_fixed")
+DEFAULTS: Mapping[str, Any] = {**forgetting.DEFAULTS, "fixed_rate": 4e-3, "fixed_steps": 6}
+
+
+def records(case: Case, settings: Mapping[str, Any], done: Sequence[Record]) -> Iterator[Record]:
+    """A record a part and loss: the retain loss at equal forgetting, and both losses after equal steps."""
+    parts = masks(case)
+    config = forgetting.settings_of({**settings, "max_steps": settings["fixed_steps"]}, case.quick)
+    rate = settings["fixed_rate"]
+    for row in forgetting.records(case, (({"choice": name}, mask) for name, mask in parts.items()), settings, done):
+        fixed = unlearned(config, case, "", parts[row["choice"]], row["loss"], rate)
+        yield {
+            **row, "fixed_rate": rate, "fixed_steps": fixed["steps"],
+            "forget_after_fixed": fixed["forget_end"], "retain_after_fixed": fixed["retain_end"],
+        }  # fmt: skip
+
+
+def masks(case: Case) -> dict[str, Mask]:
+    """The whole model, every layer's matrices, and the matrices of every kind over all layers."""
+    tensors = [info for info in select_tensors(catalogue(case.model), SCOPE) if info.name.endswith("weight")]
+    found = {WHOLE: Mask.whole(case.model, [info.name for info in catalogue(case.model)])}
+    for layer in sorted({info.layer for info in tensors}):
+        found[f"layer {layer}"] = Mask.whole(case.model, [info.name for info in tensors if info.layer == layer])
+    for kind in dict.fromkeys(matrix_kind(info) for info in tensors):
+        found[kind] = Mask.whole(case.model, [info.name for info in tensors if matrix_kind(info) == kind])
+    return found
+
+
+def matrix_kind(info: TensorInfo) -> str:
+    """What a matrix is called in its layer, such as `mlp.up_proj`; families have their own names."""
+    return re.sub(r"^.*?\.\d+\.", "", info.name).removesuffix(".weight")
+
+
+def summary(records: Sequence[Record]) -> str:
+    """Damage at equal forgetting; kinds of different families have different names and so stand apart."""
+    return forgetting.table(records, "one part at a time")
+
+
+def draw(records: Sequence[Record], path: Path) -> None:
+    """A row a part, a panel a loss."""
+    losses = list(dict.fromkeys(row["loss"] for row in records))
+    choices = [name for name in dict.fromkeys(row["choice"] for row in records) if name != WHOLE]
+    figure, axes = panels(losses, 1.6 + 3.0 * len(losses), 1.0 + 0.22 * len(choices), share_y=True)
+    axes[0].invert_yaxis()
+    levels = [records[0][column] for column in FORGET_LEVELS]
+    for one, loss in zip(axes, losses, strict=True):
+        rows = {
+            choice: [
+                (f"at forget loss {level:g}", against_whole(records, choice, loss, column)[0])
+                for column, level in zip(AT_LEVELS, levels, strict=True)
+            ]
+            for choice in choices
+        }
+        dots(one, rows, "retain damage over that of the whole model (ratio)")
+        one.axvline(1.0, color="black", linewidth=0.8, linestyle="--")
+    save(figure, path)

@@ -1,0 +1,87 @@
+"""How evenly layers forget, and how evenly they keep: the spread of both losses over layers after equal steps."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.experiment import forgetting
+from benchmarks.experiment.case import Case
+from benchmarks.experiment.figure import dots, panels, save
+from benchmarks.experiment.intervals import Interval, interval
+from benchmarks.experiment.results import Record
+from benchmarks.experiment.studies.layer_robustness import masks
+from benchmarks.unlearning.study import unlearned
+
+KEY = ("layer", "loss", "steps")
+COLUMNS = ("layer", "loss", "rate", "steps", "forget_start", "retain_start", "forget_end", "retain_end")
+DEFAULTS: Mapping[str, Any] = {
+    "losses": ["ga", "grad-diff"], "batch_size": 20, "eval_retain": 80, "rate": 4e-3, "steps": [4, 8, 16]
+}  # fmt: skip
+RISES = ("forget", "retain")
+
+
+def records(case: Case, settings: Mapping[str, Any], done: Sequence[Record]) -> Iterator[Record]:
+    """Both losses before and after so many steps in every layer by itself."""
+    there = {tuple(row[name] for name in KEY) for row in done}
+    layers = {name: mask for name, mask in masks(case).items() if name.startswith("layer ")}
+    for name, mask in layers.items():
+        for loss in settings["losses"]:
+            for steps in settings["steps"]:
+                if (name, loss, steps) in there:
+                    continue
+                given = {**forgetting.DEFAULTS, **{k: settings[k] for k in ("batch_size", "eval_retain")}}
+                config = forgetting.settings_of({**given, "max_steps": steps, "eval_every": steps}, False)
+                # No level ends it early: what equal steps do is the question.
+                found = unlearned(config, case, "", mask, loss, settings["rate"], stop=False)
+                ends = {f"{one}_{end}": found[f"{one}_{end}"] for one in RISES for end in ("start", "end")}
+                about = {"layer": name, "loss": loss, "rate": settings["rate"], "steps": steps}
+                yield {"family": case.family, "seed": case.seed, **about, **ends}
+
+
+def spreads(records: Sequence[Record], loss: str, steps: int) -> dict[str, Interval]:
+    """By `forget` and `retain`: standard deviation over layers of the rise, over its mean, averaged over models."""
+    of_models: dict[tuple[Any, Any], list[Record]] = {}
+    for row in records:
+        if (row["loss"], row["steps"]) == (loss, steps):
+            of_models.setdefault((row["family"], row["seed"]), []).append(row)
+    found = {}
+    for one in RISES:
+        values = []
+        for rows in of_models.values():
+            rises = np.array([row[f"{one}_end"] - row[f"{one}_start"] for row in rows])
+            if len(rises) > 1 and rises.mean() > 0:
+                values.append(float(rises.std(ddof=1) / rises.mean()))
+        found[one] = interval([value for value in values if math.isfinite(value)])
+    return found
+
+
+def _cells(records: Sequence[Record]) -> list[tuple[str, int]]:
+    return sorted({(row["loss"], row["steps"]) for row in records})
+
+
+def summary(records: Sequence[Record]) -> str:
+    """A row a loss and number of steps."""
+    lines = [
+        "standard deviation over layers, over the mean, of the rise of a loss (mean over models, 95 % interval)",
+        "",
+    ]
+    lines += ["| loss | steps | forget | retain |", "|---|---|---|---|"]
+    for loss, steps in _cells(records):
+        found = spreads(records, loss, steps)
+        lines.append(f"| {loss} | {steps} | {found['forget']} | {found['retain']} |")
+    return "\n".join(lines)
+
+
+def draw(records: Sequence[Record], path: Path) -> None:
+    """A row a loss and number of steps, a dot for each of the two losses."""
+    rows = {
+        f"{loss}, {steps} steps": [(f"{one} loss", found) for one, found in spreads(records, loss, steps).items()]
+        for loss, steps in _cells(records)
+    }
+    figure, [axes] = panels(["spread over layers"], 5.0, 1.2 + 0.3 * len(rows))
+    dots(axes, rows, "standard deviation over mean of the rise (ratio)", log=False)
+    axes.invert_yaxis()
+    save(figure, path)

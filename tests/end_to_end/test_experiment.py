@@ -1,0 +1,210 @@
+"""The experiments: their files, their frame, what they compute from rows, and each of them on a tiny model."""
+
+import importlib
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.experiment import __main__ as command
+from benchmarks.experiment import forgetting, probe
+from benchmarks.experiment.case import FAMILIES, Case, cases
+from benchmarks.experiment.intervals import interval
+from benchmarks.experiment.rankings import counts, spearman, top_overlap
+from benchmarks.experiment.results import Rows, read
+from benchmarks.experiment.settings import ExperimentConfig, experiments, read_plan
+from benchmarks.experiment.studies import layer_robustness, layer_spread
+from benchmarks.experiment.studies.objective_search import cheapest, one_name
+
+QUICK = ExperimentConfig(experiment=("layer_robustness",), quick=True)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory):
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("FILLM_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def case(cache) -> Case:
+    [one] = cases(QUICK, read_plan(QUICK, FAMILIES), lambda line: None)
+    return one
+
+
+@pytest.mark.parametrize("name", experiments())
+def test_every_experiment_names_a_study_and_settings_that_it_takes(name):
+    plan = read_plan(ExperimentConfig(experiment=(name,)), FAMILIES)
+    study = importlib.import_module(f"benchmarks.experiment.studies.{plan.study}")
+    assert set(plan.settings) <= set(study.DEFAULTS)
+    assert set(study.KEY) <= set(study.COLUMNS)
+    assert len(set(plan.seeds)) == len(plan.seeds) >= 3
+
+
+def test_the_confirmation_shares_nothing_with_the_search():
+    one, other = (
+        read_plan(ExperimentConfig(experiment=(name,)), FAMILIES) for name in ("objective_search", "objective_confirm")
+    )
+    assert not set(one.families) & set(other.families) and not set(one.seeds) & set(other.seeds)
+    assert not set(one.data.values()) & set(other.data.values())
+    assert one.settings == other.settings and len(other.families) >= 2 and len(other.seeds) >= 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "give one experiment of band_sweep"),
+        (["nothing"], "there is no experiment nothing"),
+        (["band_sweep", "second_order"], "give one experiment"),
+        (["band_sweep", "--families", "elm"], "there is no elm; there are llama"),
+        (["band_sweep", "--part", "3/2"], "give I/N"),
+        (["band_sweep", "--seeds", "0"], "--seeds 0: give at least 1"),
+        (["band_sweep", "--base-model", "x"], "--base-model goes with --model"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, words, capsys, tmp_path):
+    assert command.main([*arguments, "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", experiments())
+def test_every_experiment_runs_and_goes_on(name, cache, tmp_path, capsys):
+    arguments = [name, "--quick", "--out", str(tmp_path)]
+    assert command.main([*arguments, "--minutes", "1e-9"]) == 0
+    [first] = read(tmp_path / f"{name}.csv")
+    assert command.main([*arguments, "--resume"]) == 0
+    rows = read(tmp_path / f"{name}.csv")
+    assert len(rows) > 1 and str(rows[0]) == str(first)
+    assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+    assert "claim: " in capsys.readouterr().out
+    before = (tmp_path / f"{name}.csv").read_bytes()
+    assert command.main([*arguments, "--resume"]) == 0
+    assert (tmp_path / f"{name}.csv").read_bytes() == before
+
+
+def test_rows_of_another_command_are_not_continued(tmp_path):
+    path = tmp_path / "rows.csv"
+    rows = Rows(path, ("what", "value"), "one", resume=True)
+    rows.add({"family": "llama", "seed": 0, "what": "a", "value": 0.123456789})
+    [again] = Rows(path, ("what", "value"), "one", resume=True).records
+    assert (again["family"], again["seed"], again["what"], again["value"]) == ("llama", 0, "a", 0.123457)
+    assert rows.of("llama", 0) == [again] and rows.of("llama", 1) == []
+    assert Rows(path, ("what", "value"), "other", resume=True).records == []
+
+
+def test_an_interval_is_students():
+    found = interval([1.0, 2.0, 4.0])
+    half = 4.302652729911275 * np.std([1.0, 2.0, 4.0], ddof=1) / math.sqrt(3)  # t of 2 degrees of freedom, 97.5 %
+    np.testing.assert_allclose([found.mean, found.low, found.high], [7 / 3, 7 / 3 - half, 7 / 3 + half], rtol=1e-9)
+    found = interval([1.0, 4.0], geometric=True)
+    half = 12.706204736432095 * np.std([0.0, math.log(4.0)], ddof=1) / math.sqrt(2)
+    np.testing.assert_allclose([found.mean, found.high], [2.0, 2.0 * math.exp(half)], rtol=1e-9)
+    assert str(interval([0.5])) == "0.5" and str(interval([])) == "-"
+
+
+def row(choice, seed, retain, loss="ga"):
+    return {
+        "family": "llama", "seed": seed, "choice": choice, "loss": loss, "retain_start": 0.1, "retain_at_low": retain,
+        "retain_at_high": math.nan, "forget_low": 1.0, "forget_high": 2.0,
+    }  # fmt: skip
+
+
+def test_damage_is_compared_within_a_model_and_draws_are_one_value():
+    rows = [row("whole model", 0, 0.3), row("whole model", 1, 0.5), row("soir top", 0, 0.2), row("soir top", 1, 0.9)]
+    found, never = forgetting.against_whole(rows, "soir top", "ga")
+    assert (found.count, never) == (2, 0) and found.mean == pytest.approx(math.sqrt(0.5 * 2.0), rel=1e-12)
+    draws = [row("random 0", 0, 0.2), row("random 1", 0, 0.9), row("random 2", 0, math.nan)]
+    found, never = forgetting.against_whole([*rows, *draws], "random", "ga")
+    assert (found.count, never) == (1, 1) and found.mean == pytest.approx(math.sqrt(0.5 * 4.0), rel=1e-12)
+    assert forgetting.against_whole(rows, "soir top", "ga", "retain_at_high")[1] == 2
+    assert "| soir top | 1 (" in forgetting.table(rows, "x")
+    assert one_name("random 2, 0.1") == "random, 0.1" and one_name("soir top, 0.1") == "soir top, 0.1"
+
+
+def test_the_cheapest_tensors_fill_a_budget_in_order():
+    sizes = {"a": 10, "b": 60, "c": 20, "d": 10}
+    scope = [SimpleNamespace(name=name, numel=n) for name, n in sizes.items()]
+    costs = {"a": 3.0, "b": math.inf, "c": 1.0, "d": 2.0}
+    assert cheapest(costs, scope, 0.3) == ["c", "d"]
+    assert cheapest(costs, scope, 0.39) == ["c", "d"]
+    assert cheapest(costs, scope, 0.01) == ["c"]  # one at least
+    assert cheapest(costs, scope, 1.0) == ["c", "d", "a", "b"]
+
+
+def test_agreement_of_rankings():
+    one, other = {"a": 3.0, "b": 2.0, "c": 1.0}, {"a": 30.0, "c": 10.0, "b": 20.0, "d": 99.0}
+    assert spearman(one, other) == pytest.approx(1.0) and top_overlap(one, other) == 0.0
+    assert counts(40, [10, 20, 80]) == [10, 20, 40]
+
+
+def test_a_step_that_raises_the_forget_loss_is_found_and_undone(case):
+    name = next(name for name, _ in case.model.named_parameters() if "down_proj" in name)
+    parameter = dict(case.model.named_parameters())[name]
+    before = parameter.detach().clone()
+
+    def loss_of(which):
+        """Sample by sample, by transformers' own loss."""
+        losses = []
+        for fields in (row.fields for row in case.rows[which]):
+            begin = case.tokenizer(f"Question: {fields['question']}\nAnswer:")["input_ids"]
+            end = [*case.tokenizer(f" {fields['answer']}", add_special_tokens=False)["input_ids"]]
+            ids = torch.tensor([[*begin, *end, case.tokenizer.eos_token_id]])
+            labels = ids.clone()
+            labels[0, : len(begin)] = -100
+            losses.append(case.model(input_ids=ids, labels=labels).loss)
+        return torch.stack(losses).mean()
+
+    parameter.requires_grad_(True)
+    forget = loss_of("forget")
+    [gradient] = torch.autograd.grad(forget, parameter)
+    parameter.requires_grad_(False)
+    start = {which: float(loss_of(which)) for which in ("forget", "retain")}
+    rise = 0.05
+    cost = probe.step_costs(case, [name], rise)[name]
+    assert torch.equal(parameter, before)
+    length = probe.FIRST
+    while True:  # the length at which the cost was read, on the grid of the search
+        with torch.no_grad():
+            parameter.add_(gradient.sign(), alpha=length)
+        risen = float(loss_of("forget")) - start["forget"]
+        there = float(loss_of("retain")) - start["retain"]
+        with torch.no_grad():
+            parameter.copy_(before)
+        if risen >= rise:
+            break
+        length *= 2.0
+    assert 0 < cost <= there * (1 + 1e-3) + 1e-6  # found between that length and half of it
+    with torch.no_grad():
+        parameter.add_(gradient.sign(), alpha=length / 2)
+    half = float(loss_of("retain")) - start["retain"]
+    with torch.no_grad():
+        parameter.copy_(before)
+    assert cost >= half * (1 - 1e-3) - 1e-6
+    assert probe.step_costs(case, [name], 1e9)[name] == math.inf
+
+
+def test_masks_cover_every_matrix_once_by_layer_and_once_by_kind(case):
+    found = layer_robustness.masks(case)
+    layers = [mask for name, mask in found.items() if name.startswith("layer ")]
+    kinds = [mask for name, mask in found.items() if not name.startswith("layer ") and name != forgetting.WHOLE]
+    for parts in (layers, kinds):
+        names = [name for mask in parts for name in mask]
+        assert len(names) == len(set(names))
+    assert {name for mask in layers for name in mask} == {name for mask in kinds for name in mask}
+    assert len(found[forgetting.WHOLE]) == len(dict(case.model.named_parameters()))
+
+
+def test_the_spread_over_layers_is_that_of_the_rises():
+    rows = [
+        {"family": "llama", "seed": 0, "loss": "ga", "steps": 4, "forget_start": 0.0, "forget_end": f,
+         "retain_start": 0.1, "retain_end": 0.1 + r}
+        for f, r in ((1.0, 0.2), (1.0, 0.4), (1.0, 0.6))
+    ]  # fmt: skip
+    found = layer_spread.spreads(rows, "ga", 4)
+    assert found["forget"].mean == pytest.approx(0.0, abs=1e-12) and found["retain"].mean == pytest.approx(0.5)
