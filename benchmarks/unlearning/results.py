@@ -27,10 +27,12 @@ class Runs:
         path: the file.
         command: that makes it; a file of another command is not continued.
         resume: keep the lines that are there.
+        columns: its columns.
     """
 
-    def __init__(self, path: Path, command: str, resume: bool) -> None:
+    def __init__(self, path: Path, command: str, resume: bool, columns: Sequence[str] = COLUMNS) -> None:
         self.path, self._made = path, {"cpu": processor(), "commit": commit(), "command": command}
+        self._columns = columns
         self.records: list[Record] = []
         if resume and path.exists():
             with path.open(newline="") as file:
@@ -38,7 +40,7 @@ class Runs:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
         with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer = csv.DictWriter(file, self._columns, lineterminator="\n")
             writer.writeheader()
             writer.writerows({name: _cell(value) for name, value in record.items()} for record in self.records)
         os.replace(partial, path)
@@ -51,7 +53,7 @@ class Runs:
         """Appends one line."""
         record = {**record, **self._made}
         with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer = csv.DictWriter(file, self._columns, lineterminator="\n")
             writer.writerow({name: _cell(value) for name, value in record.items()})
         self.records.append(record)
 

@@ -25,6 +25,7 @@ _REMEDY = "make the run again, or copy it again from where it is whole"
 _RESULT_FILES: tuple[tuple[Command, frozenset[str]], ...] = (
     ("compression", frozenset({"workload", "method", "kind", "k", "store_bytes"})),
     ("experiment", frozenset({"seed", "choice", "loss", "forget_end", "retain_end"})),
+    ("experiment", frozenset({"seed", "choice", "loss", "forget_quality", "model_utility"})),
 )
 _SUMMARIES = {"unlearn": "verification.json", "evaluate": "summary.json"}
 _UNSEEN, _JOINERS = ("Cc", "Cf", "Cs"), "\u200c\u200d"  # joiners belong to words and to emoji
@@ -205,7 +206,9 @@ def _result_file(path: Path) -> Run:
         raise RunFolderError(f"{path}: cannot be read ({' '.join(str(error).split())}); {_REMEDY}") from None
     known = [command for command, columns in _RESULT_FILES if columns <= set(table.column_names)]
     if not known:
-        raise RunFolderError(f"{path}: the results of no benchmark that can be reported (compression, unlearning)")
+        raise RunFolderError(
+            f"{path}: the results of no benchmark that can be reported (compression, unlearning, forget_quality)"
+        )
     if table.num_rows == 0:
         raise RunFolderError(f"{path}: has no rows; let its benchmark finish")
     metadata = table.schema.metadata or {}

@@ -274,6 +274,31 @@ def test_the_study_of_masks_takes_the_best_rate_of_every_model(tmp_path):
     assert second.levels == ()
 
 
+def test_the_comparison_with_the_retain_only_model_is_a_panel_a_loss(tmp_path):
+    path = tmp_path / "forget_quality.csv"
+    lines = [
+        "seed,choice,loss,lr,forget_quality,model_utility",
+        "0,full model,none,nan,1e-10,0.9",
+        "0,retain-only model,none,nan,1,0.8",
+        "0,whole model,ga,0.1,1e-2,0.5",
+        "1,whole model,ga,0.1,1e-4,0.7",
+        "0,random 0,ga,0.1,1e-6,0.4",
+        "0,whole model,npo,0.1,0,0.3",
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    data = frontier(load_runs([path]))
+    first, second = data.panels
+    assert (first.title, second.title) == ("ga", "npo")
+    assert [series.name for series in first.series] == ["full model", "whole model", "random"]
+    assert [series.hollow for series in first.series] == [True, False, False]
+    whole, bar = first.series[1], stdev([math.log(1e-2), math.log(1e-4)])
+    np.testing.assert_allclose([*whole.x, *whole.y], [1e-3, 0.6])
+    np.testing.assert_allclose([*whole.x_low, *whole.x_high], [1e-3 * math.exp(-bar), 1e-3 * math.exp(bar)])
+    np.testing.assert_allclose(whole.y_high - whole.y, stdev([0.5, 0.7]))
+    assert first.series[2].x_low is None and first.x.scale == "log"
+    assert second.x.scale == "linear" and [series.style for series in second.series] == [0, 1]  # 0 has no logarithm
+
+
 def test_metrics_are_a_row_a_run_with_reasons_said_once(tmp_path):
     folders = [
         run_folders.evaluate(tmp_path / "a", {"model_utility": 0.5, "leak": None, "notes": {"leak": "no holdout"}}),
