@@ -80,13 +80,14 @@ def against_whole(rows: Sequence[Record], choice: str, loss: str, column: str = 
     """A choice's damage over that of the whole model in the same models: geometric mean, and how many never got there.
 
     Draws of one model (`random 0`, `random 1`, ...) are one value, their geometric mean. A damage below a thousandth of
-    a nat counts as that.
+    a nat counts as that. Models whose whole never got there are left out. Those where the choice never did are in the
+    count alone, so that a mean beside a count flatters the choice.
     """
     whole = {_case(row): damage(row, column) for row in rows if row["choice"] == WHOLE and row["loss"] == loss}
     of_models: dict[Any, list[float]] = {}
     never = 0
     for row in rows:
-        if merged(row["choice"]) != choice or row["loss"] != loss or _case(row) not in whole:
+        if merged(row["choice"]) != choice or row["loss"] != loss or math.isnan(whole.get(_case(row), math.nan)):
             continue
         ratio = max(damage(row, column), 1e-3) / max(whole[_case(row)], 1e-3)
         if math.isnan(ratio):

@@ -26,7 +26,7 @@ Record = dict[str, Any]
 Cell = tuple[str, str]  # choice, loss
 FORGET_LEVELS = ("forget_low", "forget_high")  # the two levels of the forget loss
 AT_LEVELS = ("retain_at_low", "retain_at_high")  # retain losses at them
-_FORGET, _RETAIN = LOG_COLUMNS.index("forget_loss"), LOG_COLUMNS.index("retain_loss")
+_STEP, _FORGET, _RETAIN = (LOG_COLUMNS.index(name) for name in ("step", "forget_loss", "retain_loss"))
 
 
 @dataclass(frozen=True)
@@ -108,16 +108,9 @@ def runs(
 
 
 def unlearned(
-    config: UnlearningConfig,
-    one: Recited,
-    choice: str,
-    mask: Mask,
-    loss: str,
-    rate: float,
-    stop: bool = True,
-    **options: float,
+    config: UnlearningConfig, one: Recited, choice: str, mask: Mask, loss: str, rate: float, **options: float
 ) -> Record:
-    """One unlearning; the model comes back as it was.
+    """One unlearning, up to the higher level; the model comes back as it was.
 
     Args:
         config: the settings; its `levels` are where the retain loss is read.
@@ -126,12 +119,47 @@ def unlearned(
         mask: what may change.
         loss: as `--loss` of `fillm.unlearn`.
         rate: the peak rate.
-        stop: at the higher level; else all steps are taken.
         options: of the loss.
 
     Returns:
         Losses before and after and at the levels, steps, and what was selected.
     """
+    result = _run(config, one, mask, loss, rate, stop=True, **options)
+    losses = _evaluated(result)[:, 1:]
+    crossings = [level_crossing(losses[:, 0], losses[:, 1], level) for level in config.levels]
+    return {
+        "model_parameters": one.model.num_parameters(), "seed": one.seed, "choice": choice, "loss": loss,
+        "lr": rate, "selected_parameters": mask.count, "selected_tensors": len(mask), "steps": result.steps,
+        "forget_start": losses[0, 0], "retain_start": losses[0, 1],
+        "forget_end": losses[-1, 0], "retain_end": losses[-1, 1],
+        **dict(zip(FORGET_LEVELS, config.levels, strict=True)), **dict(zip(AT_LEVELS, crossings, strict=True)),
+    }  # fmt: skip
+
+
+def losses_after(
+    config: UnlearningConfig, one: Recited, mask: Mask, loss: str, rate: float
+) -> dict[int, tuple[float, float]]:
+    """One unlearning through all its steps, whatever the losses become; the model comes back as it was.
+
+    Args:
+        config: the settings; evaluated every `eval_every` of its `max_steps`.
+        one: the model and its rows.
+        mask: what may change.
+        loss: as `--loss` of `fillm.unlearn`.
+        rate: the peak rate.
+
+    Returns:
+        Steps taken, from 0 -> forget and retain loss, in nats a token.
+    """
+    return {
+        int(step): (float(forget), float(retain))
+        for step, forget, retain in _evaluated(_run(config, one, mask, loss, rate, stop=False))
+    }
+
+
+def _run(
+    config: UnlearningConfig, one: Recited, mask: Mask, loss: str, rate: float, stop: bool, **options: float
+) -> Any:
     parameters = dict(one.model.named_parameters())
     before = {name: parameters[name].detach().clone() for name in mask}
     forget, retain = ([row.fields for row in one.rows[name]] for name in ("forget", "retain"))
@@ -145,15 +173,11 @@ def unlearned(
         with torch.no_grad():
             for name, value in before.items():
                 parameters[name].copy_(value)
-    after = ([row[_FORGET], row[_RETAIN]] for row in result.log)
-    evaluated = [pair for pair in after if not math.isnan(pair[0])]
-    losses = np.array([[result.before.forget, result.before.retain], *evaluated])
     assert result.verification.outside_mask_bit_equal
-    crossings = [level_crossing(losses[:, 0], losses[:, 1], level) for level in config.levels]
-    return {
-        "model_parameters": one.model.num_parameters(), "seed": one.seed, "choice": choice, "loss": loss,
-        "lr": rate, "selected_parameters": mask.count, "selected_tensors": len(mask), "steps": result.steps,
-        "forget_start": losses[0, 0], "retain_start": losses[0, 1],
-        "forget_end": losses[-1, 0], "retain_end": losses[-1, 1],
-        **dict(zip(FORGET_LEVELS, config.levels, strict=True)), **dict(zip(AT_LEVELS, crossings, strict=True)),
-    }  # fmt: skip
+    return result
+
+
+def _evaluated(result: Any) -> np.ndarray:
+    """Step, forget and retain loss before the first step and at every evaluation."""
+    rows = [[row[_STEP], row[_FORGET], row[_RETAIN]] for row in result.log if not math.isnan(row[_FORGET])]
+    return np.array([[0, result.before.forget, result.before.retain], *rows])

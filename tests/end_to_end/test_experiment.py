@@ -15,8 +15,10 @@ from benchmarks.experiment.intervals import interval
 from benchmarks.experiment.rankings import counts, spearman, top_overlap
 from benchmarks.experiment.results import Rows, read
 from benchmarks.experiment.settings import ExperimentConfig, experiments, read_plan
-from benchmarks.experiment.studies import layer_robustness, layer_spread
+from benchmarks.experiment.studies import layer_robustness, layer_spread, parameter_shift
 from benchmarks.experiment.studies.objective_search import cheapest, one_name
+from benchmarks.unlearning.study import losses_after
+from fillm.models import load_model
 
 QUICK = ExperimentConfig(experiment=("layer_robustness",), quick=True)
 
@@ -122,7 +124,8 @@ def test_damage_is_compared_within_a_model_and_draws_are_one_value():
     draws = [row("random 0", 0, 0.2), row("random 1", 0, 0.9), row("random 2", 0, math.nan)]
     found, never = forgetting.against_whole([*rows, *draws], "random", "ga")
     assert (found.count, never) == (1, 1) and found.mean == pytest.approx(math.sqrt(0.5 * 4.0), rel=1e-12)
-    assert forgetting.against_whole(rows, "soir top", "ga", "retain_at_high")[1] == 2
+    found, never = forgetting.against_whole(rows, "soir top", "ga", "retain_at_high")
+    assert (found.count, never) == (0, 0)  # the whole model never got there: no measure of a part
     assert "| soir top | 1 (" in forgetting.table(rows, "x")
     assert one_name("random 2, 0.1") == "random, 0.1" and one_name("soir top, 0.1") == "soir top, 0.1"
 
@@ -198,6 +201,39 @@ def test_masks_cover_every_matrix_once_by_layer_and_once_by_kind(case):
         assert len(names) == len(set(names))
     assert {name for mask in layers for name in mask} == {name for mask in kinds for name in mask}
     assert len(found[forgetting.WHOLE]) == len(dict(case.model.named_parameters()))
+
+
+def test_shifts_are_lengths_of_what_training_changed(case):
+    base = load_model(str(case.base()), device="cpu").state_dict()
+    now = case.model.state_dict()
+    rows = {row["tensor"]: row for row in parameter_shift.records(case, {}, [])}
+    for name, row in rows.items():
+        before, after = (np.asarray(state[name].tolist()) for state in (base, now))
+        assert row["relative_shift"] == pytest.approx(np.linalg.norm(after - before) / np.linalg.norm(before), rel=1e-6)
+        assert row["shift"] == pytest.approx(np.sqrt(np.mean((after - before) ** 2)), rel=1e-6)
+    assert {row["kind"] for row in rows.values()} >= {"embed", "attn", "mlp", "lm_head"}
+    # The base is what training began with, not another draw: two draws are 1.4 lengths apart, one epoch moves less.
+    assert max(row["relative_shift"] for row in rows.values()) < 1.0
+    assert list(parameter_shift.records(case, {}, list(rows.values()))) == []
+
+
+def test_equal_steps_are_equal_whatever_the_losses_become(case):
+    mask = layer_robustness.masks(case)["layer 0"]
+    before = {name: value.clone() for name, value in case.model.state_dict().items()}
+    config = forgetting.settings_of({**forgetting.DEFAULTS, "max_steps": 6, "eval_every": 2}, False)
+    losses = losses_after(config, case, mask, "ga", 0.05)
+    assert list(losses) == [0, 2, 4, 6] and losses[6][0] > losses[0][0] > max(config.levels)
+    seldom = forgetting.settings_of({**forgetting.DEFAULTS, "max_steps": 6, "eval_every": 6}, False)
+    assert losses_after(seldom, case, mask, "ga", 0.05) == {step: losses[step] for step in (0, 6)}
+    assert all(torch.equal(value, before[name]) for name, value in case.model.state_dict().items())
+
+
+def test_the_rise_after_equal_steps_is_a_mean_over_models():
+    rows = [
+        {"choice": "layer 0", "loss": "ga", "forget_start": 0.1, "forget_after_fixed": after} for after in (1.1, 2.1)
+    ]
+    found = layer_robustness.rise(rows, "layer 0", "ga", "forget")
+    assert (found.mean, found.count) == (pytest.approx(1.5), 2)
 
 
 def test_the_spread_over_layers_is_that_of_the_rises():

@@ -9,27 +9,28 @@ from benchmarks.experiment import forgetting
 from benchmarks.experiment.case import Case
 from benchmarks.experiment.figure import dots, panels, save
 from benchmarks.experiment.forgetting import WHOLE, against_whole
-from benchmarks.experiment.results import Record
+from benchmarks.experiment.intervals import Interval, interval
+from benchmarks.experiment.results import Record, finite
 from benchmarks.unlearning.settings import SCOPE
-from benchmarks.unlearning.study import AT_LEVELS, FORGET_LEVELS, unlearned
+from benchmarks.unlearning.study import AT_LEVELS, FORGET_LEVELS, losses_after
 from fillm.masks import Mask
 from fillm.models import TensorInfo, catalogue, select_tensors
 
 KEY = ("choice", "loss")
 COLUMNS = (*forgetting.COLUMNS, "fixed_rate", "fixed_steps", "forget_after_fixed", "retain_after_fixed")
-DEFAULTS: Mapping[str, Any] = {**forgetting.DEFAULTS, "fixed_rate": 4e-3, "fixed_steps": 6}
+DEFAULTS: Mapping[str, Any] = {**forgetting.DEFAULTS, "fixed_rate": 1e-3, "fixed_steps": 8}
 
 
 def records(case: Case, settings: Mapping[str, Any], done: Sequence[Record]) -> Iterator[Record]:
     """A record a part and loss: the retain loss at equal forgetting, and both losses after equal steps."""
     parts = masks(case)
-    config = forgetting.settings_of({**settings, "max_steps": settings["fixed_steps"]}, case.quick)
-    rate = settings["fixed_rate"]
+    steps, rate = settings["fixed_steps"], settings["fixed_rate"]
+    config = forgetting.settings_of({**settings, "max_steps": steps, "eval_every": steps}, False)
     for row in forgetting.records(case, (({"choice": name}, mask) for name, mask in parts.items()), settings, done):
-        fixed = unlearned(config, case, "", parts[row["choice"]], row["loss"], rate)
+        # No level ends it early: some parts would take fewer steps than others.
+        forget, retain = losses_after(config, case, parts[row["choice"]], row["loss"], rate)[steps]
         yield {
-            **row, "fixed_rate": rate, "fixed_steps": fixed["steps"],
-            "forget_after_fixed": fixed["forget_end"], "retain_after_fixed": fixed["retain_end"],
+            **row, "fixed_rate": rate, "fixed_steps": steps, "forget_after_fixed": forget, "retain_after_fixed": retain,
         }  # fmt: skip
 
 
@@ -50,8 +51,25 @@ def matrix_kind(info: TensorInfo) -> str:
 
 
 def summary(records: Sequence[Record]) -> str:
-    """Damage at equal forgetting; kinds of different families have different names and so stand apart."""
-    return forgetting.table(records, "one part at a time")
+    """Damage at equal forgetting, then both losses after equal steps.
+
+    Kinds of different families have different names and so stand apart.
+    """
+    losses = list(dict.fromkeys(row["loss"] for row in records))
+    rate, steps = records[0]["fixed_rate"], records[0]["fixed_steps"]
+    lines = [f"rise of the forget and of the retain loss after {steps} steps at {rate:g}, nats a token", ""]
+    lines += ["| mask | " + " | ".join(f"{loss}: {end}" for loss in losses for end in ("forget", "retain")) + " |"]
+    lines += ["|---|" + "---|" * (2 * len(losses))]
+    for choice in dict.fromkeys(row["choice"] for row in records):
+        cells = [rise(records, choice, loss, end) for loss in losses for end in ("forget", "retain")]
+        lines.append(f"| {choice} | " + " | ".join(map(str, cells)) + " |")
+    return "\n".join([forgetting.table(records, "one part at a time"), "", *lines])
+
+
+def rise(records: Sequence[Record], choice: str, loss: str, end: str) -> Interval:
+    """Of the `forget` or `retain` loss after equal steps, over models, in nats a token."""
+    own = [row for row in records if (row["choice"], row["loss"]) == (choice, loss)]
+    return interval(finite([row[f"{end}_after_fixed"] - row[f"{end}_start"] for row in own]))
 
 
 def draw(records: Sequence[Record], path: Path) -> None:

@@ -13,32 +13,35 @@ from benchmarks.experiment.figure import dots, panels, save
 from benchmarks.experiment.intervals import Interval, interval
 from benchmarks.experiment.results import Record
 from benchmarks.experiment.studies.layer_robustness import masks
-from benchmarks.unlearning.study import unlearned
+from benchmarks.unlearning.study import losses_after
 
 KEY = ("layer", "loss", "steps")
 COLUMNS = ("layer", "loss", "rate", "steps", "forget_start", "retain_start", "forget_end", "retain_end")
 DEFAULTS: Mapping[str, Any] = {
-    "losses": ["ga", "grad-diff"], "batch_size": 20, "eval_retain": 80, "rate": 4e-3, "steps": [4, 8, 16]
+    "losses": ["ga", "grad-diff"], "batch_size": 20, "eval_retain": 80, "rate": 1e-3, "steps": [4, 8, 16]
 }  # fmt: skip
 RISES = ("forget", "retain")
 
 
 def records(case: Case, settings: Mapping[str, Any], done: Sequence[Record]) -> Iterator[Record]:
-    """Both losses before and after so many steps in every layer by itself."""
+    """Both losses before and after so many steps of one run in a layer by itself; its rate falls to the end."""
     there = {tuple(row[name] for name in KEY) for row in done}
     layers = {name: mask for name, mask in masks(case).items() if name.startswith("layer ")}
+    wanted = settings["steps"]
+    every = math.gcd(*wanted)
+    given = {**forgetting.DEFAULTS, **{name: settings[name] for name in ("batch_size", "eval_retain")}}
+    config = forgetting.settings_of({**given, "max_steps": max(wanted), "eval_every": every}, False)
     for name, mask in layers.items():
         for loss in settings["losses"]:
-            for steps in settings["steps"]:
-                if (name, loss, steps) in there:
-                    continue
-                given = {**forgetting.DEFAULTS, **{k: settings[k] for k in ("batch_size", "eval_retain")}}
-                config = forgetting.settings_of({**given, "max_steps": steps, "eval_every": steps}, False)
-                # No level ends it early: what equal steps do is the question.
-                found = unlearned(config, case, "", mask, loss, settings["rate"], stop=False)
-                ends = {f"{one}_{end}": found[f"{one}_{end}"] for one in RISES for end in ("start", "end")}
-                about = {"layer": name, "loss": loss, "rate": settings["rate"], "steps": steps}
-                yield {"family": case.family, "seed": case.seed, **about, **ends}
+            left = [steps for steps in wanted if (name, loss, steps) not in there]
+            # No level ends it early: what equal steps do is the question.
+            losses = losses_after(config, case, mask, loss, settings["rate"]) if left else {}
+            for steps in left:
+                yield {
+                    "family": case.family, "seed": case.seed, "layer": name, "loss": loss, "rate": settings["rate"],
+                    "steps": steps, "forget_start": losses[0][0], "retain_start": losses[0][1],
+                    "forget_end": losses[steps][0], "retain_end": losses[steps][1],
+                }  # fmt: skip
 
 
 def spreads(records: Sequence[Record], loss: str, steps: int) -> dict[str, Interval]:

@@ -11,7 +11,7 @@ from benchmarks.experiment.results import Record
 from fillm.models import catalogue, load_model
 
 KEY = ("tensor",)
-COLUMNS = ("tensor", "kind", "layer", "depth", "numel", "shift", "relative_shift")
+COLUMNS = ("tensor", "kind", "layer", "numel", "shift", "relative_shift")
 DEFAULTS: Mapping[str, Any] = {}
 
 
@@ -20,7 +20,6 @@ def records(case: Case, settings: Mapping[str, Any], done: Sequence[Record]) -> 
     there = {row["tensor"] for row in done}
     base = dict(load_model(str(case.base()), device="cpu").named_parameters())
     tensors = [info for info in catalogue(case.model) if info.name.endswith("weight") and len(info.shape) > 1]
-    last = max(info.layer for info in tensors)
     now = dict(case.model.named_parameters())
     for info in tensors:
         if info.name in there:
@@ -29,7 +28,7 @@ def records(case: Case, settings: Mapping[str, Any], done: Sequence[Record]) -> 
         moved = float((after - before).norm())
         yield {
             "family": case.family, "seed": case.seed, "tensor": info.name, "kind": info.kind, "layer": info.layer,
-            "depth": info.layer / max(1, last), "numel": info.numel, "shift": moved / info.numel**0.5,
+            "numel": info.numel, "shift": moved / info.numel**0.5,
             "relative_shift": moved / float(before.norm()),
         }  # fmt: skip
 
