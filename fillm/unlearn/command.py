@@ -19,7 +19,7 @@ from fillm.models import DTYPES, check_differentiable, load_model, load_tokenize
 from fillm.rank.console import Console
 from fillm.rank.passes import memory_explained
 from fillm.rank.ranking import Ranking
-from fillm.runs import RunFolder, run_identity, run_record
+from fillm.runs import RunFolder, check_inputs_outside, run_identity, run_record
 from fillm.unlearn.alternatives import read_refusals
 from fillm.unlearn.choosing import check_made_for, chosen_mask, reached_by, updates_for
 from fillm.unlearn.config import COMMAND_ONLY, FREE_ON_RESUME, INFLUENCE, TASK_VECTOR, UnlearnConfig, loss_options
@@ -52,7 +52,7 @@ def run(config: UnlearnConfig) -> None:
     with _folder(config, processes, console) as folder:
         sets = _samples(config, tokenizer, rows, console)
         model, dtypes = _load(config, processes.device)
-        given = _Given(model, tokenizer, mask, masks, ranking, rows, sets)
+        given = _Given(model, tokenizer, mask, masks, ranking, rows, sets, dtypes)
         result, record = _unlearn(config, given, folder, processes, console, show=processes.first)
         adapter = adapter_folder(folder) if config.lora_rank is not None else None
         folder.finish(lambda path: write_result(result, path, record, tokenizer, dtypes, adapter))
@@ -103,12 +103,14 @@ def unlearn_model(
         raise UsageError("unlearn_model: resume and overwrite need out, the run folder")
     if (mask is None) == (settings.get("select") is None):
         raise UsageError("unlearn_model: give either mask, or ranking and select")
-    if ranking is None and (loss == INFLUENCE or mask is None):
-        raise UsageError("unlearn_model: give ranking, a fillm.Ranking of this model")
     named = {which: data for which, data in (("forget", forget), ("retain", retain)) if isinstance(data, str)}
     place = {} if out is None else {"out": str(out)}
     config = from_mapping(UnlearnConfig, {"loss": loss, **named, **place, **settings}, where="unlearn_model")
     config = _resolved(config, given=True)
+    if ranking is None and (config.loss == INFLUENCE or mask is None):
+        raise UsageError("unlearn_model: give ranking, a fillm.Ranking of this model")
+    if ranking is not None and mask is not None and config.loss != INFLUENCE:
+        raise UsageError("unlearn_model: ranking has no effect beside mask, but for loss='influence'; leave one out")
     masks = None
     if mask is None:
         mask, masks = chosen_mask(config, ranking)
@@ -116,7 +118,7 @@ def unlearn_model(
     console = Console() if progress and processes.first else Console.silent()
     rows = _read(config, forget, retain, console)
     sets = _samples(config, tokenizer, rows, console)
-    given = _Given(model, tokenizer, mask, masks, ranking, rows, sets)
+    given = _Given(model, tokenizer, mask, masks, ranking, rows, sets, {})
     if out is None:
         with tempfile.TemporaryDirectory() as scratch:
             config = dataclasses.replace(config, out=str(Path(scratch) / "run"), checkpoint_every=float("inf"))
@@ -131,7 +133,7 @@ def unlearn_model(
 
 @dataclasses.dataclass(frozen=True)
 class _Given:
-    """What a run is made from, loaded."""
+    """What a run is made from, loaded; `dtypes` as of `Job`."""
 
     model: nn.Module
     tokenizer: Any
@@ -140,15 +142,18 @@ class _Given:
     ranking: Ranking | None
     rows: Mapping[str, list[Row]]
     sets: Mapping[str, SampleSet]
+    dtypes: Mapping[str, torch.dtype]
 
 
 def _resolved(config: UnlearnConfig, given: bool = False) -> UnlearnConfig:
     """All settings checked before anything is read, the loss under the name it has here."""
-    if config.loss not in (INFLUENCE, TASK_VECTOR):
-        config = dataclasses.replace(config, loss=canonical_loss(config.loss))
-        if "idk" in resolved_options(config.loss, LossOptions(**loss_options(config))):
-            read_refusals(config.idk)
-    return resolved_settings(config, given=given)
+    config = dataclasses.replace(config, loss=canonical_loss(config.loss, beside=(TASK_VECTOR, INFLUENCE)))
+    options = LossOptions(**loss_options(config))
+    if config.loss not in (INFLUENCE, TASK_VECTOR) and "idk" in resolved_options(config.loss, options):
+        read_refusals(config.idk)
+    config = resolved_settings(config, given=given)
+    check_inputs_outside(config)
+    return config
 
 
 def _read(config: UnlearnConfig, forget: DataLike, retain: DataLike, console: Console) -> dict[str, list[Row]]:
@@ -231,6 +236,7 @@ def _unlearn(
     job = Job(
         config=config,
         model=given.model,
+        dtypes=given.dtypes,
         fingerprint=fingerprint,
         mask=given.mask,
         reaches=reached_by(given.masks, forget),
