@@ -4,6 +4,7 @@ import dataclasses
 import io
 import tempfile
 from collections.abc import Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,14 @@ from fillm.data import Reading, Row, SampleSet, check_fits_model, take
 from fillm.data.reading import DataLike, forget_and_retain, skipped_lines
 from fillm.errors import UsageError
 from fillm.masks import Mask
-from fillm.models import DTYPES, check_differentiable, load_model, load_tokenizer, model_fingerprint
+from fillm.models import (
+    DTYPES,
+    check_differentiable,
+    load_model,
+    load_tokenizer,
+    model_fingerprint,
+    stored_dtypes,
+)
 from fillm.rank.console import Console
 from fillm.rank.passes import memory_explained
 from fillm.rank.ranking import Ranking
@@ -180,15 +188,21 @@ def _folder(config: UnlearnConfig, processes: Processes, console: Console) -> Fo
 
 @memory_explained()
 def _load(config: UnlearnConfig, device: torch.device) -> tuple[nn.Module, dict[str, torch.dtype]]:
-    """The model on its device, and by parameter the type it was saved in, in which it is saved again."""
+    """The model on its device, and by parameter the type it was saved in, in which it is saved again.
+
+    It is loaded in the widest type in its files, whatever config.json says: a narrower one would round weights.
+    """
+    stored = stored_dtypes(str(config.model))
+    widest = reduce(torch.promote_types, stored.values()) if stored else None
     model = load_model(
         str(config.model),
         adapter=config.adapter,
-        dtype="auto",
+        dtype=next((name for name, dtype in DTYPES.items() if dtype == widest), "auto"),
         device=str(device),
         trust_remote_code=config.trust_remote_code,
     )
-    dtypes = {name: p.dtype for name, p in model.named_parameters()}
+    # Where a file has several types, a tensor that it knows by another name keeps the widest.
+    dtypes = {name: stored.get(name, p.dtype) for name, p in model.named_parameters()}
     if config.dtype != "auto":
         wanted = DTYPES[config.dtype]
         narrowed = next((name for name, dtype in dtypes.items() if torch.promote_types(dtype, wanted) != wanted), None)

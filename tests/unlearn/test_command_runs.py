@@ -157,23 +157,6 @@ def test_small_bfloat16_steps_add_up(unlearn, tmp_path):
     assert told["changed_parameters"] > told["selected_parameters"] / 2
 
 
-def test_steps_that_what_is_saved_rounds_away_are_none(unlearn, tmp_path, capsys):
-    """Widened weights moved, but by less than the type they are saved in can tell."""
-    start = save_model(tmp_path / "narrow", dtype=torch.bfloat16)
-    mask = fillm.Mask.whole(load_model(start, device="cpu"), ["model.norm.weight"])
-    mask.save(tmp_path / "norm.safetensors")
-    given = {"model": start, "mask": str(tmp_path / "norm.safetensors"), "dtype": "float32"}
-    folder = unlearn("run", **given, lr=1e-6)
-    told = json.loads((folder / "verification.json").read_text())
-    assert told["changed_parameters"] == 0 and not told["mask_applied"]
-    assert told["forget_loss"]["before"] == told["forget_loss"]["after"]
-    assert "no selected weight has changed" in capsys.readouterr().err
-    folder = unlearn("larger", **given, lr=5e-3)
-    told = json.loads((folder / "verification.json").read_text())
-    saved = weights(folder / "model")["model.norm.weight"], weights(start)["model.norm.weight"]
-    assert told["changed_parameters"] == int((saved[0] != saved[1]).sum()) > 0
-
-
 def test_ranking_of_the_same_weights_in_another_type(unlearn, tmp_path, forget_file, retain_file):
     start = save_model(tmp_path / "narrow", dtype=torch.bfloat16)
     model, tokenizer = load_model(start, device="cpu"), load_tokenizer(start)  # float32, as fillm.rank takes it
