@@ -22,12 +22,13 @@ from fillm.evaluate.row_sets import read_rows, row_sets
 from fillm.models import load_model, load_tokenizer, model_fingerprint
 from fillm.rank.console import Console
 from fillm.rank.passes import memory_explained, peak_memory
-from fillm.runs import RunFolder, run_identity, run_record
+from fillm.runs import RunFolder, check_inputs_outside, run_identity, run_record
 
 
 def run(config: EvaluateConfig) -> None:
     """What `python -m fillm.evaluate` does."""
     config, console = resolved(config), Console()
+    check_inputs_outside(config)
     if config.from_log is not None:
         from fillm.evaluate.from_log import run_from_log
 

@@ -26,7 +26,7 @@ from fillm.models import (
     resolve_device,
     with_lora,
 )
-from fillm.runs import RunFolder, run_identity, run_record, signals_noted, write_record
+from fillm.runs import RunFolder, check_inputs_outside, run_identity, run_record, signals_noted, write_record
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ def run(
 ) -> FinetuneResult:
     """The command: `data` and `eval_data` stand for the specs of that name where they are given."""
     config = resolved(config)
+    check_inputs_outside(config)
     device = resolve_device(config.device)
 
     def tell(line: str) -> None:

@@ -16,7 +16,7 @@ from fillm.report.figures import FigureData, figures_of
 from fillm.report.runs import Run, load_runs
 from fillm.report.tensorboard import write_events
 from fillm.report.theme import THEMES
-from fillm.runs import RunFolder, run_record, write_record
+from fillm.runs import RunFolder, check_inputs_outside, run_record, write_record
 
 
 def write_report(runs: Sequence[str], out: str, **settings: Any) -> list[FigureData]:
@@ -43,6 +43,7 @@ def run(config: ReportConfig, tell: Any = None) -> list[FigureData]:
     """What `python -m fillm.report` does."""
     tell = tell or (lambda line: print(line, file=sys.stderr, flush=True))
     check(config)
+    check_inputs_outside(config)
     runs = load_runs(config.runs)
     figures = figures_of(runs)
     if not figures:
