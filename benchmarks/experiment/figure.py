@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks.experiment.intervals import Interval
 from fillm.report.theme import LIGHT
@@ -49,6 +50,10 @@ def dots(axes: Any, rows: Mapping[str, Sequence[tuple[str, Interval]]], label: s
     axes.set_xlabel(label, fontsize=7)
     if log:
         axes.set_xscale("log")
+        # Less than a decade is shown, where matplotlib's own labels of minor ticks run into each other.
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
     if len(series) > 1:
         axes.legend(fontsize=7)
 
