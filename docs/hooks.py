@@ -5,6 +5,7 @@ of the API are made from what every package exports, read as text: nothing is im
 """
 
 import ast
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -105,6 +106,9 @@ def _example_pages() -> dict[str, str]:
         title = about.partition("\n")[0].rstrip(".")
         pages[f"examples/{path.stem}.md"] = f"# {title}\n\n`examples/{path.name}`\n\n```python\n{code}```\n"
         lines.append(f"- [`{path.name}`]({path.stem}.md): {title}.")
+    for path in sorted((ROOT / "examples").glob("*.ipynb")):
+        pages[f"examples/{path.stem}.md"] = page = _notebook_page(path)
+        lines.append(f"- [`{path.name}`]({path.stem}.md): {page.partition(chr(10))[0].removeprefix('# ')}.")
     cpp = ((ROOT / "examples" / "cpp" / name).read_text(encoding="utf-8") for name in ("CMakeLists.txt", "main.cpp"))
     build, code = cpp
     pages["examples/cpp.md"] = (
@@ -114,6 +118,18 @@ def _example_pages() -> dict[str, str]:
     lines.append("- [`cpp/`](cpp.md): the kernels in a C++ program.")
     pages["examples/index.md"] = "\n".join(lines) + "\n"
     return pages
+
+
+def _notebook_page(path: Path) -> str:
+    """The cells of a notebook, which is kept without outputs."""
+    cells = []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        # Its links go out from examples/, those of pages from docs/.
+        is_code = cell["cell_type"] == "code"
+        cells.append(f"```python\n{source}\n```" if is_code else source.replace("](../docs/", "](../"))
+    title, _, rest = cells[0].partition("\n")
+    return "\n\n".join([title, f"`examples/{path.name}`", rest, *cells[1:]]) + "\n"
 
 
 def _api_pages() -> dict[str, str]:

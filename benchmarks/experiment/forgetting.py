@@ -22,6 +22,7 @@ COLUMNS = (
 KEY = ("choice", "loss")
 WHOLE = "whole model"
 LOSSES = ("ga", "grad-diff")
+ALONE = " without retain term"  # after a loss that has one
 DEFAULTS: Mapping[str, Any] = {
     "losses": list(LOSSES), "batch_size": 20, "max_steps": 60, "eval_every": 2, "eval_retain": 80
 }  # fmt: skip
@@ -62,8 +63,9 @@ def records(
 
 def _best_of_rates(config: UnlearningConfig, case: Case, mask: Mask, loss: str) -> Record:
     tried: dict[float, Record] = {}
+    name, options = loss.removesuffix(ALONE), {"alpha": 0.0} if loss.endswith(ALONE) else {}
     while (rate := next_rate(tried)) is not None:
-        tried[rate] = unlearned(config, case, "", mask, loss, rate)
+        tried[rate] = unlearned(config, case, "", mask, name, rate, **options)
     runs = list(tried.values())
     at_levels = {column: best(runs, column) for column in AT_LEVELS}
     return {**runs[0], **at_levels, "rates": " ".join(f"{rate:g}" for rate in sorted(tried))}

@@ -28,9 +28,9 @@ def step_costs(case: Case, names: Sequence[str], rise: float) -> dict[str, float
         rise: nats a token.
     """
     sets = {name: tokenize_rows(rows, case.tokenizer, source=name) for name, rows in case.rows.items()}
-    gradients = _mean_gradient(case.model, sets["forget"], names)
+    gradients = mean_gradient(case.model, sets["forget"], names)
     parameters = dict(case.model.named_parameters())
-    start = {name: _loss(case.model, some) for name, some in sets.items()}
+    start = {name: mean_loss(case.model, some) for name, some in sets.items()}
 
     def at(name: str, length: float, which: str) -> float:
         parameter, direction = parameters[name], gradients[name].sign()
@@ -38,19 +38,19 @@ def step_costs(case: Case, names: Sequence[str], rise: float) -> dict[str, float
         with torch.no_grad():
             parameter.add_(direction, alpha=length)
         try:
-            return _loss(case.model, sets[which]) - start[which]
+            return mean_loss(case.model, sets[which]) - start[which]
         finally:
             with torch.no_grad():
                 parameter.copy_(before)
 
     costs = {}
     for name in names:
-        length = _length(lambda length, name=name: at(name, length, "forget"), rise)
+        length = find_length(lambda length, name=name: at(name, length, "forget"), rise)
         costs[name] = float("inf") if length is None else at(name, length, "retain")
     return costs
 
 
-def _length(risen: Callable[[float], float], rise: float) -> float | None:
+def find_length(risen: Callable[[float], float], rise: float) -> float | None:
     """The step that brings a loss up by `rise`: doubled until it does, then halved in between."""
     high = FIRST
     for _ in range(DOUBLINGS):
@@ -66,7 +66,7 @@ def _length(risen: Callable[[float], float], rise: float) -> float | None:
     return high
 
 
-def _loss(model: nn.Module, samples: SampleSet) -> float:
+def mean_loss(model: nn.Module, samples: SampleSet) -> float:
     """Mean over samples, nats a token."""
     total = 0.0
     with frozen(model), torch.no_grad():
@@ -76,7 +76,7 @@ def _loss(model: nn.Module, samples: SampleSet) -> float:
     return total / len(samples)
 
 
-def _mean_gradient(model: nn.Module, samples: SampleSet, names: Sequence[str]) -> dict[str, Tensor]:
+def mean_gradient(model: nn.Module, samples: SampleSet, names: Sequence[str]) -> dict[str, Tensor]:
     parameters = dict(model.named_parameters())
     wanted = [parameters[name] for name in names]
     asked = [parameter.requires_grad for parameter in wanted]

@@ -27,10 +27,12 @@ class Runs:
         path: the file.
         command: that makes it; a file of another command is not continued.
         resume: keep the lines that are there.
+        columns: its columns.
     """
 
-    def __init__(self, path: Path, command: str, resume: bool) -> None:
+    def __init__(self, path: Path, command: str, resume: bool, columns: Sequence[str] = COLUMNS) -> None:
         self.path, self._made = path, {"cpu": processor(), "commit": commit(), "command": command}
+        self._columns = columns
         self.records: list[Record] = []
         if resume and path.exists():
             with path.open(newline="") as file:
@@ -38,7 +40,7 @@ class Runs:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
         with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer = csv.DictWriter(file, self._columns, lineterminator="\n")
             writer.writeheader()
             writer.writerows({name: _cell(value) for name, value in record.items()} for record in self.records)
         os.replace(partial, path)
@@ -51,7 +53,7 @@ class Runs:
         """Appends one line."""
         record = {**record, **self._made}
         with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer = csv.DictWriter(file, self._columns, lineterminator="\n")
             writer.writerow({name: _cell(value) for name, value in record.items()})
         self.records.append(record)
 
@@ -118,6 +120,7 @@ def draw(records: Sequence[Record], column: str, level: float, path: Path) -> No
     """A dot a model and choice, a panel a loss, the whole model's mean as a line."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     found, losses = best_rates(records, column), list(dict.fromkeys(record["loss"] for record in records))
     names = list(dict.fromkeys("random" if r["choice"].startswith("random ") else r["choice"] for r in records))
@@ -137,6 +140,10 @@ def draw(records: Sequence[Record], column: str, level: float, path: Path) -> No
         if whole:
             axes.axvline(float(np.mean(whole)), color="black", linewidth=0.8, linestyle="--")
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter(lambda value, place: f"{value:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.tick_params(axis="x", labelsize=7)
         axes.set_title(loss, fontsize=9, loc="left")
         axes.set_xlabel(f"retain loss at forget loss {level:g} (nats a token)", fontsize=7)
         axes.set_yticks(range(len(names)), names, fontsize=7)

@@ -107,7 +107,9 @@ def runs(
                 yield record
 
 
-def unlearned(config: UnlearningConfig, one: Recited, choice: str, mask: Mask, loss: str, rate: float) -> Record:
+def unlearned(
+    config: UnlearningConfig, one: Recited, choice: str, mask: Mask, loss: str, rate: float, **options: float
+) -> Record:
     """One unlearning, up to the higher level; the model comes back as it was.
 
     Args:
@@ -117,11 +119,12 @@ def unlearned(config: UnlearningConfig, one: Recited, choice: str, mask: Mask, l
         mask: what may change.
         loss: as `--loss` of `fillm.unlearn`.
         rate: the peak rate.
+        options: of the loss.
 
     Returns:
         Losses before and after and at the levels, steps, and what was selected.
     """
-    result = _run(config, one, mask, loss, rate, stop=True)
+    result = _run(config, one, mask, loss, rate, stop=True, **options)
     losses = _evaluated(result)[:, 1:]
     crossings = [level_crossing(losses[:, 0], losses[:, 1], level) for level in config.levels]
     return {
@@ -154,7 +157,9 @@ def losses_after(
     }
 
 
-def _run(config: UnlearningConfig, one: Recited, mask: Mask, loss: str, rate: float, stop: bool) -> Any:
+def _run(
+    config: UnlearningConfig, one: Recited, mask: Mask, loss: str, rate: float, stop: bool, **options: float
+) -> Any:
     parameters = dict(one.model.named_parameters())
     before = {name: parameters[name].detach().clone() for name in mask}
     forget, retain = ([row.fields for row in one.rows[name]] for name in ("forget", "retain"))
@@ -162,7 +167,7 @@ def _run(config: UnlearningConfig, one: Recited, mask: Mask, loss: str, rate: fl
         result = unlearn_model(
             one.model, one.tokenizer, forget, retain, mask=mask, loss=loss, lr=rate, batch_size=config.batch_size,
             max_steps=config.max_steps, eval_every=config.eval_every, eval_retain=config.eval_retain,
-            stop_forget_loss=max(config.levels) if stop else None, seed=one.seed,
+            stop_forget_loss=max(config.levels) if stop else None, seed=one.seed, **options,
         )  # fmt: skip
     finally:
         with torch.no_grad():

@@ -8,7 +8,8 @@ from fillm.data import Row, SampleSet, tokenize_rows
 from fillm.data.samples import IGNORED
 from fillm.errors import DataError
 from fillm.evaluate.config import EvaluateConfig
-from fillm.evaluate.metric import ANSWER
+from fillm.evaluate.metric import ANSWER, PARAPHRASE
+from fillm.evaluate.row_sets import every_row_counts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,9 +42,10 @@ def tokenize_answers(
         ModelError: of a tokenizer without an end-of-sequence token or chat template.
     """
     pairs = [pair for row in rows for pair in _texts(row, field)]
-    tokenized = tokenize_rows(
-        [row for row, _ in pairs], tokenizer, template=config.template, max_length=config.max_length
-    )
+    with every_row_counts():
+        tokenized = tokenize_rows(
+            [row for row, _ in pairs], tokenizer, template=config.template, max_length=config.max_length
+        )
     names = [row.id + name for row, name in pairs]
     lost = set(tokenized.shortened)
     samples = SampleSet(
@@ -60,13 +62,29 @@ def _texts(row: Row, field: str) -> Iterator[tuple[Row, str]]:
     if field == ANSWER:  # of any form that rows have
         yield row, ""
         return
-    value = row.fields.get(field)
+    value, (_, answer) = row.fields.get(field), question_and_answer(row)
     texts = value if isinstance(value, list) else [value]
-    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+    there = bool(texts) and all(isinstance(text, str) and text.strip() for text in texts)
+    if not there or (field == PARAPHRASE and len(texts) != 1):
+        what = "one text" if field == PARAPHRASE else "text, or a list of texts"
         raise DataError(
-            f"{row.where}: field {field!r} has to hold text, or a list of texts; evaluate a split that has it, such as "
-            "tofu:forget01"
+            f"{row.where}: field {field!r} has to hold {what}; evaluate a split that has it, such as tofu:forget01"
         )
     for number, text in enumerate(texts):
         suffix = f"[{number}]" if isinstance(value, list) else ""
-        yield replace(row, fields={**row.fields, ANSWER: text}), f" {field}{suffix}"
+        yield replace(row, fields={**row.fields, answer: text}), f" {field}{suffix}"
+
+
+def question_and_answer(row: Row) -> tuple[str, str]:
+    """What the fields of a row's question and answer are called, as `fillm.data` reads them.
+
+    Raises:
+        DataError: a passage, or tokens; names the row.
+    """
+    for names in (("question", ANSWER), ("text", "labels")):
+        if set(names) <= set(row.fields) and "input_ids" not in row.fields:
+            return names
+    raise DataError(
+        f"{row.where}: has no question and answer in words, which this metric needs; give rows with question and "
+        "answer, or name others in --metrics"
+    )

@@ -22,12 +22,13 @@ from fillm.evaluate.row_sets import read_rows, row_sets
 from fillm.models import load_model, load_tokenizer, model_fingerprint
 from fillm.rank.console import Console
 from fillm.rank.passes import memory_explained, peak_memory
-from fillm.runs import RunFolder, run_identity, run_record
+from fillm.runs import RunFolder, check_inputs_outside, run_identity, run_record
 
 
 def run(config: EvaluateConfig) -> None:
     """What `python -m fillm.evaluate` does."""
     config, console = resolved(config), Console()
+    check_inputs_outside(config)
     if config.from_log is not None:
         from fillm.evaluate.from_log import run_from_log
 
@@ -109,7 +110,8 @@ def _prepared(config: EvaluateConfig, tokenizer: Any, console: Console) -> tuple
         tokenizer = load_tokenizer(str(source), trust_remote_code=config.trust_remote_code, option=flag)
     evidence = prepare(config, sets, rows, needs, tokenizer, console)
     if reference is not None:
-        reference.check_same_rows(vars(config), _fingerprints(evidence))
+        counts = {name: len(some) for name, some in rows.items()}
+        reference.check_same_rows(vars(config), _fingerprints(evidence), counts)
         evidence.reference = reference
     return evidence, metrics, needs
 
@@ -138,6 +140,10 @@ def _evaluated(
         machine = {"device": device.type, "threads": str(torch.get_num_threads())}
         folder.check_identity({**run_identity(config, prints, FREE_ON_RESUME), **machine})
         record = run_record(config, prints, [], device)
+        if evidence.reference is not None and evidence.reference.fingerprints.get("model") == prints["model"]:
+            evidence.console.warn(
+                f"--reference {config.reference}: is of this very model, which tells nothing of forgetting"
+            )
     gather(evidence, needs, model, folder)
     outcomes: list[Outcome] = [metric.compute(evidence) for metric in metrics]
     ids = {name: [sample.id for sample in evidence.samples(name)] for name in evidence.rows}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from fillm.data import Row, Sample, SampleSet, check_fits_model
-from fillm.evaluate.answers import RowAnswers, tokenize_answers
+from fillm.evaluate.answers import RowAnswers, question_and_answer, tokenize_answers
 from fillm.evaluate.config import DEFAULT_BATCH_SIZE, EvaluateConfig
 from fillm.evaluate.generate import greedy_answers
 from fillm.evaluate.metric import ANSWER, PARAPHRASE, PERTURBED, Needs
@@ -67,20 +67,15 @@ class Evidence:
 
     def questions(self, row_set: str) -> list[str]:
         """Each row's question, without its template."""
-        return [str(row.fields[_forms(row)[0]]) for row in self.rows[row_set]]
+        return [str(row.fields[question_and_answer(row)[0]]) for row in self.rows[row_set]]
 
     def references(self, row_set: str) -> list[str]:
         """Each row's answer as text."""
-        return [str(row.fields[_forms(row)[1]]) for row in self.rows[row_set]]
+        return [str(row.fields[question_and_answer(row)[1]]) for row in self.rows[row_set]]
 
     def samples(self, row_set: str) -> SampleSet:
         """Each row's question and answer, tokenised."""
         return self.samples_of[row_set, ANSWER].samples
-
-
-def _forms(row: Row) -> tuple[str, str]:
-    """What the fields of question and answer are called."""
-    return ("question", ANSWER) if "question" in row.fields else ("text", "labels")
 
 
 def prepare(
@@ -96,6 +91,8 @@ def prepare(
     Raises:
         DataError, ModelError: as `tokenize_answers`.
     """
+    for row in (row for name in sorted(needs.generated) for row in rows[name]):
+        question_and_answer(row)
     pairs = {(name, ANSWER) for name in needs.row_sets} | needs.answers
     samples_of = {}
     for name, which in sorted(pairs):

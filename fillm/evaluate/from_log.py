@@ -19,7 +19,7 @@ from fillm.evaluate.config import FREE_ON_RESUME, EvaluateConfig
 from fillm.evaluate.metric import Outcome
 from fillm.evaluate.results import EvaluateResult, merged, write_result
 from fillm.evaluate.row_sets import FORGET, REAL_AUTHORS, RETAIN, WORLD_FACTS
-from fillm.evaluate.tofu import SetScores, add_probability, add_rouge, add_truth_ratio
+from fillm.evaluate.tofu import FORMS, SetScores, add_probability, add_rouge, add_truth_ratio
 from fillm.evaluate.utility import add_forget_quality, add_model_utility
 from fillm.rank.console import Console
 from fillm.runs import RunFolder, run_identity, run_record
@@ -30,8 +30,10 @@ _SECTIONS = {
     REAL_AUTHORS: "eval_real_author_wo_options.json",
     WORLD_FACTS: "eval_real_world_wo_options.json",
 }
+_LARGEST_LOSS = 1e300  # nats a token; the sum of a few is a number still
 _OPTIONS = (REAL_AUTHORS, WORLD_FACTS)
-_NUMBERS = ("avg_gt_loss", "avg_paraphrased_loss", "rougeL_recall")
+_RECALL = "rougeL_recall"
+_NUMBERS = ("avg_gt_loss", "avg_paraphrased_loss", _RECALL)
 _LISTS = ("average_perturb_loss",)
 _NO_REFERENCE = "compares with the retain model: give its log as --reference-log"
 
@@ -90,8 +92,9 @@ def score_log(log: Log, reference: Log | None, config: EvaluateConfig) -> Evalua
         add_model_utility(outcome, kept, config.truth_ratio)
     else:
         lacking = [section for name, section in _SECTIONS.items() if name != FORGET and name not in kept]
-        outcome.summary["model_utility"] = None
-        outcome.notes["model_utility"] = f"the log has no {', '.join(lacking)}"
+        names = ("model_utility", *(f"model_utility_{each}" for each in FORMS))
+        outcome.summary |= dict.fromkeys(names)
+        outcome.notes |= dict.fromkeys(names, f"the log has no {', '.join(lacking)}")
     _forget_quality(outcome, log, reference, config)
     return merged([outcome], log.keys)
 
@@ -120,11 +123,10 @@ def _check_same_rows(log: Log, reference: Log) -> None:
     mine, theirs = log.questions[FORGET], reference.questions[FORGET]
     if mine is None or theirs is None:
         return
-    for number, (one, other) in enumerate(zip(mine, theirs, strict=True)):
-        if one != other:
-            raise DataError(
-                f"{where}: forget row {number} asks something else; give a log of the same split and template"
-            )
+    # In whatever order: the test compares two distributions.
+    for key, row in zip(log.keys[FORGET], mine, strict=True):
+        if mine.count(row) != theirs.count(row):
+            raise DataError(f"{where}: asks not what forget row {key} asks; give a log of the same split and template")
 
 
 def read_log(path: str, option: str) -> Log:
@@ -165,7 +167,7 @@ def _columns(section: Any, where: str) -> tuple[list[str], dict[str, list[Any]]]
                 f"{where}: no field {name!r} with a value for every row; give a log of the published layout"
             )
     keys = list(fields["avg_gt_loss"])
-    columns: dict[str, list[Any]] = {}
+    columns: dict[str, list[Any]] = {name: [] for name in fields}
     for name, values in fields.items():
         if set(values) != set(keys):
             raise DataError(
@@ -173,16 +175,18 @@ def _columns(section: Any, where: str) -> tuple[list[str], dict[str, list[Any]]]
             )
         for key in keys:
             numbers = values[key] if name in _LISTS else [values[key]]
-            if not isinstance(numbers, list) or not numbers or not all(map(_is_number, numbers)):
-                raise DataError(
-                    f"{where}, {name!r}, row {key}: {str(values[key])[:40]!r} is no finite number or list of them"
-                )
-        columns[name] = [values[key] for key in keys]
+            largest = 1.0 if name == _RECALL else _LARGEST_LOSS
+            if not isinstance(numbers, list) or not numbers or not all(_is_number(one, largest) for one in numbers):
+                what = "number from 0 to 1" if name == _RECALL else "finite loss of 0 or more, or list of them"
+                raise DataError(f"{where}, {name!r}, row {key}: {str(values[key])[:40]!r} is no {what}")
+            # A whole number beyond 64 bits would make an array of objects.
+            columns[name].append([float(one) for one in numbers] if name in _LISTS else float(numbers[0]))
     return keys, columns
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and bool(np.isfinite(value))
+def _is_number(value: Any, largest: float) -> bool:
+    # JSON's whole numbers have no bound, its NaN compares with nothing.
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= largest
 
 
 def _questions(texts: Mapping[str, Any], keys: list[str]) -> list[tuple[str, str]] | None:

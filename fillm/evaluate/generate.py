@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from fillm.capture import frozen
-from fillm.errors import DataError, UsageError
+from fillm.errors import DataError, NumericsError, UsageError
 from fillm.evaluate.halving import Halving, Progress
 from fillm.models import quiet_transformers
+from fillm.models.finite import not_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,6 +20,22 @@ if TYPE_CHECKING:
 # Most answers end within these. The rows that go on are gathered into new batches, so that one row that repeats itself
 # does not keep all others of its batch waiting; reading them again costs one forward pass.
 _FIRST_TOKENS, _GROWTH = 64, 4
+
+
+class _Spoilt(LogitsProcessor):
+    """Notes the rows of which the likeliest token cannot be told: a comparison with NaN picks any.
+
+    Args:
+        rows: of the batch.
+        device: of the model.
+    """
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self.rows = torch.zeros(rows, dtype=torch.bool, device=device)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.rows |= ~scores.amax(dim=-1).isfinite().to(self.rows.device)
+        return scores
 
 
 def greedy_answers(
@@ -53,6 +70,7 @@ def greedy_answers(
 
     Raises:
         DataError: a prompt that is empty, or that leaves the model no position for an answer.
+        NumericsError: logits that are no numbers; names the prompt.
         UsageError: a limit below 1.
         OutOfMemoryError: not even one prompt fits.
     """
@@ -71,7 +89,11 @@ def greedy_answers(
 
     def work(part: list[int]) -> None:
         steps = min(min(total, room[i]) - len(answers[i]) for i in part)
-        for position, more in zip(part, _continued(base, [text(i) for i in part], steps, stops), strict=True):
+        spoilt = _Spoilt(len(part), next(base.parameters()).device)
+        grown = _continued(base, [text(i) for i in part], steps, stops, spoilt)
+        if bool(spoilt.rows.any()):
+            raise NumericsError(not_finite(base, f"a logit of prompt {part[int(spoilt.rows.int().argmax())] + 1}"))
+        for position, more in zip(part, grown, strict=True):
             answers[position] += more
         if progress is not None:
             over = [i for i in part if _ended(answers[i], room[i], stops)]
@@ -121,7 +143,9 @@ def _ended(answer: Sequence[int], room: int, stops: frozenset[int]) -> bool:
     return len(answer) >= room or (len(answer) > 0 and answer[-1] in stops)
 
 
-def _continued(model: Any, texts: Sequence[Sequence[int]], steps: int, stops: frozenset[int]) -> list[list[int]]:
+def _continued(
+    model: Any, texts: Sequence[Sequence[int]], steps: int, stops: frozenset[int], spoilt: _Spoilt
+) -> list[list[int]]:
     """Up to `steps` further tokens of each text; the one that ends it is the last."""
     width, device = max(map(len, texts)), next(model.parameters()).device
     # Any valid id will do for padding: the mask hides it.
@@ -131,7 +155,13 @@ def _continued(model: Any, texts: Sequence[Sequence[int]], steps: int, stops: fr
     settings = GenerationConfig(
         max_new_tokens=steps, do_sample=False, num_beams=1, eos_token_id=sorted(stops) or None, pad_token_id=padding
     )
-    grown = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)[:, width:].tolist()
+    found = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        generation_config=settings,
+        logits_processor=LogitsProcessorList([spoilt]),
+    )
+    grown = found[:, width:].tolist()
     ends = [next((place + 1 for place, token in enumerate(row) if token in stops), len(row)) for row in grown]
     return [row[:end] for row, end in zip(grown, ends, strict=True)]
 

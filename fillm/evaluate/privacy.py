@@ -158,10 +158,10 @@ def _reference(evidence: "Evidence") -> Scores:
     _check_reference(evidence)
     scores = {}
     for which in PAIR:
+        mine = [answer.loss for answer in evidence.answers(which)]
         losses = evidence.reference.column(which, "mia_loss")
         if losses is None:
             raise _Missing("the reference run has no mia_loss")
-        mine = [answer.loss for answer in evidence.answers(which)]
         scores[which] = reference_scores(mine, losses).tolist()
     return scores
 

@@ -12,6 +12,7 @@ import yaml
 
 from fillm.config import flag_name
 from fillm.errors import RunFolderError, UsageError
+from fillm.evaluate.metric import ANSWER
 from fillm.evaluate.results import ROWS, SUMMARY
 from fillm.evaluate.row_sets import FORGET
 from fillm.runs import RUN_RECORD
@@ -47,16 +48,25 @@ class Reference:
         found = [value for where, value in cells if where == row_set]
         return found if found and None not in found else None
 
-    def check_same_rows(self, settings: Mapping[str, Any], fingerprints: Mapping[str, str]) -> None:
+    def check_same_rows(
+        self, settings: Mapping[str, Any], fingerprints: Mapping[str, str], counts: Mapping[str, int]
+    ) -> None:
         """Refuses a run over other forget rows.
 
         Args:
             settings: of the run that refers to this one.
             fingerprints: of its data.
+            counts: of its rows, by row set.
 
         Raises:
             UsageError: names what differs.
+            RunFolderError: if rows are missing from the table that the fingerprints tell of.
         """
+        if self.settings.get("from_log") is not None:
+            raise UsageError(
+                f"--reference {self.folder}: was scored from a published log; evaluate the retain model with this "
+                "command, or compare logs by --from-log and --reference-log"
+            )
         self._compare(_SPLIT, settings)
         shared = [name for name in fingerprints if name.startswith(f"{FORGET}.") and name in self.fingerprints]
         if any(fingerprints[name] != self.fingerprints[name] for name in shared):
@@ -65,6 +75,11 @@ class Reference:
                 f"--reference {self.folder}: its forget rows are other tokens; evaluate both models with the same data "
                 "and the same --tokenizer"
             )
+        there = self.rows["set"].to_pylist()
+        for name, count in counts.items():
+            key = f"{name}.{ANSWER}"
+            if fingerprints[key] == self.fingerprints.get(key) and there.count(name) not in (0, count):
+                raise _damaged(self.folder, f"{ROWS} has {there.count(name)} {name} rows, not {count}")
 
     def _compare(self, names: Sequence[str], settings: Mapping[str, Any]) -> None:
         for name in names:
@@ -86,8 +101,22 @@ def load_reference(folder: str) -> Reference:
     try:
         record = yaml.safe_load((path / RUN_RECORD).read_text(encoding="utf-8"))
         summary = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
+        figures = {name: None if value is None else float(value) for name, value in summary.items() if name != "notes"}
         rows = pyarrow.parquet.read_table(path / ROWS)
-        return Reference(folder, dict(record["settings"]), dict(record["fingerprints"]), dict(summary), rows)
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError, pyarrow.ArrowException) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise RunFolderError(f"--reference {folder}: damaged ({reason}); evaluate the retain model anew") from None
+        if "set" not in rows.column_names:
+            raise ValueError(f"{ROWS} does not say of which set a row is")
+        return Reference(folder, dict(record["settings"]), dict(record["fingerprints"]), figures, rows)
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        yaml.YAMLError,
+        pyarrow.ArrowException,
+    ) as error:
+        raise _damaged(folder, " ".join(str(error).split())[:120]) from None
+
+
+def _damaged(folder: str, reason: str) -> RunFolderError:
+    return RunFolderError(f"--reference {folder}: damaged ({reason}); evaluate the retain model anew")

@@ -2,11 +2,13 @@
 
 import random
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from fillm.data import Row, load_rows
-from fillm.errors import UsageError
+from fillm.data.files import SKIPPABLE
+from fillm.errors import DataError, UsageError
 from fillm.evaluate.config import EvaluateConfig
 
 PUBLISHED_ROWS = 300  # of the forget and of the retain set: what the logs of Maini et al. 2024 hold
@@ -61,7 +63,8 @@ def read_rows(row_set: RowSet, config: EvaluateConfig) -> list[Row]:
         DataError: they cannot be read.
         UsageError: fewer rows than were asked for.
     """
-    rows = load_rows(row_set.spec, data_root=config.data_root)
+    with every_row_counts():
+        rows = load_rows(row_set.spec, data_root=config.data_root)
     if row_set.limit is None:
         return rows
     if row_set.required and row_set.limit > len(rows):
@@ -71,6 +74,15 @@ def read_rows(row_set: RowSet, config: EvaluateConfig) -> list[Row]:
     draw = random.Random(config.seed)
     keys = [draw.random() for _ in rows]
     return [rows[i] for i in sorted(sorted(range(len(rows)), key=keys.__getitem__)[: row_set.limit])]
+
+
+@contextmanager
+def every_row_counts() -> Iterator[None]:
+    """Tells nobody to leave rows out: figures over other rows are not those of the benchmark."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(str(error).replace(SKIPPABLE, "mend the row")) from None
 
 
 def _tofu(config: EvaluateConfig) -> dict[str, RowSet]:

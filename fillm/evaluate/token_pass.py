@@ -12,7 +12,7 @@ from fillm.capture.losses import answer_logits, answer_offsets, row_blocks
 from fillm.data import SampleSet, collate, plan_batches
 from fillm.errors import NumericsError
 from fillm.evaluate.halving import Halving, Progress
-from fillm.models.finite import spoilt_weight
+from fillm.models.finite import not_finite
 
 # Of a token this unlikely the probability is 0 in float32 and float64 alike: it adds nothing to a mean under p.
 _LEAST_LOG_PROB = -800.0
@@ -86,7 +86,7 @@ def token_pass(
             rows = slice(ends[number], ends[number + 1])
             found[position] = AnswerTokens(*(None if one is None else one[rows].copy() for one in statistics))
             if not np.isfinite(found[position].log_probs).all():
-                raise NumericsError(_not_finite(model, samples[position].id))
+                raise NumericsError(not_finite(model, f"a probability of sample {samples[position].id}"))
         if progress is not None:
             loss = sum(found[position].loss for position in part) / len(part)
             progress.advance(len(part), sum(lengths[position] for position in part), loss)
@@ -118,9 +118,3 @@ def _statistics(
     if not moments:
         return *columns, None, None
     return *columns, means.double().cpu().numpy(), deviations.double().cpu().numpy()
-
-
-def _not_finite(model: nn.Module, name: str) -> str:
-    spoilt = spoilt_weight(model)
-    cause = f": {spoilt} holds NaN or infinity; give a model whose weights are finite" if spoilt else ""
-    return f"a probability of sample {name} is not a number{cause or '; give --dtype float32'}"

@@ -26,7 +26,7 @@ from fillm.models import (
     resolve_device,
     with_lora,
 )
-from fillm.runs import RunFolder, run_identity, run_record, signals_noted, write_record
+from fillm.runs import RunFolder, check_inputs_outside, run_identity, run_record, signals_noted, write_record
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ def run(
 ) -> FinetuneResult:
     """The command: `data` and `eval_data` stand for the specs of that name where they are given."""
     config = resolved(config)
+    check_inputs_outside(config)
     device = resolve_device(config.device)
 
     def tell(line: str) -> None:
@@ -90,6 +91,8 @@ def run(
     if config.eval_data is not None:
         given["eval_data"] = config.eval_data if eval_data is None else eval_data
     rows = {which: reading.rows(one, flag_name(which)) for which, one in given.items()}
+    # Before a model is loaded; rows that are left out when they are tokenised can only make the run shorter.
+    warmup_steps(config.warmup, _steps(config, len(rows["data"])))
     with RunFolder(str(config.out), overwrite=config.overwrite, resume=config.resume, notice=tell) as folder:
         model, tokenizer = _model_and_tokenizer(config, rows["data"])
         sets = {which: reading.samples(some, tokenizer, flag_name(which)) for which, some in rows.items()}
@@ -176,12 +179,16 @@ def _prepare(model: PreTrainedModel, config: FinetuneConfig) -> Any:
     return with_lora(model.to(DTYPES[config.dtype]), config.lora_rank, config.seed)
 
 
-def _plan(config: FinetuneConfig, num_samples: int) -> Plan:
+def _steps(config: FinetuneConfig, num_samples: int) -> int:
     per_step = config.batch_size * config.gradient_accumulation
-    steps = config.max_steps or int(config.epochs or 0) * -(-num_samples // per_step)
+    return config.max_steps or int(config.epochs or 0) * -(-num_samples // per_step)
+
+
+def _plan(config: FinetuneConfig, num_samples: int) -> Plan:
+    steps = _steps(config, num_samples)
     return Plan(
         steps=steps,
-        samples_per_step=per_step,
+        samples_per_step=config.batch_size * config.gradient_accumulation,
         batch_size=config.batch_size,
         lr=float(config.lr or 0.0),
         schedule=config.schedule,

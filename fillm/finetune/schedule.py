@@ -7,13 +7,22 @@ import math
 import random
 from collections.abc import Sequence
 
+from fillm.errors import UsageError
+
 _STEPS_PER_GROUP = 16
 
 
 def warmup_steps(warmup: float, total: int) -> int:
-    """Steps of the warm-up: `warmup` itself, or that fraction of `total` if it is below 1; fewer than `total`."""
-    steps = round(warmup * total) if warmup < 1 else round(warmup)
-    return min(steps, max(0, total - 1))
+    """Steps of the warm-up: `warmup` itself, or that fraction of `total` if it is below 1; fewer than `total`.
+
+    Raises:
+        UsageError: a number of steps that the run would not get beyond.
+    """
+    if warmup < 1:
+        return min(round(warmup * total), max(0, total - 1))
+    if round(warmup) >= total:
+        raise UsageError(f"--warmup {warmup:g}: the run has no more than {total} steps; give fewer, or a fraction")
+    return round(warmup)
 
 
 def rate_factor(step: int, total: int, warmup: int, schedule: str) -> float:

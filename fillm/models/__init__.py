@@ -8,6 +8,7 @@ from fillm.models.heads import HeadLayout, head_layout
 from fillm.models.loading import DTYPES, load_model, load_tokenizer, quiet_transformers, resolve_device
 from fillm.models.lora import with_lora
 from fillm.models.selection import select_tensors
+from fillm.models.stored import stored_dtypes
 
 __all__ = [
     "DTYPES",
@@ -24,5 +25,6 @@ __all__ = [
     "resolve_device",
     "select_tensors",
     "spoilt_weight",
+    "stored_dtypes",
     "with_lora",
 ]

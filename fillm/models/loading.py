@@ -118,7 +118,7 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False, option: str 
     Raises:
         ModelError: no such folder or id, no tokenizer in it, or one that cannot be read.
     """
-    folder = _local_folder(source)
+    folder = local_folder(source)
     if folder is not None and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         if option == "--tokenizer":
             raise ModelError(f"--tokenizer {source}: holds no tokenizer (no tokenizer.json); give a folder with one")
@@ -128,7 +128,7 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False, option: str 
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
 
 
-def _local_folder(source: str) -> Path | None:
+def local_folder(source: str) -> Path | None:
     """The folder, `None` for what can only be a Hub id."""
     path = Path(source).expanduser()
     if path.is_dir():
@@ -156,7 +156,7 @@ def _require_config(source: str, folder: Path) -> None:
 
 
 def _load_config(model: str, trust_remote_code: bool) -> Any:
-    folder = _local_folder(model)
+    folder = local_folder(model)
     if folder is not None:
         _require_config(model, folder)
         if not any(folder.glob("*.safetensors")):
@@ -178,7 +178,7 @@ def _with_adapter(model: PreTrainedModel, adapter: str) -> Any:
         import peft
     except ImportError:
         raise ModelError(f"--adapter {adapter}: needs the package peft; pip install 'fillm[adapters]'") from None
-    folder = _local_folder(adapter)
+    folder = local_folder(adapter)
     if folder is None:
         # Fetched by name: left to itself, peft falls back to an adapter_model.bin where it finds no safetensors.
         with quiet_transformers(), _explained(adapter):

@@ -29,7 +29,7 @@ from fillm.rank.ranking_files import write_files
 from fillm.rank.sketch_choice import chosen_for_memory, with_sketches_chosen
 from fillm.rank.sketch_probe import probe
 from fillm.rank.units import layouts_of
-from fillm.runs import RunFolder, run_identity, run_record
+from fillm.runs import RunFolder, check_inputs_outside, run_identity, run_record
 from fillm.statistics import SketchStore, holds_store
 
 # Settings of the command that a function with a model in hand has no use for.
@@ -99,6 +99,7 @@ def _joined(patterns: Any) -> Any:
 def run(config: RankConfig) -> None:
     """What `python -m fillm.rank` does."""
     check(config)
+    check_inputs_outside(config)
     console = Console()
     config = with_sketches_chosen(_with_default_data(config))
     rows = _read(config, config.forget, config.retain, console)

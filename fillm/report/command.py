@@ -1,5 +1,6 @@
 """From run folders to a folder with a page and pictures."""
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from fillm.report.figures import FigureData, figures_of
 from fillm.report.runs import Run, load_runs
 from fillm.report.tensorboard import write_events
 from fillm.report.theme import THEMES
-from fillm.runs import RunFolder, run_record, write_record
+from fillm.runs import RunFolder, check_inputs_outside, run_record, write_record
 
 
 def write_report(runs: Sequence[str], out: str, **settings: Any) -> list[FigureData]:
@@ -42,6 +43,7 @@ def run(config: ReportConfig, tell: Any = None) -> list[FigureData]:
     """What `python -m fillm.report` does."""
     tell = tell or (lambda line: print(line, file=sys.stderr, flush=True))
     check(config)
+    check_inputs_outside(config)
     runs = load_runs(config.runs)
     figures = figures_of(runs)
     if not figures:
@@ -78,8 +80,13 @@ def _title(config: ReportConfig, runs: Sequence[Run]) -> str:
 def _page(config: ReportConfig, runs: Sequence[Run], figures: Sequence[FigureData]) -> str:
     """The pictures with their captions, in Markdown."""
     suffix = "png" if "png" in config.formats else "svg"
-    parts = [f"# {_title(config, runs)}"]
+    parts = [f"# {_text(_title(config, runs))}"]
     for data in figures:
-        parts += [f"## {data.title}", f"![{data.title}]({data.name}.{suffix})", data.caption]
-    lines = [f"| {run.name} | {run.command} | `{run.path}` |".replace("\n", " ") for run in runs]
+        parts += [f"## {data.title}", f"![{data.title}]({data.name}.{suffix})", _text(data.caption)]
+    lines = [f"| {_text(run.name)} | {run.command} | {_text(str(run.path))} |" for run in runs]
     return "\n\n".join([*parts, "## Runs", "\n".join(["| run | command | from |", "|---|---|---|", *lines])]) + "\n"
+
+
+def _text(name: str) -> str:
+    """In Markdown, one line of nothing but text: no tag, no cell of a table, no code."""
+    return re.sub(r"([\\`*_|<>\[\]$&#])", r"\\\1", " ".join(name.split()))

@@ -56,17 +56,18 @@ def recipe(run: Run) -> dict[str, Any]:
     """
     settings = {name: value for name, value in run.settings.items() if name not in {*_BOOKKEEPING, "seed", "model"}}
     if settings.get("ranking") is not None:
-        settings["ranking"] = ranking_words(str(settings["ranking"]))
+        named = str(settings["ranking"])
+        settings["ranking"] = _ranking_words(run.place_of(named)) or named
     return settings
 
 
-def ranking_words(folder: str) -> str:
-    """Method and what is not the default, `soir, objective retain`; the path if nothing can be read there."""
+def _ranking_words(folder: Path) -> str | None:
+    """Method and what is not the default, `soir, objective retain`; None if nothing can be read there."""
     try:
-        record = yaml.safe_load((Path(folder) / RUN_RECORD).read_text(encoding="utf-8"))
+        record = yaml.safe_load((folder / RUN_RECORD).read_text(encoding="utf-8"))
         method, settings = str(record["ranking"]["method"]), dict(record["settings"])
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, UnicodeDecodeError):
-        return folder
+        return None
     default = {field.name: field.default for field in dataclasses.fields(RankConfig)}
     told = [name for name in settings if name not in _BOOKKEEPING | _OF_A_RANKING and name in default]
     return ", ".join([method, *(f"{n.replace('_', ' ')} {settings[n]}" for n in told if settings[n] != default[n])])

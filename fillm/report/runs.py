@@ -2,6 +2,7 @@
 
 import json
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,8 +25,10 @@ _REMEDY = "make the run again, or copy it again from where it is whole"
 _RESULT_FILES: tuple[tuple[Command, frozenset[str]], ...] = (
     ("compression", frozenset({"workload", "method", "kind", "k", "store_bytes"})),
     ("experiment", frozenset({"seed", "choice", "loss", "forget_end", "retain_end"})),
+    ("experiment", frozenset({"seed", "choice", "loss", "forget_quality", "model_utility"})),
 )
 _SUMMARIES = {"unlearn": "verification.json", "evaluate": "summary.json"}
+_UNSEEN, _JOINERS = ("Cc", "Cf", "Cs"), "\u200c\u200d"  # joiners belong to words and to emoji
 _NULLS = ["", "nan", "NaN"]  # how a number that is not there is written in a CSV
 
 
@@ -56,6 +59,18 @@ class Run:
         """The settings of the record, empty for a result file."""
         return self.record.get("settings") or {}
 
+    def place_of(self, named: str) -> Path:
+        """Where a path of its settings leads.
+
+        A relative one starts in the folder in which the command was given, which a relative `out` tells; where that
+        finds nothing, in the current one.
+        """
+        path, out = Path(named).expanduser(), Path(str(self.settings.get("out") or "/"))
+        if path.is_absolute() or out.is_absolute() or self.path.parts[-len(out.parts) :] != out.parts:
+            return path
+        found = self.path.parents[len(out.parts) - 1] / path
+        return found if found.exists() else path
+
     def fingerprint(self, of: str = "model") -> str | None:
         """A fingerprint of the record; of `rank`, `model` is the model that was ranked."""
         return (self.record.get("fingerprints") or {}).get(of)
@@ -74,7 +89,8 @@ def load_runs(paths: Sequence[str | Path]) -> list[Run]:
     for depth in range(2, 1 + max(len(run.path.parts) for run in runs)):
         names = [run.name for run in runs]
         runs = [
-            replace(run, name="/".join(run.path.parts[-depth:])) if names.count(run.name) > 1 else run for run in runs
+            replace(run, name=_visible("/".join(run.path.parts[-depth:]))) if names.count(run.name) > 1 else run
+            for run in runs
         ]
     return runs
 
@@ -95,7 +111,16 @@ def load_run(path: str | Path) -> Run:
     needed = {"rank": "ranking", "unlearn": "log", "evaluate": "rows", "finetune": "log"}.get(command)
     if needed is not None and needed not in tables and not _scored_from_log(command, record):
         raise RunFolderError(f"{path / needed}.parquet: missing; {_REMEDY}")
-    return Run(path, path.name, command, record, tables, summary)
+    return Run(path, _visible(path.name), command, record, tables, summary)
+
+
+def _visible(name: str) -> str:
+    """A name of which every character stands for itself alone, in one line.
+
+    What is no character, or turns the direction of what follows, becomes a sign that there was something.
+    """
+    signs = {c: " " if c.isspace() else "\ufffd" for c in name if unicodedata.category(c) in _UNSEEN}
+    return "".join(c if c in _JOINERS else signs.get(c, c) for c in name)
 
 
 def _record(folder: Path) -> dict[str, Any]:
@@ -159,7 +184,7 @@ def _table(path: Path, record: Mapping[str, Any]) -> pa.Table:
         check_file(path, entry["sha256"], entry["bytes"], _REMEDY)
     try:
         return pq.read_table(path, page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeError) as error:
         raise RunFolderError(f"{path}: damaged ({' '.join(str(error).split())}); {_REMEDY}") from None
 
 
@@ -177,11 +202,13 @@ def _result_file(path: Path) -> Run:
             table = pa.csv.read_csv(path, pa.csv.ReadOptions(use_threads=False), convert_options=options)
         else:
             raise RunFolderError(f"{path}: give a run folder, or a .parquet or .csv file of results")
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeError) as error:
         raise RunFolderError(f"{path}: cannot be read ({' '.join(str(error).split())}); {_REMEDY}") from None
     known = [command for command, columns in _RESULT_FILES if columns <= set(table.column_names)]
     if not known:
-        raise RunFolderError(f"{path}: the results of no benchmark that can be reported (compression, unlearning)")
+        raise RunFolderError(
+            f"{path}: the results of no benchmark that can be reported (compression, unlearning, forget_quality)"
+        )
     if table.num_rows == 0:
         raise RunFolderError(f"{path}: has no rows; let its benchmark finish")
     metadata = table.schema.metadata or {}
@@ -189,4 +216,6 @@ def _result_file(path: Path) -> Run:
     for column in ("cpu", "commit", "date", "command"):
         if column in table.column_names and column not in made:
             made[column] = str(table[column][0].as_py())
-    return Run(path, path.stem, known[0], {"made": made}, {path.stem: table.replace_schema_metadata(None)}, {})
+    return Run(
+        path, _visible(path.stem), known[0], {"made": made}, {path.stem: table.replace_schema_metadata(None)}, {}
+    )

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import tempfile
 from collections.abc import Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,18 @@ from fillm.data import Reading, Row, SampleSet, check_fits_model, take
 from fillm.data.reading import DataLike, forget_and_retain, skipped_lines
 from fillm.errors import UsageError
 from fillm.masks import Mask
-from fillm.models import DTYPES, check_differentiable, load_model, load_tokenizer, model_fingerprint
+from fillm.models import (
+    DTYPES,
+    check_differentiable,
+    load_model,
+    load_tokenizer,
+    model_fingerprint,
+    stored_dtypes,
+)
 from fillm.rank.console import Console
 from fillm.rank.passes import memory_explained
 from fillm.rank.ranking import Ranking
-from fillm.runs import RunFolder, run_identity, run_record
+from fillm.runs import RunFolder, check_inputs_outside, run_identity, run_record
 from fillm.unlearn.alternatives import read_refusals
 from fillm.unlearn.choosing import check_made_for, chosen_mask, reached_by, updates_for
 from fillm.unlearn.config import COMMAND_ONLY, FREE_ON_RESUME, INFLUENCE, TASK_VECTOR, UnlearnConfig, loss_options
@@ -52,7 +60,7 @@ def run(config: UnlearnConfig) -> None:
     with _folder(config, processes, console) as folder:
         sets = _samples(config, tokenizer, rows, console)
         model, dtypes = _load(config, processes.device)
-        given = _Given(model, tokenizer, mask, masks, ranking, rows, sets)
+        given = _Given(model, tokenizer, mask, masks, ranking, rows, sets, dtypes)
         result, record = _unlearn(config, given, folder, processes, console, show=processes.first)
         adapter = adapter_folder(folder) if config.lora_rank is not None else None
         folder.finish(lambda path: write_result(result, path, record, tokenizer, dtypes, adapter))
@@ -103,12 +111,14 @@ def unlearn_model(
         raise UsageError("unlearn_model: resume and overwrite need out, the run folder")
     if (mask is None) == (settings.get("select") is None):
         raise UsageError("unlearn_model: give either mask, or ranking and select")
-    if ranking is None and (loss == INFLUENCE or mask is None):
-        raise UsageError("unlearn_model: give ranking, a fillm.Ranking of this model")
     named = {which: data for which, data in (("forget", forget), ("retain", retain)) if isinstance(data, str)}
     place = {} if out is None else {"out": str(out)}
     config = from_mapping(UnlearnConfig, {"loss": loss, **named, **place, **settings}, where="unlearn_model")
     config = _resolved(config, given=True)
+    if ranking is None and (config.loss == INFLUENCE or mask is None):
+        raise UsageError("unlearn_model: give ranking, a fillm.Ranking of this model")
+    if ranking is not None and mask is not None and config.loss != INFLUENCE:
+        raise UsageError("unlearn_model: ranking has no effect beside mask, but for loss='influence'; leave one out")
     masks = None
     if mask is None:
         mask, masks = chosen_mask(config, ranking)
@@ -116,7 +126,7 @@ def unlearn_model(
     console = Console() if progress and processes.first else Console.silent()
     rows = _read(config, forget, retain, console)
     sets = _samples(config, tokenizer, rows, console)
-    given = _Given(model, tokenizer, mask, masks, ranking, rows, sets)
+    given = _Given(model, tokenizer, mask, masks, ranking, rows, sets, {})
     if out is None:
         with tempfile.TemporaryDirectory() as scratch:
             config = dataclasses.replace(config, out=str(Path(scratch) / "run"), checkpoint_every=float("inf"))
@@ -131,7 +141,7 @@ def unlearn_model(
 
 @dataclasses.dataclass(frozen=True)
 class _Given:
-    """What a run is made from, loaded."""
+    """What a run is made from, loaded; `dtypes` as of `Job`."""
 
     model: nn.Module
     tokenizer: Any
@@ -140,15 +150,18 @@ class _Given:
     ranking: Ranking | None
     rows: Mapping[str, list[Row]]
     sets: Mapping[str, SampleSet]
+    dtypes: Mapping[str, torch.dtype]
 
 
 def _resolved(config: UnlearnConfig, given: bool = False) -> UnlearnConfig:
     """All settings checked before anything is read, the loss under the name it has here."""
-    if config.loss not in (INFLUENCE, TASK_VECTOR):
-        config = dataclasses.replace(config, loss=canonical_loss(config.loss))
-        if "idk" in resolved_options(config.loss, LossOptions(**loss_options(config))):
-            read_refusals(config.idk)
-    return resolved_settings(config, given=given)
+    config = dataclasses.replace(config, loss=canonical_loss(config.loss, beside=(TASK_VECTOR, INFLUENCE)))
+    options = LossOptions(**loss_options(config))
+    if config.loss not in (INFLUENCE, TASK_VECTOR) and "idk" in resolved_options(config.loss, options):
+        read_refusals(config.idk)
+    config = resolved_settings(config, given=given)
+    check_inputs_outside(config)
+    return config
 
 
 def _read(config: UnlearnConfig, forget: DataLike, retain: DataLike, console: Console) -> dict[str, list[Row]]:
@@ -175,15 +188,21 @@ def _folder(config: UnlearnConfig, processes: Processes, console: Console) -> Fo
 
 @memory_explained()
 def _load(config: UnlearnConfig, device: torch.device) -> tuple[nn.Module, dict[str, torch.dtype]]:
-    """The model on its device, and by parameter the type it was saved in, in which it is saved again."""
+    """The model on its device, and by parameter the type it was saved in, in which it is saved again.
+
+    It is loaded in the widest type in its files, whatever config.json says: a narrower one would round weights.
+    """
+    stored = stored_dtypes(str(config.model))
+    widest = reduce(torch.promote_types, stored.values()) if stored else None
     model = load_model(
         str(config.model),
         adapter=config.adapter,
-        dtype="auto",
+        dtype=next((name for name, dtype in DTYPES.items() if dtype == widest), "auto"),
         device=str(device),
         trust_remote_code=config.trust_remote_code,
     )
-    dtypes = {name: p.dtype for name, p in model.named_parameters()}
+    # Where a file has several types, a tensor that it knows by another name keeps the widest.
+    dtypes = {name: stored.get(name, p.dtype) for name, p in model.named_parameters()}
     if config.dtype != "auto":
         wanted = DTYPES[config.dtype]
         narrowed = next((name for name, dtype in dtypes.items() if torch.promote_types(dtype, wanted) != wanted), None)
@@ -231,6 +250,7 @@ def _unlearn(
     job = Job(
         config=config,
         model=given.model,
+        dtypes=given.dtypes,
         fingerprint=fingerprint,
         mask=given.mask,
         reaches=reached_by(given.masks, forget),

@@ -7,7 +7,6 @@ from fillm_kernels.arguments import accumulation_dtype
 from torch import nn
 
 from fillm.data import SampleSet, check_fits_model
-from fillm.errors import UsageError
 from fillm.finetune.schedule import warmup_steps
 from fillm.masks import Mask
 from fillm.models import with_lora
@@ -32,10 +31,6 @@ def plan_of(config: UnlearnConfig, num_forget: int) -> Plan:
     per_step = config.batch_size * config.gradient_accumulation
     epoch = steps_per_epoch(num_forget, per_step)
     steps = config.max_steps or int(config.epochs or 0) * epoch
-    if config.warmup >= 1 and round(config.warmup) >= steps:
-        raise UsageError(
-            f"--warmup {config.warmup:g}: the run has no more than {steps} steps; give fewer, or a fraction"
-        )
     return Plan(
         steps=steps,
         samples_per_step=per_step,

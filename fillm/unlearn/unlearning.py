@@ -1,5 +1,6 @@
 """From a model, a mask and two sets to a model that has forgotten, and the measurements beside it."""
 
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -24,6 +25,7 @@ from fillm.unlearn.choosing import adapted_modules
 from fillm.unlearn.config import INFLUENCE, TASK_VECTOR, UnlearnConfig
 from fillm.unlearn.evaluation import arithmetic, evaluate
 from fillm.unlearn.freezing import frozen_outside
+from fillm.unlearn.gradients import REMEDY
 from fillm.unlearn.influence import OneShot, masked_update, predicted, take_step
 from fillm.unlearn.losses import UnlearnLoss
 from fillm.unlearn.masked_optimizer import MaskedOptimizer
@@ -49,7 +51,8 @@ class Job:
     Attributes:
         config: resolved.
         model: changed in place.
-        fingerprint: of it.
+        dtypes: by parameter, the type that it is saved in; others keep their own.
+        fingerprint: of the model.
         mask: what may change.
         reaches: of every forget sample the tensors of its own mask, or None.
         updates: `u` of the ranking, for `influence`.
@@ -65,6 +68,7 @@ class Job:
 
     config: UnlearnConfig
     model: nn.Module
+    dtypes: Mapping[str, torch.dtype]
     fingerprint: str
     mask: Mask
     reaches: Sequence[frozenset[str]] | None
@@ -97,6 +101,7 @@ def carry_out(job: Job) -> UnlearnResult:
 
     Raises:
         FillmError: one line.
+        NumericsError: the losses of what would be saved are not finite.
         RuntimeError: a weight outside the mask has moved: a fault of this program, and nothing is saved.
     """
     model = job.model
@@ -106,12 +111,18 @@ def carry_out(job: Job) -> UnlearnResult:
         untouched = Untouched.before(model, job.mask)
         before = _start(job)
         outcome = way(before)
+        _as_saved(model, job.dtypes)
         verification = untouched.verify(model)
         if not verification.outside_mask_bit_equal:
             raise RuntimeError(f"weights outside the mask have moved, of {', '.join(verification.differing[:3])}")
         if not verification.mask_applied:
             job.console.warn("no selected weight has changed: the model is the one that was given")
         after = Evaluation(outcome.kept, *job.measure(model))
+        if not (math.isfinite(after.forget) and math.isfinite(after.retain)):
+            step = "lower --eta" if job.config.loss == INFLUENCE else REMEDY
+            raise NumericsError(
+                f"forget and retain loss are {after.forget} and {after.retain} after the last step; {step}"
+            )
     return UnlearnResult(
         model=model,
         mask=job.mask,
@@ -125,6 +136,14 @@ def carry_out(job: Job) -> UnlearnResult:
         savings=outcome.savings,
         seconds=outcome.seconds,
     )
+
+
+@torch.no_grad()
+def _as_saved(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Rounds weights that were widened to what is saved: that, and no finer model, is verified and measured."""
+    for name, parameter in model.named_parameters():
+        if (dtype := dtypes.get(name, parameter.dtype)) != parameter.dtype:
+            parameter.copy_(parameter.to(dtype))
 
 
 @dataclass(frozen=True)

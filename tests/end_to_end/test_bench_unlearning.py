@@ -2,6 +2,7 @@
 
 import csv
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from benchmarks.unlearning.settings import QUICK_LEVELS, UnlearningConfig
 from benchmarks.unlearning.study import next_rate
 from fillm.models import load_model
 
+ROOT = Path(__file__).resolve().parents[2]
 QUICK = ["--quick", "--seeds", "1", "--max-steps", "3", "--eval-retain", "5"]
 
 
@@ -173,3 +175,12 @@ def test_a_wrong_setting_is_one_line(flags, said, capsys):
     shown = capsys.readouterr().err
     assert said in shown
     assert shown.count("\n") == 1
+
+
+def test_the_page_shows_the_committed_runs():
+    with (ROOT / "benchmarks/results/unlearning.csv").open(newline="") as file:
+        rows = [_numbers(row) for row in csv.DictReader(file)]
+    page = (ROOT / "docs/mask-study.md").read_text(encoding="utf-8")
+    for column in ("low", "high"):
+        assert table(rows, f"retain_at_{column}", rows[0][f"forget_{column}"]) in page
+    assert f"All {len(rows)} runs" in page

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from fillm.config import from_mapping
+from fillm.config import flag_name, from_mapping
+from fillm.evaluate.__main__ import main
 from fillm.evaluate.command import run
 from fillm.evaluate.config import EvaluateConfig
 from tests.families import build_family
@@ -95,5 +96,26 @@ def evaluate(settings: dict[str, Any]) -> Callable[..., Path]:
         given = {**settings, "out": str(Path(settings["out"]).with_name(name)), **changes}
         run(from_mapping(EvaluateConfig, {key: value for key, value in given.items() if value is not None}))
         return Path(given["out"])
+
+    return ran
+
+
+def arguments(settings: dict[str, Any], **changes: Any) -> list[str]:
+    given = {**settings, **changes}
+    return [part for name, value in given.items() if value is not None for part in (flag_name(name), str(value))]
+
+
+@pytest.fixture
+def fails(settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs the command, expects one line on stderr and no run folder, gives the line."""
+
+    def ran(**changes: Any) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        capsys.readouterr()
+        assert main(arguments(settings, **changes)) == 2
+        out, err = capsys.readouterr()
+        assert err.count("\n") == 1 and err.startswith("fillm evaluate: ") and out == "", (out, err)
+        assert sorted(tmp_path.rglob("*")) == before
+        return err.removeprefix("fillm evaluate: ")
 
     return ran

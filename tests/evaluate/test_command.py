@@ -11,14 +11,13 @@ import torch
 import yaml
 
 import fillm
-from fillm.config import flag_name
 from fillm.errors import InterruptedRun, RunFolderError, UsageError
 from fillm.evaluate import evidence, registry
 from fillm.evaluate.__main__ import main
 from fillm.evaluate.metric import Metric, Needs, Outcome
 from fillm.evaluate.results import merged
 from fillm.models import load_model, load_tokenizer
-from tests.evaluate.conftest import COUNTS, rows_of
+from tests.evaluate.conftest import COUNTS, HOLDOUT, arguments, rows_of
 from tests.rank.conftest import write_rows
 
 TOFU = "probability,rouge,truth-ratio,model-utility,forget-quality"  # the paper's own
@@ -28,27 +27,6 @@ TOFU = "probability,rouge,truth-ratio,model-utility,forget-quality"  # the paper
 def settings(settings: dict[str, Any]) -> dict[str, Any]:
     """Those of all runs, with a choice of metrics that further ones do not change."""
     return {**settings, "metrics": TOFU}
-
-
-def arguments(settings: dict[str, Any], **changes: Any) -> list[str]:
-    given = {**settings, **changes}
-    return [part for name, value in given.items() if value is not None for part in (flag_name(name), str(value))]
-
-
-@pytest.fixture
-def fails(settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs the command, expects one line on stderr and no run folder, gives the line."""
-
-    def ran(**changes: Any) -> str:
-        before = sorted(tmp_path.rglob("*"))
-        capsys.readouterr()
-        assert main(arguments(settings, **changes)) == 2
-        out, err = capsys.readouterr()
-        assert err.count("\n") == 1 and err.startswith("fillm evaluate: ") and out == "", (out, err)
-        assert sorted(tmp_path.rglob("*")) == before
-        return err.removeprefix("fillm evaluate: ")
-
-    return ran
 
 
 def test_a_run_says_what_it_found(settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
@@ -253,10 +231,12 @@ def test_a_missing_log_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
-        ("paraphrased_answer", None, "field 'paraphrased_answer' has to hold text"),
+        ("paraphrased_answer", None, "field 'paraphrased_answer' has to hold one text"),
+        ("paraphrased_answer", ["w1", "w2"], "field 'paraphrased_answer' has to hold one text"),
         ("perturbed_answer", [], "field 'perturbed_answer' has to hold text"),
         ("perturbed_answer", ["w1", 2], "field 'perturbed_answer' has to hold text"),
-        ("answer", " ", "field 'answer' is empty"),
+        ("answer", " ", "field 'answer' is empty; mend the row\n"),
+        ("answer", 7, "field 'answer' has to be text, not int; mend the row\n"),
     ],
 )
 def test_a_row_that_lacks_something_is_named(
@@ -269,6 +249,38 @@ def test_a_row_that_lacks_something_is_named(
             rows[2][field] = value
         write_rows(tmp_path / "tofu" / f"{split}.json", rows)
     assert f"tofu:forget01_perturbed, line 3: {words}" in fails(data_root=str(tmp_path))
+
+
+def data_with(folder: Path, forget: list[dict[str, Any]]) -> str:
+    """A data root with other forget rows."""
+    (folder / "tofu").mkdir()
+    for split in (*COUNTS, *HOLDOUT):
+        write_rows(folder / "tofu" / f"{split}.json", forget if split == "forget01_perturbed" else rows_of(split))
+    return str(folder)
+
+
+def test_rows_of_text_and_labels_are_scored_as_those_of_question_and_answer(
+    evaluate: Callable[..., Path], tmp_path: Path
+) -> None:
+    names = {"question": "text", "answer": "labels"}
+    rows = [{names.get(name, name): value for name, value in row.items()} for row in rows_of("forget01_perturbed")]
+    plain, renamed = evaluate("plain"), evaluate("renamed", data_root=data_with(tmp_path, rows))
+    assert (plain / "rows.parquet").read_bytes() == (renamed / "rows.parquet").read_bytes()
+
+
+@pytest.mark.parametrize("metrics", ["rouge", "truth-ratio"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "w1 w2"},
+        {"input_ids": [1, 4, 5], "labels": [-100, 4, 5]},
+        {"input_ids": [1, 4, 5], "labels": [-100, 4, 5], "question": "w1", "answer": "w2"},
+    ],
+)
+def test_passages_have_no_answers(fails: Callable[..., str], tmp_path: Path, metrics: str, row: dict[str, Any]) -> None:
+    rows = [{**row, "paraphrased_answer": "w1", "perturbed_answer": ["w2"]}]
+    said = fails(data_root=data_with(tmp_path, rows), metrics=metrics)
+    assert "tofu:forget01_perturbed, line 1: has no question and answer in words" in said
 
 
 def test_rows_longer_than_the_model_are_refused_and_cut_ones_told(
@@ -285,44 +297,6 @@ def test_rows_longer_than_the_model_are_refused_and_cut_ones_told(
     argv = arguments(settings, data_root=str(tmp_path), max_length=60, metrics="probability")
     assert main(argv) == 0
     assert "1 texts lost their end to --max-length 60, tofu:forget01_perturbed#1 the first" in capsys.readouterr().err
-
-
-def test_a_reference_over_something_else_is_refused(evaluate: Callable[..., Path], fails: Callable[..., str]) -> None:
-    other = evaluate("other", metrics="forget-quality", forget="forget05")
-    assert "was made with --forget 'forget05', this run has --forget 'forget01'" in fails(reference=other)
-    few = evaluate("few", metrics="forget-quality", num_forget=3)
-    assert "was made with --num-forget 3, this run has --num-forget None" in fails(reference=few)
-    told = evaluate("told", metrics="forget-quality", template="Q {question} A")
-    assert "was made with --template 'Q {question} A'" in fails(reference=told)
-    short = evaluate("short", metrics="forget-quality", max_length=100)
-    evaluate("run", metrics="forget-quality", reference=str(short))  # no row is that long: the same tokens
-
-
-def test_a_reference_of_another_tokenizer_is_refused(
-    evaluate: Callable[..., Path], fails: Callable[..., str], model_folder: str, tmp_path: Path
-) -> None:
-    tokenizer = load_tokenizer(model_folder)
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    vocabulary = state["model"]["vocab"]
-    vocabulary["w0"], vocabulary["w1"] = vocabulary["w1"], vocabulary["w0"]
-    tokenizer.save_pretrained(tmp_path / "swapped")
-    (tmp_path / "swapped" / "tokenizer.json").write_text(json.dumps(state))
-    other = evaluate("other", metrics="forget-quality", tokenizer=str(tmp_path / "swapped"))
-    assert "its forget rows are other tokens" in fails(reference=other)
-
-
-def test_a_reference_without_truth_ratios_is_said(evaluate: Callable[..., Path]) -> None:
-    other = evaluate("other", metrics="probability")
-    summary = json.loads((evaluate("run", reference=str(other)) / "summary.json").read_text())
-    assert summary["forget_quality"] is None and "--metrics truth-ratio" in summary["notes"]["forget_quality"]
-
-
-def test_a_damaged_reference_is_refused(evaluate: Callable[..., Path], fails: Callable[..., str]) -> None:
-    other = evaluate("other", metrics="forget-quality")
-    (other / "rows.parquet").write_bytes(b"PAR1")
-    assert "other: damaged" in fails(reference=other)
-    (other / "summary.json").unlink()
-    assert "no finished run of fillm evaluate" in fails(reference=other)
 
 
 def test_a_package_that_is_not_there_is_named(fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:

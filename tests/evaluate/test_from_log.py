@@ -111,6 +111,13 @@ def test_the_order_of_rows_is_no_matter(score: Callable[..., dict[str, Any]]) ->
         for name in fields:
             fields[name] = dict(reversed(fields[name].items()))
     assert score(turned) == score(LOG)
+    forget = "eval_log_forget.json"
+    assert score(LOG, {forget: turned[forget]})["forget_quality"] == 1.0
+
+
+def test_whole_numbers_are_losses_too(score: Callable[..., dict[str, Any]]) -> None:
+    log = broken(lambda part: part["avg_paraphrased_loss"].update({"0": 10**30}))
+    assert score(log)["retain_truth_ratio"] == pytest.approx((0 + BY_HAND["retain_truth_ratio"] * 2 - 3 / 4) / 2)
 
 
 def test_a_missing_reference_is_said(score: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,6 +131,8 @@ def test_a_log_of_the_forget_rows_alone_has_no_utility(score: Callable[..., dict
     summary = score(REFERENCE)
     assert summary["model_utility"] is None and "eval_log.json" in summary["notes"]["model_utility"]
     assert "retain_probability" not in summary
+    for form in ("geometric", "arithmetic"):
+        assert summary[f"model_utility_{form}"] is None and summary["notes"][f"model_utility_{form}"]
     kept = score({name: fields for name, fields in LOG.items() if "forget" not in name})
     assert kept["forget_quality"] is None and kept["model_utility"] == pytest.approx(utility(BY_HAND))
 
@@ -141,7 +150,18 @@ def broken(change: Callable[[dict[str, Any]], Any]) -> Any:
         (broken(lambda part: part.pop("avg_gt_loss") and None), None, "eval_log.json: no field 'avg_gt_loss'"),
         (broken(lambda part: part["rougeL_recall"].pop("1") and None), None, "'rougeL_recall' has 1 rows"),
         (broken(lambda part: part["avg_gt_loss"].update({"1": None})), None, "'avg_gt_loss', row 1: 'None'"),
-        (broken(lambda part: part["avg_gt_loss"].update({"1": math.nan})), None, "row 1: 'nan' is no finite"),
+        (broken(lambda part: part["avg_gt_loss"].update({"1": math.nan})), None, "row 1: 'nan' is no finite loss of 0"),
+        (broken(lambda part: part["avg_gt_loss"].update({"1": 10**400})), None, "row 1: '1000"),
+        (
+            broken(lambda part: part["avg_gt_loss"].update({"0": -1e5})),
+            None,
+            "row 0: '-100000.0' is no finite loss of 0",
+        ),
+        (
+            broken(lambda part: part["rougeL_recall"].update({"0": 87.5})),
+            None,
+            "row 0: '87.5' is no number from 0 to 1",
+        ),
         (broken(lambda part: part["average_perturb_loss"].update({"0": []})), None, "row 0: '[]'"),
         (broken(lambda part: part["average_perturb_loss"].update({"0": 2.0})), None, "row 0: '2.0'"),
         (LOG, {"eval_log.json": LOG["eval_log.json"]}, "has no eval_log_forget.json"),
@@ -169,7 +189,7 @@ def test_a_reference_log_of_other_questions_is_refused(tmp_path: Path, capsys: p
         (tmp_path / f"{name}.json").write_text(json.dumps(value))
     argv = ["--from-log", str(tmp_path / "log.json"), "--reference-log", str(tmp_path / "reference.json")]
     assert main([*argv, "--out", str(tmp_path / "run")]) == 2
-    assert "forget row 1 asks something else" in capsys.readouterr().err
+    assert "asks not what forget row 1 asks" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from fillm.errors import DataError, OutOfMemoryError, UsageError
+from fillm.errors import DataError, NumericsError, OutOfMemoryError, UsageError
 from fillm.evaluate import generate
 from fillm.evaluate.generate import greedy_answers
 from tests.families import MAX_POSITIONS, build_family
@@ -60,15 +60,24 @@ def test_the_batch_size_changes_no_answer(family: str) -> None:
     assert turned[::-1] == alone
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_that_computes_no_numbers_has_no_answers(value: float) -> None:
+    model, prompts = sharp("llama"), [[4, 5], [6, 7, 8], [9]]
+    with torch.no_grad():
+        model.get_input_embeddings().weight[7] = value
+    with pytest.raises(NumericsError, match="^a logit of prompt 2 is not a number: model.embed_tokens.weight holds"):
+        greedy_answers(model, word_tokenizer(), prompts, max_new_tokens=3, batch_size=4)
+
+
 def test_rows_that_go_on_are_gathered_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     model, prompts, tokenizer = sharp("llama"), prompts_of(9), word_tokenizer()
     whole = greedy_answers(model, tokenizer, prompts, max_new_tokens=50, batch_size=32)
     seen: list[tuple[int, int]] = []
     plain = generate._continued
 
-    def watched(model: Any, texts: Any, steps: int, stops: Any) -> Any:
+    def watched(model: Any, texts: Any, steps: int, *rest: Any) -> Any:
         seen.append((len(texts), steps))
-        return plain(model, texts, steps, stops)
+        return plain(model, texts, steps, *rest)
 
     monkeypatch.setattr(generate, "_FIRST_TOKENS", 3)
     monkeypatch.setattr(generate, "_continued", watched)

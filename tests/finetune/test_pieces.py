@@ -138,8 +138,15 @@ def test_rates_rise_then_fall(schedule):
 def test_warmup_steps():
     assert warmup_steps(0.1, 200) == 20
     assert warmup_steps(7, 200) == 7
-    assert warmup_steps(500, 200) == 199
+    assert warmup_steps(199, 200) == 199
+    assert warmup_steps(0.9999, 200) == 199
     assert warmup_steps(0.5, 1) == 0
+
+
+@pytest.mark.parametrize(("warmup", "total"), [(200, 200), (500, 200), (99.6, 100), (1, 1)])
+def test_a_warmup_that_the_run_would_not_get_beyond_is_refused(warmup, total):
+    with pytest.raises(UsageError, match=f"^--warmup {warmup:g}: the run has no more than {total} steps; give fewer"):
+        warmup_steps(warmup, total)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "mixtral"])

@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from fillm.data import load_rows, tokenize_rows
-from fillm.errors import DataError, NumericsError, OutOfMemoryError, RunFolderError
+from fillm.errors import DataError, NumericsError, OutOfMemoryError, RunFolderError, UsageError
 from fillm.finetune import training
 from fillm.finetune.__main__ import main
 from fillm.finetune.progress import TrainingProgress
@@ -63,6 +63,17 @@ def test_it_can_learn_the_rows_by_heart_and_stops_there(train):
 def test_same_seed_same_bytes_other_seed_other_weights(train):
     files = [train(name, seed=seed).folder / "model.safetensors" for name, seed in (("a", 0), ("b", 0), ("c", 1))]
     assert files[0].read_bytes() == files[1].read_bytes() != files[2].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"), [({"warmup": 9}, 9), ({"warmup": 3, "epochs": None, "max_steps": 2}, 2)]
+)
+def test_a_warmup_as_long_as_the_run_is_refused_before_a_model_is_made(train, tmp_path, settings, steps):
+    # Eleven rows in batches of 4 are 3 steps an epoch; the architecture of no folder is not looked for.
+    said = f"--warmup {settings['warmup']}: the run has no more than {steps} steps; give fewer, or a fraction"
+    with pytest.raises(UsageError, match=f"^{said}$"):
+        train("out", architecture=str(tmp_path / "none.json"), **settings)
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_training_leaves_the_random_state_alone(train):

@@ -87,7 +87,7 @@ def _frontier() -> FigureData:
         bars = {"x_low": x - 0.1, "x_high": x + 0.15, "y_low": y - 0.05, "y_high": y + 0.08}
         series.append(Series(name, x, y, style, **bars, line=True, dashed=style == 3, hollow=style == 2))
     levels = (Level(0.2, "retain loss before"), Level(3.0, "retain-only model", along="y"))
-    panel = Panel("", Axis("loss on forget", "nat a token"), Axis("loss on retain", "nat a token"), tuple(series),
+    panel = Panel("", Axis("loss on forget", "nats a token"), Axis("loss on retain", "nats a token"), tuple(series),
                   levels=levels)  # fmt: skip
     return FigureData("frontier", "Forget against retain", "Right and low is better. Bars: ends of 5 seeds.", (panel,))
 

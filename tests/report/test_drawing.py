@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 from matplotlib.image import imread
+from matplotlib.text import Text
 
 from fillm.errors import UsageError
 from fillm.report.drawing import draw
@@ -113,6 +114,17 @@ def test_steps_are_whole_and_a_long_line_has_few_markers():
     figure = figure_of(FigureData("f", "F", "", (few, Panel("many", Axis("step", whole=True), Axis("y"), (line,))), 2))
     assert all(float(tick).is_integer() for axes in figure.axes for tick in axes.get_xticks())
     assert [axes.containers[0][0].get_markevery() for axes in figure.axes] == [1, 10]
+
+
+def test_a_long_title_of_a_panel_is_broken_inside_the_picture():
+    series = Series("one", np.array([1.0, 2.0]), np.array([1.0, 2.0]))
+    words = "Model Utility against probability of the forget set's answers, npo, top:0.1, ranking soir, 2 runs"
+    figure = figure_of(FigureData("f", "F", "c", (Panel(words, Axis("x"), Axis("y"), (series,)),)))
+    (title,) = [text for text in figure.axes[0].findobj(Text) if text.get_text().startswith("Model")]
+    assert title.get_text().split() == words.split()
+    figure.draw_without_rendering()
+    box = title.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
 
 
 def test_the_legend_names_every_series_and_level_once():

@@ -1,5 +1,6 @@
 import json
 import math
+from pathlib import Path
 from statistics import correlation, mean, stdev
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fillm.report.figures import figures_of, number
-from fillm.report.figures.compression_curves import compression_curves
+from fillm.report.figures.compression_curves import compression_curves, compression_workloads
 from fillm.report.figures.frontier import frontier
 from fillm.report.figures.metric_table import metric_table
 from fillm.report.figures.rank_agreement import rank_agreement, spearman
@@ -169,6 +170,27 @@ def test_rankings_made_alike_are_one_recipe(tmp_path):
     ]
 
 
+def test_relative_paths_lead_from_where_the_runs_were_made(tmp_path, monkeypatch):
+    # As made by commands given in tmp_path; the report is asked for elsewhere, where other folders have these names.
+    made, elsewhere = tmp_path / "runs", tmp_path / "elsewhere"
+    folders = []
+    for i in range(2):
+        run_folders.rank(made / f"r{i}", [1.0, 2.0, 3.0], objective="retain")
+        run_folders.rank(elsewhere / "runs" / f"r{i}", [1.0, 2.0, 3.0], method=("random", "soir")[i])
+        path, places = [(0, 1.0, 1.0), (1, 2.0, 1.0)], {"out": f"runs/u{i}", "ranking": f"./runs/r{i}"}
+        folders.append(run_folders.unlearn(made / f"u{i}", path, (2.0, 1.0), seed=i, **places))
+        (made / f"u{i}" / "model").mkdir()
+        summary, places = {"forget_quality": 0.5, "model_utility": 0.5}, {"out": f"runs/e{i}"}
+        folders.append(run_folders.evaluate(made / f"e{i}", summary, model=f"runs/u{i}/model", **places))
+    monkeypatch.chdir(elsewhere)
+    losses, metrics = frontier(load_runs(folders)).panels
+    assert [s.name for s in (*losses.series, *metrics.series)] == ["npo, top:0.1, 2 runs"] * 2
+    run = load_runs(folders)[0]
+    assert run.place_of("nowhere") == Path("nowhere") and run.place_of("/x") == Path("/x")
+    (elsewhere / "here").mkdir()
+    assert run.place_of("here") == Path("here")
+
+
 def test_models_of_different_sizes_are_no_repeats(tmp_path):
     folders = []
     for i, size in enumerate((10, 10, 20)):
@@ -252,6 +274,31 @@ def test_the_study_of_masks_takes_the_best_rate_of_every_model(tmp_path):
     assert second.levels == ()
 
 
+def test_the_comparison_with_the_retain_only_model_is_a_panel_a_loss(tmp_path):
+    path = tmp_path / "forget_quality.csv"
+    lines = [
+        "seed,choice,loss,lr,forget_quality,model_utility",
+        "0,full model,none,nan,1e-10,0.9",
+        "0,retain-only model,none,nan,1,0.8",
+        "0,whole model,ga,0.1,1e-2,0.5",
+        "1,whole model,ga,0.1,1e-4,0.7",
+        "0,random 0,ga,0.1,1e-6,0.4",
+        "0,whole model,npo,0.1,0,0.3",
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    data = frontier(load_runs([path]))
+    first, second = data.panels
+    assert (first.title, second.title) == ("ga", "npo")
+    assert [series.name for series in first.series] == ["full model", "whole model", "random"]
+    assert [series.hollow for series in first.series] == [True, False, False]
+    whole, bar = first.series[1], stdev([math.log(1e-2), math.log(1e-4)])
+    np.testing.assert_allclose([*whole.x, *whole.y], [1e-3, 0.6])
+    np.testing.assert_allclose([*whole.x_low, *whole.x_high], [1e-3 * math.exp(-bar), 1e-3 * math.exp(bar)])
+    np.testing.assert_allclose(whole.y_high - whole.y, stdev([0.5, 0.7]))
+    assert first.series[2].x_low is None and first.x.scale == "log"
+    assert second.x.scale == "linear" and [series.style for series in second.series] == [0, 1]  # 0 has no logarithm
+
+
 def test_metrics_are_a_row_a_run_with_reasons_said_once(tmp_path):
     folders = [
         run_folders.evaluate(tmp_path / "a", {"model_utility": 0.5, "leak": None, "notes": {"leak": "no holdout"}}),
@@ -286,7 +333,29 @@ def test_compression_curves_are_of_the_first_workload_and_all_samples(tmp_path):
     np.testing.assert_array_equal([sjlt.x, sjlt.y], [[100, 200], [0.5, 1e-9]])
     np.testing.assert_array_equal([oporp.x, oporp.y], [[100], [0.25]])
     np.testing.assert_array_equal([by_time.series[0].x, by_time.series[0].y], [[1.5, 3.0], [0.5, 1e-9]])
-    assert by_bytes.x.text == "sketches of the retain set (bytes)" and "v, which are not drawn" in data.caption
+    assert by_bytes.x.text == "sketches of the retain set (bytes)" and "Workload w" in data.caption
+
+
+def test_compression_workloads_have_a_panel_each(tmp_path):
+    def row(workload, kind, k, error, **changes):
+        whole = {"method": "soir", "n": 60, "retain_samples": 60, "storage": "float32", "store_bytes": 10 * k}
+        return {"workload": workload, "kind": kind, "k": k, "median_error": error, **whole, **changes}
+
+    rows = [
+        row("w", "sjlt", 8, 0.5), row("w", "sjlt", 16, 0.25), row("w", "none", 0, 0.75),
+        row("w", "oporp", 8, 0.1, n=30),
+        row("v", "gaussian", 8, 0.125), row("v", "sjlt", 8, 0.0625, method="woodbury"),
+    ]  # fmt: skip
+    study = run_folders.compression(tmp_path / "c.parquet", rows)
+    first, second = compression_workloads(load_runs([study])).panels
+    assert (first.title, second.title) == ("w", "v")
+    assert [(s.name, s.x.tolist(), s.y.tolist()) for s in first.series] == [("sjlt", [80, 160], [0.5, 0.25])]
+    assert [(s.name, s.x.tolist(), s.y.tolist()) for s in second.series] == [("gaussian", [80], [0.125])]
+    assert [level.value for level in first.levels] == [0.75] and second.levels == ()
+    other = run_folders.compression(tmp_path / "d.parquet", rows[:1])
+    assert compression_workloads(load_runs([other])) is None
+    titles = [panel.title for panel in compression_workloads(load_runs([study, other])).panels]
+    assert titles == ["w (c)", "v (c)", "w (d)"]
 
 
 def test_losses_are_drawn_where_they_were_measured(tmp_path):

@@ -14,6 +14,8 @@ import pytest
 
 from fillm.errors import UsageError
 from fillm.report.page import LARGEST, plotly_script, write_page, writing
+from fillm.report.runs import load_runs
+from tests.report import run_folders
 from tests.report.page_example import HOSTILE, HOSTILE_NAMES, example_figures, example_runs, ranking_table
 
 VOID = {"meta", "link", "img", "input", "br"}
@@ -168,7 +170,7 @@ def test_the_numbers_of_a_figure_are_a_table(page):
     assert rows[1] == ["first-order", "0.93", "1.0", "0.5", "0.0"] and rows[2][4] == ""
     heads, rows = rows_of(page, "Numbers of: Forget against retain")
     [first] = [s for s in example_figures()[1].panels[0].series if s.style == 0]
-    assert [float(rows[0][heads.index(f"loss on forget (nat a token){end}")]) for end in ("", ", low", ", high")] == [
+    assert [float(rows[0][heads.index(f"loss on forget (nats a token){end}")]) for end in ("", ", low", ", high")] == [
         first.x[0], first.x_low[0], first.x_high[0]
     ]  # fmt: skip
 
@@ -188,13 +190,21 @@ def test_summary_and_provenance_say_what_was_run(page, parsed):
                       strict=True))  # fmt: skip
     top = ranking_table(0)["name"][0].as_py()
     assert values["First in the ranking"] == top
-    assert values["Loss on forget (nat a token)"] == "0.08000 → 3.210"
+    assert values["Loss on forget (nats a token)"] == "0.08000 → 3.210"
     assert values["Weights outside the mask"] == "bit-equal"
     assert values["Computing time"] == "2 min 08 s"  # 12.5 + 112.5 + 2.5 = 127.5 s
     assert values["Model utility"] == "0.6123"
     heads, rows = rows_of(page, "All runs")
     assert [row[heads.index("seconds")] for row in rows] == ["12.5", "112.5", "2.5", ""]
     assert "device: cpu" in parsed.all("pre")[0][1]
+
+
+def test_runs_without_headline_numbers_have_no_summary(tmp_path):
+    row = {"workload": "w", "method": "soir", "kind": "sjlt", "k": 8, "store_bytes": 8}
+    runs = load_runs([run_folders.compression(tmp_path / "c.parquet", [row])])
+    write_page(tmp_path / "page.html", runs, [], "Nothing to head it")
+    found = (tmp_path / "page.html").read_text()
+    assert 'id="summary"' not in found and 'href="#summary"' not in found and 'href="#runs"' in found
 
 
 def test_long_tables_are_cut_as_far_as_it_takes(tmp_path, monkeypatch):

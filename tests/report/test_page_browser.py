@@ -10,10 +10,14 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 
+from fillm.report.figures import figures_of
 from fillm.report.page import write_page
+from fillm.report.runs import load_runs
+from tests.report import run_folders
 from tests.report.page_example import HOSTILE, example_figures, example_runs, ranking_table
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -267,6 +271,26 @@ def test_a_telephone_has_nothing_to_scroll_sideways(browser, address):
         assert page.evaluate("document.documentElement.scrollWidth") == 380
         ticks = page.locator("#figure-3-plot-1 .ytick text").all_text_contents()
         assert "mlp.up_proj" in ticks
+
+
+def test_a_long_word_for_a_name_is_broken(browser, tmp_path):
+    runs = [replace(run, name=f"{run.name}-{'n' * 200}") for run in example_runs()]
+    write_page(tmp_path / "long.html", runs, example_figures(), "t" * 200)
+    with opened(browser, (tmp_path / "long.html").as_uri(), width=380) as page:
+        assert page.evaluate("document.documentElement.scrollWidth") == 380
+
+
+def test_axis_titles_end_inside_a_telephone(browser, tmp_path):
+    row = {"workload": "w", "method": "soir", "n": 6, "retain_samples": 6, "storage": "float32", "kind": "sjlt"}
+    rows = [{**row, "k": k, "store_bytes": k, "median_error": 1 / k, "pass_over_plain": k} for k in (8, 16)]
+    runs = load_runs([run_folders.compression(tmp_path / "c.parquet", rows)])
+    write_page(tmp_path / "c.html", runs, figures_of(runs), "Curves")
+    inside = """() => [...document.querySelectorAll('.xtitle, .ytitle')].map((title) => {
+      const [own, plot] = [title, title.closest('.plot')].map((e) => e.getBoundingClientRect());
+      return own.left >= plot.left && own.right <= plot.right && own.top >= plot.top && own.bottom <= plot.bottom;
+    })"""
+    with opened(browser, (tmp_path / "c.html").as_uri(), width=380) as page:
+        assert page.evaluate(inside) == [True] * 4
 
 
 def test_without_what_unpacks_plotly_still_pictures_stay(browser, address):

@@ -40,6 +40,14 @@ def test_a_report_is_every_figure_in_every_format(runs, tmp_path, capsys):
     assert told == [f"5 figures of 5 runs: {', '.join(NAMES)}", f"report: {out}"]
 
 
+def test_names_are_text_in_markdown_too(tmp_path):
+    folder = run_folders.rank(tmp_path / "a|b <i>\n`c`", [1.0, 2.0, 3.0])
+    assert main([str(folder), "--out", str(tmp_path / "out"), "--format", "svg", "--title", "<b> [x](y)"]) == 0
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert page.startswith("# \\<b\\> \\[x\\](y)\n")
+    assert page.splitlines()[-1].startswith("| a\\|b \\<i\\> \\`c\\` | rank | ")
+
+
 def test_a_report_replays_with_the_same_bytes(runs, tmp_path):
     out, again = tmp_path / "out", tmp_path / "again"
     assert main([*runs, "--out", str(out)]) == 0

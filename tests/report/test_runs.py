@@ -156,3 +156,15 @@ def test_reading_changes_nothing(tmp_path):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert json.loads(before["verification.json"])["steps"] == 1
     assert pq.read_table(folder / "log.parquet").schema.field("forget_loss").type == pa.float64()
+
+
+def test_a_name_cannot_turn_or_break_the_line_it_stands_in(tmp_path):
+    names = ["a\u202eb", "new\nline", "\u0645\u0631 \U0001f469\u200d\U0001f680"]
+    folders = [run_folders.rank(tmp_path / name, [1.0, 2.0, 3.0]) for name in names]
+    assert [run.name for run in load_runs(folders)] == ["a\ufffdb", "new line", names[2]]
+
+
+def test_a_path_that_is_no_text_is_one_line(tmp_path):
+    folder = run_folders.rank(tmp_path / "r", [1.0, 2.0, 3.0]).rename(tmp_path / "r\udcff")
+    with pytest.raises(RunFolderError, match="damaged"):
+        load_run(folder)

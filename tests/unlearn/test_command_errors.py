@@ -52,6 +52,9 @@ def refused(settings, capsys):
         ({"ranking": "somewhere"}, "--ranking has no effect beside --mask"),
         ({"include": "mlp"}, "--include has no effect without --select"),
         ({"loss": "forgetting"}, "--loss forgetting: is none of ga, grad-diff"),
+        ({"loss": "forgetting"}, "satimp, task-vector, influence"),
+        ({"loss": "TaskVector", "beta": 1.0}, "--loss task-vector: its loss is the plain one"),
+        ({"loss": "Influence", **NO_TRAINING}, "--loss influence steps along u: give --ranking"),
         ({"loss": "ga", "beta": 1.0}, "--beta 1.0 has no effect"),
         ({"loss": "npo", "beta": -1.0}, "--beta -1.0: give a number above 0"),
         ({"loss": "npo", "eta": 1.0}, "--eta has no effect"),
@@ -166,6 +169,20 @@ def test_rate_that_is_too_high(unlearn):
         unlearn("run", loss="ga", lr=1e30, max_steps=20)
 
 
+@pytest.mark.parametrize("bounds", [{}, {"loss": "task-vector"}])
+def test_a_model_that_gives_no_numbers_is_never_saved(bounds, unlearn, tmp_path):
+    """The only step has a finite gradient, and is so long that the losses after it are not finite."""
+    with pytest.raises(NumericsError, match=r"forget and retain loss are (nan|inf) and (nan|inf) after the last step"):
+        unlearn("run", lr=1e38, max_steps=1, **bounds)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_before_it_gave_no_numbers_is_kept(unlearn):
+    out = unlearn("run", lr=1e38, max_steps=1, stop_retain_loss=1e6)
+    told = json.loads((out / "verification.json").read_text())
+    assert told["kept_step"] == 0 and told["retain_loss"]["before"] == told["retain_loss"]["after"]
+
+
 def test_memory_that_runs_out(unlearn, monkeypatch, capsys):
     """The allocator refuses more than one sample: the result is that of whole batches, to rounding."""
     whole = load_model(str(unlearn("whole") / "model"), device="cpu")
@@ -201,9 +218,9 @@ def test_a_leak_is_never_saved(unlearn, monkeypatch, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_function(model_folder, mask_file, forget_file, retain_file):
+def test_function(model_folder, mask_file, forget_file, retain_file, make_ranking):
     model, tokenizer = load_model(model_folder, device="cpu"), load_tokenizer(model_folder)
-    mask = fillm.Mask.load(mask_file)
+    mask, ranking = fillm.Mask.load(mask_file), fillm.Ranking.load(make_ranking("plain"))
     given = (model, tokenizer, forget_file, retain_file)
     for wrong, words in (
         ({}, "give either mask, or ranking and select"),
@@ -211,6 +228,8 @@ def test_function(model_folder, mask_file, forget_file, retain_file):
         ({"select": "top:0.1"}, "give ranking, a fillm.Ranking of this model"),
         ({"mask": mask, "loss": "influence"}, "give ranking, a fillm.Ranking of this model"),
         ({"mask": mask, "device": "cpu"}, "device: a setting of the command"),
+        ({"mask": mask, "loss": "Influence"}, "give ranking, a fillm.Ranking of this model"),
+        ({"mask": mask, "ranking": ranking, "loss": "npo"}, "ranking has no effect beside mask"),
         ({"mask": mask, "resume": True}, "resume and overwrite need out"),
         ({"mask": mask, "rate": 1.0}, "no setting is called 'rate'"),
         ({"mask": mask, "warmup": 4, "max_steps": 4}, "--warmup 4: the run has no more than 4 steps"),

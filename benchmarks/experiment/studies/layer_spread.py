@@ -101,8 +101,12 @@ def summary(records: Sequence[Record]) -> str:
 
 def draw(records: Sequence[Record], path: Path) -> None:
     """A row a loss and number of steps, a dot for each of the two losses."""
+    # Of fewer than three models, those where the loss rose, the interval would hide all others.
     rows = {
-        f"{loss}, {steps} steps": [(f"{one} loss", found) for one, found in spreads(records, loss, steps).items()]
+        f"{loss}, {steps} steps": [
+            (f"{one} loss", found if found.count > 2 else interval([]))
+            for one, found in spreads(records, loss, steps).items()
+        ]
         for loss, steps in _cells(records)
     }
     figure, [axes] = panels(["spread over layers"], 5.0, 1.2 + 0.3 * len(rows))

@@ -1,6 +1,7 @@
 """One panel: series with error bars, or a matrix with its colour bar."""
 
 import math
+import textwrap
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from fillm.report.drawing.ticks import power, set_axis, set_powers, signed_decad
 from fillm.report.figures.data import Matrix, Panel, Series, number
 from fillm.report.theme import Theme
 
+_TITLE_CHARACTER = 0.075  # inches of a panel's title
 _CHARACTER = 0.056  # inches of a tick's text
 _ROW = 0.23  # inches of a category down
 _MARKERS = 40  # on a line, at most about twice as many
@@ -54,7 +56,9 @@ def draw_panel(panel: Panel, axes: Any, theme: Theme) -> None:
                 limits = axes.set_xlim if which == "x" else axes.set_ylim
                 limits(-0.6, len(axis.categories) - 0.4)
             set_axis(axes, which, axis)
-    axes.set_title(panel.title, fontsize=9, loc="left")
+    # It begins above the axes, right of their ticks and title.
+    room = int((panel_size(panel)[0] - 0.9) / _TITLE_CHARACTER)
+    axes.set_title(textwrap.fill(panel.title, room), fontsize=9, loc="left")
 
 
 def _draw_series(series: Series, axes: Any, theme: Theme) -> None:

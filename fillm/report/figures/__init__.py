@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from fillm.report.figures.compression_curves import compression_curves
+from fillm.report.figures.compression_curves import compression_curves, compression_workloads
 from fillm.report.figures.data import Axis, Cell, Column, FigureData, Level, Matrix, Panel, Series, Table, number
 from fillm.report.figures.frontier import frontier
 from fillm.report.figures.metric_table import metric_table
@@ -25,6 +25,7 @@ FIGURES: tuple[Callable[[Sequence[Run]], FigureData | None], ...] = (
     parameter_shift,
     training_curves,
     compression_curves,
+    compression_workloads,
 )
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from fillm.report.figures.data import FigureData, Panel
 from fillm.report.figures.frontier_of_metrics import metric_panels
+from fillm.report.figures.frontier_of_quality import quality_panels
 from fillm.report.figures.frontier_of_runs import loss_panels
 from fillm.report.figures.frontier_of_study import study_panels
 from fillm.report.figures.repeats import BARS
@@ -23,11 +24,16 @@ _SOURCES: tuple[tuple[Callable[[Sequence[Run]], list[Panel]], str], ...] = (
         "further left is better; random masks are counted together. The dashed line is the whole model's at the "
         "higher. A mask without a point never got there.",
     ),
+    (
+        quality_panels,
+        "Beside the model that never saw the forget set, at one forget loss or as near as a method came: further right "
+        "is harder to tell from that model, higher is more kept.",
+    ),
 )
 
 
 def frontier(runs: Sequence[Run]) -> FigureData | None:
-    """Panels for the losses of unlearnings, the metrics of evaluations, and the study of masks; None without any.
+    """Panels for the losses of unlearnings, the metrics of evaluations, and the two studies; None without any.
 
     Runs that differ in nothing but seed and model are repeats: their mean is drawn, with bars of one sample standard
     deviation (n - 1).

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
@@ -76,10 +75,10 @@ def _series(runs: Sequence[Run], of_forget: str, of_keep: str, logarithmic: bool
 def _unlearning(run: Run) -> Run | None:
     """The unlearning that made the evaluated model, where its folder can still be read."""
     model = run.settings.get("model")
-    if not isinstance(model, str) or Path(model).name != "model" or not Path(model).is_dir():
+    if not isinstance(model, str) or (folder := run.place_of(model)).name != "model" or not folder.is_dir():
         return None
     try:
-        found = load_run(Path(model).parent)
+        found = load_run(folder.parent)
     except RunFolderError:
         return None
     return found if found.command == "unlearn" else None

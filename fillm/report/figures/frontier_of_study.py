@@ -25,14 +25,15 @@ def study_panels(runs: Sequence[Run]) -> list[Panel]:
         if run.command == "experiment" and {name for pair in _LEVELS for name in pair} <= set(table.column_names)
         for row in table.to_pylist()
     ]
-    choices = tuple(dict.fromkeys(_merged(row["choice"]) for row in rows))
+    choices = tuple(dict.fromkeys(merged(row["choice"]) for row in rows))
     return [
         _panel([row for row in rows if row["loss"] == loss], loss, choices)
         for loss in dict.fromkeys(row["loss"] for row in rows)
     ]
 
 
-def _merged(choice: str) -> str:
+def merged(choice: str) -> str:
+    """The name of a choice; draws of random masks have one."""
     return "random" if choice.startswith("random ") else choice
 
 
@@ -44,7 +45,7 @@ def best_rates(rows: Sequence[dict[str, Any]], column: str) -> Found:
         key = row["seed"], row["choice"]
         lowest[key] = min(row["lr"], lowest.get(key, math.inf))
     for row in rows:
-        of_choice = found.setdefault(_merged(row["choice"]), {})
+        of_choice = found.setdefault(merged(row["choice"]), {})
         key = row["seed"], row["choice"]
         coarse = row["steps"] < _FEW_STEPS and row["lr"] > lowest[key]
         value = math.nan if row[column] is None or coarse else float(row[column])

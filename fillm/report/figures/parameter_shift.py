@@ -88,12 +88,12 @@ def _models(run: Run) -> tuple[Path, Path, str | None] | None:
     elif run.command == "finetune":
         before, after = settings.get("model"), run.path
     elif _ranks_shift(run):
-        before, after, first = settings.get("base_model"), Path(str(settings.get("model"))), None
+        before, after, first = settings.get("base_model"), run.place_of(str(settings.get("model"))), None
     else:
         return None
-    if before is None or not Path(before).is_dir() or not after.is_dir():
+    if before is None or not (folder := run.place_of(str(before))).is_dir() or not after.is_dir():
         return None
-    return Path(before), after, first
+    return folder, after, first
 
 
 def _measured(run: Run, notes: list[str]) -> Cells | None:

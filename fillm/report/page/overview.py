@@ -122,7 +122,7 @@ def _loss_card(runs: Sequence[Run], which: str) -> Card | None:
     if not ends:
         return None
     before, after = ([pair[i] for pair in ends] for i in (0, 1))
-    return Card(f"Loss on {which} (nat a token)", f"{_range(before)} → {_range(after)}", _of(len(ends), "unlearning"))
+    return Card(f"Loss on {which} (nats a token)", f"{_range(before)} → {_range(after)}", _of(len(ends), "unlearning"))
 
 
 def _outside_card(runs: Sequence[Run]) -> Card | None:

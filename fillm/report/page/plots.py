@@ -1,6 +1,7 @@
 """The panels of a figure as what plotly takes: plain mappings; colours come later, with the theme that is shown."""
 
 import math
+import textwrap
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ _MOST_WHOLE = 12  # ticks at every whole number
 _SPOKEN = 500  # points of a series that each say everything when pointed at; of more, x and y alone
 _MARKERS = 40  # on a line
 _TOOLS = 32  # pixels above a plot, for the buttons that would else lie on it
+_LINE = 38  # characters of an axis's title that a telephone has room for
 _HEIGHT = 380  # pixels of a panel of series
 
 
@@ -74,7 +76,8 @@ def _values(panel: Panel, axis: str) -> np.ndarray:
 
 
 def _axis(axis: Axis, placing: Placing, values: np.ndarray) -> dict[str, Any]:
-    told: dict[str, Any] = {"title": {"text": escaped(axis.text), "standoff": 8}, "automargin": True}
+    title = "<br>".join(map(escaped, textwrap.wrap(axis.text, _LINE)))
+    told: dict[str, Any] = {"title": {"text": title, "standoff": 8}, "automargin": True}
     if axis.scale == "category":
         count = len(axis.categories)
         ends = [-0.5, count - 0.5]

@@ -73,9 +73,10 @@ def _page(
     runs: Sequence[Run], figures: list[FigureSection], title: str, theme: str, plotly: bytes | None, most: int
 ) -> str:
     script = _asset("page.js")
-    tables = _tables(runs, most)
-    parts = [("summary", "Summary"), ("runs", "Runs"), *([("figures", "Figures")] if figures else []),
-             *([("tables", "Tables")] if tables else []), ("provenance", "Provenance")]  # fmt: skip
+    tables, shown = _tables(runs, most), cards(runs)
+    parts = [*([("summary", "Summary")] if shown else []), ("runs", "Runs"),
+             *([("figures", "Figures")] if figures else []), *([("tables", "Tables")] if tables else []),
+             ("provenance", "Provenance")]  # fmt: skip
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     return environment.from_string(_asset("page.html")).render(
         title=title,
@@ -88,7 +89,7 @@ def _page(
         plotly=None if plotly is None else Markup(base64.b64encode(gzip.compress(plotly, 9, mtime=0)).decode("ascii")),
         lead=lead(runs),
         parts=[{"id": name, "title": text} for name, text in parts],
-        cards=cards(runs),
+        cards=shown,
         runs=run_table(runs),
         figures=[replace(figure, table=figure.table.first(most)) for figure in figures],
         tables=tables,

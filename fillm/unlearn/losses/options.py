@@ -68,16 +68,20 @@ class LossOptions:
     seed: int = 0
 
 
-def canonical_loss(name: str) -> str:
+def canonical_loss(name: str, beside: tuple[str, ...] = ()) -> str:
     """The name used here, whatever published name was given (`GradDiff`, `grad_ascent`, `IdkDPO`, ...).
 
+    Args:
+        name: any spelling.
+        beside: what else may be meant, as it is called here.
+
     Raises:
-        UsageError: if no gradient loss is called so.
+        UsageError: if neither a gradient loss nor anything of `beside` is called so.
     """
-    bare = re.sub("[-_+ ]", "", name.lower())
-    found = _PUBLISHED.get(bare) or next((loss for loss in DEFAULTS if loss.replace("-", "") == bare), None)
+    bare, known = re.sub("[-_+ ]", "", name.lower()), (*GRADIENT_LOSSES, *beside)
+    found = _PUBLISHED.get(bare) or next((loss for loss in known if loss.replace("-", "") == bare), None)
     if found is None:
-        raise UsageError(f"--loss {name}: is none of {', '.join(GRADIENT_LOSSES)}")
+        raise UsageError(f"--loss {name}: is none of {', '.join(known)}")
     return found
 
 
