@@ -51,7 +51,7 @@ docs: .venv-docs/.made
 	rm -rf .venv-docs
 	$(PYTHON) -m venv .venv-docs
 	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-	  'mkdocs>=1.6,<2' 'mkdocs-material>=9.6' 'mkdocstrings[python]>=0.29'
+	  'mkdocs>=1.6,<2' 'mkdocs-material>=9.6' 'mkdocstrings[python]>=0.29' ruff  # ruff wraps signatures
 	touch .venv-docs/.made
 
 bench: install
