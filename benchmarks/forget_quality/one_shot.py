@@ -5,7 +5,7 @@ from torch import Tensor
 
 from benchmarks.forget_quality.models import Pair
 from fillm.data import SampleSet, tokenize_rows
-from fillm.evaluate.token_pass import token_pass
+from fillm.evaluate.answer_tokens import token_pass
 from fillm.masks import Mask
 from fillm.rank import rank_parameters
 

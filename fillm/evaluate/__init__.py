@@ -3,13 +3,13 @@
 from fillm.lazy import lazy_names
 
 _HOMES = {
-    "AnswerTokens": "token_pass",
+    "AnswerTokens": "answer_tokens",
     "EvaluateConfig": "config",
     "EvaluateResult": "results",
     "Metric": "metric",
     "evaluate_model": "command",
     "greedy_answers": "generate",
-    "token_pass": "token_pass",
+    "token_pass": "answer_tokens",
 }
 __all__ = list(_HOMES)
 

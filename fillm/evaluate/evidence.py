@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from fillm.data import Row, Sample, SampleSet, check_fits_model
+from fillm.evaluate.answer_tokens import AnswerTokens, token_pass
 from fillm.evaluate.answers import RowAnswers, question_and_answer, tokenize_answers
 from fillm.evaluate.config import DEFAULT_BATCH_SIZE, EvaluateConfig
 from fillm.evaluate.generate import greedy_answers
@@ -15,7 +16,6 @@ from fillm.evaluate.metric import ANSWER, PARAPHRASE, PERTURBED, Needs
 from fillm.evaluate.reference import Reference
 from fillm.evaluate.row_sets import RowSet
 from fillm.evaluate.stages import kept_answers, kept_texts
-from fillm.evaluate.token_pass import AnswerTokens, token_pass
 from fillm.rank.console import Console
 from fillm.runs import RunFolder
 

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fillm.errors import DataError, NumericsError
+from fillm.evaluate.answer_tokens import AnswerTokens
 from fillm.evaluate.config import MIN_K_FRACTION
-from fillm.evaluate.token_pass import AnswerTokens
 
 ATTACKS = ("loss", "zlib", "min_k", "min_k_plus_plus", "gradient_norm", "reference")
 LEAST_DEVIATION = 1e-3  # a model that is certain of a token has a log-probability without spread

@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 
 import numpy as np
 
-from fillm.evaluate.token_pass import AnswerTokens
+from fillm.evaluate.answer_tokens import AnswerTokens
 
 
 def without_end(tokens: AnswerTokens, end_id: int | None) -> AnswerTokens:

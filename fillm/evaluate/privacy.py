@@ -8,6 +8,7 @@ import numpy as np
 
 from fillm.data import shared_rows
 from fillm.errors import FillmError, InterruptedRun
+from fillm.evaluate.answer_tokens import AnswerTokens
 from fillm.evaluate.gradient_norm import gradient_norms
 from fillm.evaluate.membership import (
     ATTACKS,
@@ -22,7 +23,6 @@ from fillm.evaluate.membership import (
 from fillm.evaluate.memorisation import exact_memorisation, extraction_strength, without_end
 from fillm.evaluate.metric import ANSWER, Metric, Needs, Outcome, Sets
 from fillm.evaluate.row_sets import FORGET, HOLDOUT
-from fillm.evaluate.token_pass import AnswerTokens
 from fillm.rank.passes import Passes
 
 if TYPE_CHECKING:

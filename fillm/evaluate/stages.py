@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from fillm.evaluate.token_pass import AnswerTokens
+from fillm.evaluate.answer_tokens import AnswerTokens
 from fillm.runs import RunFolder
 
 _COLUMNS = ("token_ids", "log_probs", "predicted")

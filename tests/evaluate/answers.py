@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fillm.data import Sample, SampleSet
-from fillm.evaluate.token_pass import AnswerTokens
+from fillm.evaluate.answer_tokens import AnswerTokens
 
 
 def answer(right: Sequence[bool], log_probs: Sequence[float] | None = None, last: int = 5) -> AnswerTokens:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from fillm.data import SampleSet
 from fillm.errors import DataError, NumericsError
+from fillm.evaluate.answer_tokens import token_pass
 from fillm.evaluate.membership import (
     auc,
     loss_score,
@@ -20,7 +21,6 @@ from fillm.evaluate.membership import (
     reference_scores,
     zlib_score,
 )
-from fillm.evaluate.token_pass import token_pass
 from tests.evaluate.answers import likely, random_samples, slow_log_probs
 from tests.families import build_family
 

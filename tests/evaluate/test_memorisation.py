@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fillm.data import Sample, SampleSet
+from fillm.evaluate.answer_tokens import AnswerTokens, token_pass
 from fillm.evaluate.memorisation import exact_memorisation, extraction_strength, without_end
-from fillm.evaluate.token_pass import AnswerTokens, token_pass
 from tests.evaluate.answers import answer
 from tests.families import build_family
 

@@ -8,7 +8,7 @@ import torch
 
 from fillm.data import Sample, SampleSet
 from fillm.errors import NumericsError, OutOfMemoryError
-from fillm.evaluate.token_pass import AnswerTokens, token_pass
+from fillm.evaluate.answer_tokens import AnswerTokens, token_pass
 from tests.families import VOCAB_SIZE, build_family
 
 LENGTHS = [(1, 1), (5, 3), (30, 40), (2, 17), (9, 1), (64, 63), (3, 8)]
@@ -149,3 +149,10 @@ def test_another_fault_is_not_taken_for_a_lack_of_memory(monkeypatch: pytest.Mon
 def test_loss_by_hand() -> None:
     ids = np.zeros(4, dtype=np.int64)
     assert AnswerTokens(ids, np.log([0.5, 0.25, 1.0, 0.125]), ids).loss == pytest.approx(1.5 * math.log(2))
+
+
+def test_an_exported_name_stays_the_function_once_its_module_is_loaded():
+    import fillm.evaluate
+    import fillm.evaluate.answer_tokens as module
+
+    assert fillm.evaluate.token_pass is module.token_pass
