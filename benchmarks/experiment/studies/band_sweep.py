@@ -55,9 +55,11 @@ def summary(records: Sequence[Record]) -> str:
 
 
 def draw(records: Sequence[Record], path: Path) -> None:
-    """A panel a method, a row a part of its ranking, a dot a loss."""
+    """A panel a method, a row a part of its ranking, a dot a loss; nothing before the first method is done."""
     losses = list(dict.fromkeys(row["loss"] for row in records))
     methods = [name for name in dict.fromkeys(row["method"] for row in records) if name]
+    if not methods:
+        return
     figure, axes = panels(methods, 0.6 + 2.9 * len(methods), 3.6)
     for one, method in zip(axes, methods, strict=True):
         choices = dict.fromkeys(row["choice"] for row in records if row["method"] == method)
