@@ -97,6 +97,15 @@ def against_whole(rows: Sequence[Record], choice: str, loss: str, column: str = 
     return interval([math.exp(float(np.mean(logs))) for logs in of_models.values()], geometric=True), never
 
 
+def at_both_levels(rows: Sequence[Record], choice: str, loss: str) -> list[tuple[str, Interval]]:
+    """A choice's damage over that of the whole model at the two forget losses, as a figure names them."""
+    levels = [rows[0][column] for column in FORGET_LEVELS]
+    return [
+        (f"at forget loss {level:g}", against_whole(rows, choice, loss, column)[0])
+        for column, level in zip(AT_LEVELS, levels, strict=True)
+    ]
+
+
 def merged(choice: str) -> str:
     """Draws of one kind have one name."""
     return "random" if choice.startswith("random ") else choice

@@ -8,11 +8,11 @@ from typing import Any
 from benchmarks.experiment import forgetting
 from benchmarks.experiment.case import Case
 from benchmarks.experiment.figure import dots, panels, save
-from benchmarks.experiment.forgetting import WHOLE, against_whole
+from benchmarks.experiment.forgetting import WHOLE, at_both_levels
 from benchmarks.experiment.intervals import Interval, interval
 from benchmarks.experiment.results import Record, finite
 from benchmarks.unlearning.settings import SCOPE
-from benchmarks.unlearning.study import AT_LEVELS, FORGET_LEVELS, losses_after
+from benchmarks.unlearning.study import losses_after
 from fillm.masks import Mask
 from fillm.models import TensorInfo, catalogue, select_tensors
 
@@ -78,15 +78,8 @@ def draw(records: Sequence[Record], path: Path) -> None:
     choices = [name for name in dict.fromkeys(row["choice"] for row in records) if name != WHOLE]
     figure, axes = panels(losses, 1.6 + 3.0 * len(losses), 1.0 + 0.22 * len(choices), share_y=True)
     axes[0].invert_yaxis()
-    levels = [records[0][column] for column in FORGET_LEVELS]
     for one, loss in zip(axes, losses, strict=True):
-        rows = {
-            choice: [
-                (f"at forget loss {level:g}", against_whole(records, choice, loss, column)[0])
-                for column, level in zip(AT_LEVELS, levels, strict=True)
-            ]
-            for choice in choices
-        }
+        rows = {choice: at_both_levels(records, choice, loss) for choice in choices}
         dots(one, rows, "retain damage over that of the whole model (ratio)")
         one.axvline(1.0, color="black", linewidth=0.8, linestyle="--")
     save(figure, path)

@@ -7,12 +7,11 @@ from typing import Any
 from benchmarks.experiment import forgetting
 from benchmarks.experiment.case import Case
 from benchmarks.experiment.figure import dots, panels, save
-from benchmarks.experiment.forgetting import WHOLE, against_whole, merged
+from benchmarks.experiment.forgetting import WHOLE, at_both_levels, merged
 from benchmarks.experiment.probe import step_costs
 from benchmarks.experiment.rankings import Rankings
 from benchmarks.experiment.results import Record
 from benchmarks.unlearning.settings import SCOPE
-from benchmarks.unlearning.study import AT_LEVELS, FORGET_LEVELS
 from fillm.masks import Mask
 from fillm.models import TensorInfo, catalogue, select_tensors
 
@@ -92,15 +91,8 @@ def draw(records: Sequence[Record], path: Path) -> None:
     losses = list(dict.fromkeys(row["loss"] for row in rows))
     choices = [merged(name) for name in dict.fromkeys(row["choice"] for row in rows) if name != WHOLE]
     figure, axes = panels(losses, 1.8 + 3.2 * len(losses), 1.0 + 0.24 * len(choices), share_y=True)
-    levels = [rows[0][column] for column in FORGET_LEVELS]
     for one, loss in zip(axes, losses, strict=True):
-        shown = {
-            choice: [
-                (f"at forget loss {level:g}", against_whole(rows, choice, loss, column)[0])
-                for column, level in zip(AT_LEVELS, levels, strict=True)
-            ]
-            for choice in choices
-        }
+        shown = {choice: at_both_levels(rows, choice, loss) for choice in choices}
         dots(one, shown, "retain damage over that of the whole model (ratio)")
         one.axvline(1.0, color="black", linewidth=0.8, linestyle="--")
         one.axvline(1 / 3, color="black", linewidth=0.8, linestyle=":")
