@@ -11,6 +11,7 @@ from benchmarks.compression.workloads import FAMILIES as STUDIED
 from benchmarks.compression.workloads import family_config
 from benchmarks.end_to_end.workload import RECIPE, trained_folder
 from benchmarks.experiment.settings import ExperimentConfig, Plan
+from benchmarks.part import part_of
 from benchmarks.unlearning.study import Recited
 from fillm.data import Row, load_rows
 from fillm.errors import UsageError
@@ -43,10 +44,7 @@ def cases(config: ExperimentConfig, plan: Plan, say: Callable[[str], None]) -> I
     rows = {name: load_rows(spec, data_root=config.data_root) for name, spec in plan.data.items()}
     # Seeds first: where there is no time for all, every family has had some.
     pairs = [(family, seed) for seed in plan.seeds for family in plan.families]
-    if config.part is not None:
-        first, parts = map(int, config.part.split("/"))
-        pairs = pairs[first - 1 :: parts]
-    for family, seed in pairs:
+    for family, seed in part_of(pairs, config.part):
         yield _given(config, rows, seed) if config.model else _recited(config, plan, rows, family, seed, say)
 
 

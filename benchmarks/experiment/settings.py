@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from benchmarks.part import check_part
 from fillm.config import arguments, flag_name, option
 from fillm.errors import UsageError
 
@@ -128,10 +129,7 @@ def _check(config: ExperimentConfig) -> None:
             raise UsageError(f"{flag_name(name)} {value}: give at least 1")
     if config.base_model is not None and config.model is None:
         raise UsageError("--base-model goes with --model")
-    if config.part is not None:
-        first, slash, parts = config.part.partition("/")
-        if not (slash and first.isdecimal() and parts.isdecimal() and 1 <= int(first) <= int(parts)):
-            raise UsageError(f"--part {config.part}: give I/N with I from 1 to N")
+    check_part(config.part)
 
 
 def _words(text: str) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from benchmarks.part import check_part, part_of
 from fillm.config import flag_name, option
 from fillm.errors import UsageError
 from fillm.unlearn.config import INFLUENCE
@@ -48,10 +49,7 @@ class ForgetQualityConfig:
         """The names of the choices of this part of the work, in their order."""
         wanted = CHOICES if self.choices is None else _words(self.choices)
         found = [name for name in CHOICES if name in (("whole model", "soir bottom") if self.quick else wanted)]
-        if self.part is not None:
-            first, parts = map(int, self.part.split("/"))
-            found = found[first - 1 :: parts]
-        return found
+        return part_of(found, self.part)
 
 
 def check(config: ForgetQualityConfig) -> None:
@@ -71,10 +69,7 @@ def check(config: ForgetQualityConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UsageError(f"{flag_name(name)} {value}: give at least 1")
-    if config.part is not None:
-        first, slash, parts = config.part.partition("/")
-        if not (slash and first.isdecimal() and parts.isdecimal() and 1 <= int(first) <= int(parts)):
-            raise UsageError(f"--part {config.part}: give I/N with I from 1 to N")
+    check_part(config.part)
     if not 0 <= config.forget_loss < math.inf:
         raise UsageError(f"--forget-loss {config.forget_loss}: has to be finite, 0 or above")
     if not 0 < config.fraction <= 1:

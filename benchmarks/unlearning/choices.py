@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from benchmarks.part import part_of
 from benchmarks.unlearning.settings import SCOPE, UnlearningConfig
 from fillm.data import Row
 from fillm.errors import UsageError
@@ -69,10 +70,7 @@ def choices(config: UnlearningConfig) -> list[Choice]:
                 f"--choices: there is no {', '.join(unknown)}; there are {', '.join(c.name for c in found)}"
             )
         found = [one for one in found if one.name in wanted]
-    if config.part is not None:
-        first, parts = map(int, config.part.split("/"))
-        found = found[first - 1 :: parts]
-    return found
+    return part_of(found, config.part)
 
 
 def masks(

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from benchmarks.part import check_part
 from fillm.config import flag_name, option
 from fillm.errors import UsageError
 
@@ -65,9 +66,6 @@ def check(config: UnlearningConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UsageError(f"{flag_name(name)} {value}: give at least 1")
-    if config.part is not None:
-        first, slash, parts = config.part.partition("/")
-        if not (slash and first.isdecimal() and parts.isdecimal() and 1 <= int(first) <= int(parts)):
-            raise UsageError(f"--part {config.part}: give I/N with I from 1 to N")
+    check_part(config.part)
     if not 0 < config.fraction <= 1:
         raise UsageError(f"--fraction {config.fraction}: has to be above 0 and 1 at most")
