@@ -7,14 +7,12 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-import yaml
 from torch import Tensor, nn
 
 from fillm import rank_parameters
 from fillm.capture import Capture
 from fillm.errors import UsageError
 from fillm.rank import Ranking
-from fillm.rank.__main__ import main
 from fillm.rank.path_step import DOUBLINGS, FIRST_LENGTH, HALVINGS, SignStep, find_length
 from tests.capture.reference import sample_loss
 from tests.families import build_family
@@ -264,21 +262,3 @@ def test_weights_come_back_from_a_step_that_fails():
         assert weight.tolist() == [0.75, 0.25, 3.0]
         raise ZeroDivisionError
     assert torch.equal(weight, before) and step.signs["w"].tolist() == [-1, 1, 0]
-
-
-COMMAND = ["--method", "path", "--granularity", "element", "--path-rise", "0.1", "--path-points", "2"]
-
-
-@pytest.mark.usefixtures("nothing_drawn")
-def test_the_record_has_what_the_weights_add_up_to(arguments, capsys, tmp_path):
-    assert main(arguments(*COMMAND)) == 0
-    record = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text(encoding="utf-8"))
-    path = record["path"]
-    stages = [one["pass"] for one in record["passes"]]
-    search = [f"length-{n + 1}" for n in range(path["lengths_tried"])]
-    assert stages == ["forget", "retain", *search, "forget-1", "retain-1", "forget-2", "retain-2", "retain-end"]
-    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("at a change of")]
-    for key in ("length", "forget_rise", "retain_rise", "forget_contributions", "retain_contributions"):
-        assert f"{path[key]:.3g}" in line or f"{path[key]:.4g}" in line
-    mask = Ranking.load(tmp_path / "run").select(0.3)
-    assert 0.25 < mask.count / sum(row["numel"] for row in Ranking.load(tmp_path / "run")) <= 0.3
