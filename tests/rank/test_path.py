@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from fillm import rank_parameters
 from fillm.capture import Capture
+from fillm.data import collate
 from fillm.errors import UsageError
-from fillm.rank import Ranking
+from fillm.rank import Ranking, path_step
 from fillm.rank.path_step import DOUBLINGS, FIRST_LENGTH, HALVINGS, SignStep, find_length
 from tests.capture.reference import sample_loss
 from tests.families import build_family
@@ -238,6 +239,21 @@ def test_narrow_weights_are_refused_and_named():
 def test_too_few_points_are_a_warning(caplog):
     ranked(wide("llama"), path_rise=3.0, path_points=1)
     assert any("give more --path-points than 1" in record.message for record in caplog.records)
+
+
+def test_samples_that_influence_each_other_are_run_one_by_one(monkeypatch):
+    model, seen, real = build_family("llama"), [], path_step.sample_losses
+    capture = Capture(model, ["model.norm.weight"], alone="they see each other")
+
+    def counted(model, batch, reduction):
+        seen.append(len(batch.indices))
+        return real(model, batch, reduction)
+
+    monkeypatch.setattr(path_step, "sample_losses", counted)
+    losses = path_step.ForwardLosses(capture).run(collate(FORGET, [2, 0, 1]), FORGET, lambda *given: None)
+    assert seen == [1, 1, 1] and losses.dtype == torch.float64
+    exact = [float(sample_loss(copy.deepcopy(model).double(), FORGET[position])) for position in (2, 0, 1)]
+    assert losses.tolist() == pytest.approx(exact, rel=1e-5)
 
 
 def test_lengths_are_doubled_or_halved_and_then_halved_between():
