@@ -16,7 +16,7 @@ from fillm.errors import UsageError
 from fillm.rank import Ranking, path_step
 from fillm.rank.path_step import DOUBLINGS, FIRST_LENGTH, HALVINGS, SignStep, find_length
 from tests.capture.reference import sample_loss
-from tests.families import build_family
+from tests.families import build_family, build_lora
 from tests.rank.direct import FORGET, FORGET_ROWS, RETAIN, RETAIN_ROWS
 from tests.rank.test_units import UNITS, by_tensor, column
 
@@ -234,6 +234,16 @@ def test_narrow_weights_are_refused_and_named():
     line = r"--method path moves weights by less than bfloat16 can tell apart \(\S*norm\S*\); give --dtype float32"
     with pytest.raises(UsageError, match=line):
         ranked(model, include="norm")
+
+
+def test_a_float32_adapter_of_a_narrow_model_is_ranked():
+    model = build_lora("llama", ["q_proj", "down_proj"])
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(torch.float32 if "lora" in name else torch.bfloat16)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    path = ranked(model, include="lora", path_rise=0.05).record["path"]
+    assert 0.05 <= path["forget_rise"] == pytest.approx(path["forget_contributions"], rel=0.1)  # activations are narrow
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_too_few_points_are_a_warning(caplog):
