@@ -241,8 +241,9 @@ def test_a_float32_adapter_of_a_narrow_model_is_ranked():
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(torch.float32 if "lora" in name else torch.bfloat16)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    path = ranked(model, include="lora", path_rise=0.05).record["path"]
-    assert 0.05 <= path["forget_rise"] == pytest.approx(path["forget_contributions"], rel=0.1)  # activations are narrow
+    path = ranked(model, include="lora", path_rise=0.5).record["path"]
+    assert path["forget_rise"] >= 0.5
+    assert path["forget_contributions"] == pytest.approx(path["forget_rise"], abs=0.05)  # activations are narrow
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
