@@ -114,7 +114,7 @@ def retain_left(
         model: fingerprint of the weights; None where they are not at hand, and are taken for the store's.
 
     Raises:
-        StoreError: if the store was made from something else, or holds nothing to rank from.
+        StoreError: if the store was made from something else, holds nothing to rank from, or is damaged.
         UsageError: if sketches are too small for what is asked.
     """
     if config.store is None or not holds_store(config.store):
@@ -132,6 +132,7 @@ def retain_left(
         if not rows:
             raise StoreError(f"{config.store}: holds no sample yet; give the --retain that it was begun with")
     _check_room(config, maps, rows)
+    store.verify(maps)  # no pass is to end with rows that a damaged store cannot be ranked from
     return store, positions
 
 

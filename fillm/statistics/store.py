@@ -1,7 +1,7 @@
 """Sketches of a data set's gradients, read from disk: memory-mapped, and verified before they are used."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -138,6 +138,16 @@ class SketchStore:
     def squared_norms(self, name: str) -> Tensor:
         """`|g_i|^2` of one tensor, [n] float64; raises as `q` does."""
         return self.q[name]
+
+    def verify(self, names: Iterable[str]) -> None:
+        """Hashes the rows of some tensors, and all squared norms, unless that has been done.
+
+        Raises:
+            StoreError: if their bytes are not those that were stored, naming tensor and block.
+        """
+        for name in names:
+            self.sketches(name)
+        _ = self.q
 
     def _read(self, path: Path, columns: int, dtype: torch.dtype, checksums: list[str], what: str) -> Tensor:
         check_size(path, self.rows * columns * dtype.itemsize, what)

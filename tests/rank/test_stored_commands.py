@@ -115,6 +115,19 @@ class TestRefusedBeforeAnyPass:
         ):
             assert said in self.refused(line, monkeypatch, fails)
 
+    @pytest.mark.parametrize("file", ["sketches/1.bin", "squared_norms.bin"])
+    def test_a_flipped_bit_of_the_rows(self, arguments, fails, store, tmp_path, monkeypatch, dry, file, capsys):
+        assert main(arguments(*SKETCHED, "--store", store)) == 0
+        capsys.readouterr()
+        damaged = tmp_path / "store" / file
+        damaged.write_bytes(bytes([damaged.read_bytes()[0] ^ 1]) + damaged.read_bytes()[1:])
+        before = {path: path.read_bytes() for path in (tmp_path / "store").rglob("*.*")}
+        more = write_rows(tmp_path / "more.jsonl", [question_row(n, 2 + n % 5) for n in range(20, 36)])
+        for retain in ({}, {"retain": None}, {"retain": more}):
+            line = self.refused(arguments("--store", store, "--overwrite", *dry, **retain), monkeypatch, fails)
+            assert f"{damaged}: damaged (block 0 of " in line
+        assert before == {path: path.read_bytes() for path in (tmp_path / "store").rglob("*.*")}
+
     def test_sketches_too_small_for_the_true_inverse(self, arguments, fails, monkeypatch, dry):
         line = arguments("--compression", "sjlt", "--sketch-dim", "8", "--curvature", "woodbury", *dry)
         assert "cannot tell 14 retain samples apart" in self.refused(line, monkeypatch, fails)
