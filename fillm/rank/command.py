@@ -15,7 +15,7 @@ from fillm.capture import Capture, verify
 from fillm.config import from_mapping
 from fillm.data import Reading, Row, SampleSet, check_fits_model
 from fillm.data.reading import DataLike, forget_and_retain, skipped_lines
-from fillm.errors import UsageError
+from fillm.errors import StoreError, UsageError
 from fillm.models import catalogue, check_differentiable, load_model, load_tokenizer, model_fingerprint, select_tensors
 from fillm.rank.config import FORGET_ALONE, WITHOUT_GRADIENTS, RankConfig, check
 from fillm.rank.console import Console
@@ -30,7 +30,7 @@ from fillm.rank.sketch_choice import chosen_for_memory, with_sketches_chosen
 from fillm.rank.sketch_probe import probe
 from fillm.rank.units import layouts_of
 from fillm.runs import RunFolder, check_inputs_outside, run_identity, run_record
-from fillm.statistics import SketchStore, holds_store
+from fillm.statistics import SketchStore, holds_store, refuse_foreign
 
 # Settings of the command that a function with a model in hand has no use for.
 _COMMAND_ONLY = {
@@ -177,6 +177,9 @@ def _read(config: RankConfig, forget: DataLike, retain: DataLike, console: Conso
                 "retain set; leave it out, or give --retain"
             )
         del given["retain"]
+    elif retain is None and config.store is not None:
+        refuse_foreign(config.store)
+        raise StoreError(f"{config.store}: there is no store yet; give --retain to build one, or another --store")
     return {which: reading.rows(data, f"--{which}") for which, data in given.items() if _needs(config, which)}
 
 

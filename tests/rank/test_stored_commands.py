@@ -99,7 +99,11 @@ class TestRefusedBeforeAnyPass:
             (tmp_path / ("a" * 300), "File name too long"),
         ):
             assert said in self.refused(arguments(*SKETCHED, "--store", str(path), *dry), monkeypatch, fails)
-        assert (tmp_path / "full" / "letters").exists()
+            line = arguments(*SKETCHED, "--store", str(path), *dry, retain=None)
+            assert said in self.refused(line, monkeypatch, fails)
+        line = arguments(*SKETCHED, "--store", str(tmp_path / "new"), *dry, retain=None)
+        assert "new: there is no store yet; give --retain" in self.refused(line, monkeypatch, fails)
+        assert (tmp_path / "full" / "letters").exists() and not (tmp_path / "new").exists()
 
     def test_a_store_of_something_else(self, arguments, fails, store, tmp_path, monkeypatch, dry, capsys):
         assert main(arguments(*SKETCHED, "--include", "mlp", "--store", store)) == 0
