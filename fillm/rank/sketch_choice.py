@@ -114,7 +114,7 @@ def chosen_for_memory(
     best = min(options, key=lambda one: (not one.enough, over_plain(one.kind, one.dim) if one.enough else one.bar))
     taken = sketch_bytes(scope, best.dim, samples, itemsize)
     whole = all(info.numel <= best.dim for info in scope)
-    bar = "" if best.bar is None or whole else f"error bars of about {100.0 * best.bar:.1g} % expected"
+    bar = "" if best.bar is None or whole else f"error bars of about {in_percent(best.bar)} expected"
     if bar and measure is None:
         bar += " if gradients are far from parallel (the run measures that and may choose otherwise)"
     if whole:
@@ -177,6 +177,11 @@ def _option(
         if bar <= small:
             return Option(kind, dim, bar, True)
     return Option(kind, dims[-1], bar, False)
+
+
+def in_percent(part: float) -> str:
+    """A part of 1 in per cent, to one digit: `0.02 %`, `30 %`."""
+    return f"{float(f'{100.0 * part:.1g}'):g} %"
 
 
 def over_plain(kind: str, dim: int) -> float:

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 import fillm
-from fillm.rank.sketch_choice import OVER_PLAIN, bar_of_unlike, over_plain
+from fillm.rank.sketch_choice import OVER_PLAIN, bar_of_unlike, in_percent, over_plain
 from fillm.rank.sketch_probe import FACTORED, Alikeness, expected_bar
 from tests.rank.direct import FORGET_ROWS, RETAIN_ROWS, family
 
@@ -115,6 +115,13 @@ def test_where_every_gradient_is_kept_whole_it_says_so(settings, capsys) -> None
     )
     (line,) = (one for one in capsys.readouterr().err.splitlines() if "compression auto" in one)
     assert line.endswith("; every gradient is kept whole") and "expected" not in line
+
+
+@pytest.mark.parametrize(
+    ("part", "said"), [(0.000153, "0.02 %"), (0.0049, "0.5 %"), (0.0962, "10 %"), (0.3141, "30 %"), (1.7, "200 %")]
+)
+def test_a_bar_is_said_in_plain_per_cent(part: float, said: str) -> None:
+    assert in_percent(part) == said
 
 
 def test_times_are_those_of_the_study() -> None:
