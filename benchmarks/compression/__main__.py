@@ -7,6 +7,7 @@ samples; then both sets sketched with every kind and size, and the same methods 
 leaves the less telling ones for last; what there was no time for is left out and named.
 """
 
+import dataclasses
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -48,7 +49,11 @@ def bench(config: CompressionConfig) -> list[Row]:
     plans, out, made = planned(config), Path(config.out), provenance(config)
     make_folder(parts_folder(config.out))
     rows, left, weights = [], 60.0 * config.minutes, sum(plan.weight for plan in plans)
-    for plan in plans:
+    chosen = {plan.name for plan in plans}
+    for plan in planned(dataclasses.replace(config, workloads=None)):
+        if plan.name not in chosen:  # --resume --workloads goes on with some, and keeps the others
+            rows += _measured_before(config, plan.name) if config.resume else []
+            continue
         path = parts_folder(config.out) / f"{plan.name}.parquet"
         before = _measured_before(config, plan.name) if config.resume else []
 
@@ -59,7 +64,7 @@ def bench(config: CompressionConfig) -> list[Row]:
             _say(f"{plan.name}: measured before")
             found, took = before, 0.0
         else:
-            found, took = measure(plan, config, left * plan.weight / weights, plan is plans[0], before, save)
+            found, took = measure(plan, config, left * plan.weight / weights, plan.name == plans[0].name, before, save)
         save(found)
         left, weights = left - took, weights - plan.weight
         rows += found

@@ -258,6 +258,23 @@ def test_a_whole_study_is_not_measured_again(monkeypatch, tmp_path, quick):
     assert repr(pq.read_table(out / "compression.parquet").to_pylist()) == repr(quick[1])
 
 
+def test_workloads_that_were_not_chosen_keep_their_rows(monkeypatch, tmp_path, quick):
+    def measure(plan, config, seconds, timed, before, save):
+        assert plan.name == "gpt2-fictional" and timed and not before
+        return [{**row, "workload": plan.name} for row in quick[1]], 1.0
+
+    out = tmp_path / "results"
+    shutil.copytree(quick[0], out)
+    monkeypatch.setattr(command, "measure", measure)
+    flags = ["--quick", "--workloads", "gpt2-fictional", "--rounds", "1", "--out", str(out)]
+    assert command.main([*flags, "--resume"]) == 0
+    found = pq.read_table(out / "compression.parquet").to_pylist()
+    assert repr(found[: len(quick[1])]) == repr(quick[1]) and len(found) == 2 * len(quick[1])
+    assert {row["workload"] for row in found[len(quick[1]) :]} == {"gpt2-fictional"}
+    assert command.main(flags) == 0  # anew
+    assert {row["workload"] for row in pq.read_table(out / "compression.parquet").to_pylist()} == {"gpt2-fictional"}
+
+
 def test_other_settings_are_measured_again(monkeypatch, tmp_path, quick):
     before_of = []
 
