@@ -244,4 +244,7 @@ def _joined(cpu: bool) -> Any:
         from accelerate import PartialState
     except ImportError:
         raise UsageError("several processes need the package accelerate; pip install 'fillm[train]'") from None
-    return PartialState(cpu=cpu)
+    # What torchrun starts again finds the store of the first time, with the addresses of processes that are gone.
+    store, rank, count = next(torch.distributed.rendezvous("env://"))
+    store = torch.distributed.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return PartialState(cpu=cpu, store=store, rank=rank, world_size=count)

@@ -15,7 +15,6 @@ import torch
 
 from fillm.rank import ranking_files
 from fillm.rank.__main__ import main
-from fillm.rank.config import RankConfig
 from fillm.rank.dealing import rounds
 from fillm.rank.ranking import Ranking
 from fillm.statistics import retain
@@ -106,7 +105,9 @@ def alone(command: Callable[..., list[str]], one_thread: None, tmp_path_factory:
 
 def rounding(name: str, column: np.ndarray) -> float:
     """A trade-off is a gain less a loss, a row's damage a sum that cancels: float32 knows them no better than this."""
-    return {"traded off": 1e-5, "damage by rows": 1e-6}.get(name, 0.0) * float(np.abs(column[np.isfinite(column)]).max())
+    return {"traded off": 1e-5, "damage by rows": 1e-6}.get(name, 0.0) * float(
+        np.abs(column[np.isfinite(column)]).max()
+    )
 
 
 def assert_same(found: Path, wanted: Path) -> None:
@@ -141,7 +142,7 @@ def test_the_ranking_is_that_of_one_process(processes, command, alone, tmp_path)
 
 @pytest.mark.slow
 def test_what_ends_one_process_ends_all_and_is_told_once(command, alone, tmp_path) -> None:
-    always = ["--checkpoint-seconds", "1e-9"]
+    always = [*METHODS["one sample a batch"], "--checkpoint-seconds", "1e-9"]
     jobs: list[dict[str, Any]] = [
         {"argv": command(tmp_path / "error", *always), "fault": "error", "meeting": 0},
         {"argv": command(tmp_path / "error", *always, "--resume")},
@@ -149,35 +150,37 @@ def test_what_ends_one_process_ends_all_and_is_told_once(command, alone, tmp_pat
         {"argv": command(tmp_path / "disk", *always), "fault": "disk", "meeting": 0},
         {"argv": command(tmp_path / "scope", "--include", "nothing")},
         {"argv": command(tmp_path / "pairs", "--curvature", "woodbury")},
+        {"argv": command(tmp_path / "other", "--num-retain", "9"), "further": ["--seed", "1"]},
         {"argv": command(tmp_path / "stop", *always), "fault": "stop", "meeting": 0, "process": 1},
         {"argv": command(tmp_path / "stop", *always, "--resume")},
         {"argv": command(tmp_path / "forget", *always), "fault": "stop", "pass": "forget pass", "batch": 1},
         {"argv": command(tmp_path / "forget", *always, "--resume")},
     ]
     codes, said = run_jobs(3, jobs, tmp_path)
-    assert codes == [[code] * 3 for code in (2, 0, 1, 2, 2, 2, 3, 0, 3, 0)], said
+    assert codes == [[code] * 3 for code in (2, 0, 1, 2, 2, 2, 2, 3, 0, 3, 0)], said
     for line in (
         "fillm rank: the loss of sample 7 is nan",
         "Fault of ours: a fault of ours",
         "fillm rank: no space left on the disk",
         "fillm rank: --curvature woodbury takes one process: inner products of samples are not dealt out; leave out "
         "torchrun",
+        "fillm rank: the processes do not compute the same: give all of them the same files, fillm and hardware",
         "fillm rank: stopped by a signal to another process in the retain pass; continue with --resume",
     ):
         assert said.splitlines().count(line) == 1, (line, said)
-    assert len([line for line in said.splitlines() if line.startswith("fillm rank: ")]) == 6, said
+    assert len([line for line in said.splitlines() if line.startswith("fillm rank: ")]) == 7, said
     assert not (tmp_path / "disk").exists() and not (tmp_path / "bug").exists()
     for name in ("error", "stop", "forget"):
-        assert_same(tmp_path / name, alone / "certified")
+        assert_same(tmp_path / name, alone / "one sample a batch")
 
 
 @pytest.mark.slow
 def test_a_killed_process_leaves_a_folder_that_any_number_resumes(command, alone, one_thread, tmp_path) -> None:
     jobs = tmp_path / "jobs.json"
-    argv = command(tmp_path / "run", "--save-update", "--checkpoint-seconds", "1e-9")
+    argv = command(tmp_path / "run", *METHODS["one sample a batch"], "--checkpoint-seconds", "1e-9")
     job = {"argv": argv, "fault": "kill", "meeting": 0, "batch": 3}
     jobs.write_text(json.dumps([job]), encoding="utf-8")
-    done = torchrun(2, "-m", "tests.rank.several_processes", str(jobs), str(tmp_path / "told.json"))
+    done = torchrun(2, "-m", "tests.rank.several_processes", str(jobs))
     assert done.returncode != 0
     assert done.stderr.count("fillm rank: another process of the run has died; continue with --resume") == 1
     left = tmp_path / "run.partial"
@@ -185,11 +188,22 @@ def test_a_killed_process_leaves_a_folder_that_any_number_resumes(command, alone
     assert (left / "state.json").is_file()
     shutil.copytree(left, tmp_path / "again.partial")
     assert main([*argv, "--resume"]) == 0
-    assert_same(tmp_path / "run", alone / "u")
+    assert_same(tmp_path / "run", alone / "one sample a batch")
     argv[argv.index("--out") + 1] = str(tmp_path / "again")
     codes, said = run_jobs(3, [{"argv": [*argv, "--resume"]}], tmp_path)
     assert codes == [[0, 0, 0]], said
-    assert_same(tmp_path / "again", alone / "u")
+    assert_same(tmp_path / "again", alone / "one sample a batch")
+
+
+@pytest.mark.slow
+def test_processes_that_torchrun_starts_again_resume(command, alone, tmp_path) -> None:
+    jobs = tmp_path / "jobs.json"
+    argv = command(tmp_path / "run", *METHODS["one sample a batch"], "--checkpoint-seconds", "1e-9", "--resume")
+    jobs.write_text(json.dumps([{"argv": argv, "fault": "kill", "batch": 4}]), encoding="utf-8")
+    done = torchrun(2, "--max-restarts=1", "-m", "tests.rank.several_processes", str(jobs))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("nothing to resume; starting anew") == 1  # the first time
+    assert_same(tmp_path / "run", alone / "one sample a batch")
 
 
 @pytest.mark.slow
@@ -216,8 +230,3 @@ def test_the_command_itself_speaks_once(command, alone, tmp_path) -> None:
 )
 def test_rounds(start, count, processes, led, wanted) -> None:
     assert [list(members) for members in rounds(start, count, processes, led)] == wanted
-
-
-def test_one_process_takes_what_several_are_refused(arguments, tmp_path, nothing_drawn) -> None:
-    assert RankConfig(method="soir-per-sample").exact_gram
-    assert main(arguments(method="soir-per-sample")) == 0
