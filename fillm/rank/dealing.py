@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fillm.rank.console import Bar
@@ -106,11 +107,11 @@ class Dealing:
         heard = self.processes.meet(int(stop is not None), int(save), ahead, error=error)
         self._next = self._round + heard[0][2]
         self._met, self._met_round = time.monotonic(), self._round
+        if self._leads_now:  # at once: what fails on one side only has to fail where all look up next, at a meeting
+            self._take_the_lead()
         for batch in self._behind:
             bar.advance(*sizes[batch])
         self._behind.clear()
-        if self._leads_now:
-            self._take_the_lead()
         told = any(words[0] for words in heard)
         return (stop or "a signal to another process") if told else None, bool(heard[0][1])
 
@@ -120,10 +121,24 @@ class Dealing:
             self._statistic.follow(self.processes.add_up_in_order(self._statistic.lead()))
 
     def copied_state(self, losses: Tensor) -> dict[str, Tensor]:
-        """The statistic's state and the losses of all processes, on the CPU of the first; it has these alone."""
-        add = self.processes.added_up
-        found = {name: t if self._alike(name) else add(t) for name, t in self._statistic.state().items()}
-        return {"losses": add(losses), **found}
+        """The statistic's state and the losses of all processes, on the CPU of the first; empty in the others."""
+        state = {"losses": losses, **self._statistic.state()}
+        if self.processes.count == 1:
+            return state
+        copies: dict[str, Tensor] = {}
+        error: Exception | None = None
+        if self.processes.first:
+            try:
+                copies = {name: torch.empty(t.shape, dtype=t.dtype, device="cpu") for name, t in state.items()}
+            except (MemoryError, RuntimeError) as caught:
+                error = caught
+        self.processes.meet(error=error)
+        for name, tensor in state.items():
+            if not self._alike(name):
+                self.processes.add_up_into(copies.get(name), tensor)
+            elif self.processes.first:
+                copies[name].copy_(tensor)
+        return copies
 
     def close(self, losses: Tensor, said: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Adds up losses and state, so that every process has the whole; what all of them say."""

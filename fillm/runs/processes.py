@@ -34,7 +34,7 @@ class Processes:
         device: where this process computes.
 
     Raises:
-        UsageError: several processes without the package accelerate.
+        UsageError: several processes without the package accelerate, or more than this machine has GPUs.
     """
 
     def __init__(self, device: str = "auto", *, alone: bool = False) -> None:
@@ -43,7 +43,14 @@ class Processes:
         self._ended = False
         self._words: Any = None  # the group in which numbers and texts go round; always on the CPU
         if several_started() and not alone:
-            self._state = _joined(cpu=resolve_device(device).type == "cpu")
+            cpu = resolve_device(device).type == "cpu"
+            here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            if not cpu and here > torch.cuda.device_count():
+                raise UsageError(
+                    f"{here} processes on this machine, which has {torch.cuda.device_count()} CUDA devices: give "
+                    "torchrun no more than that, or --device cpu"
+                )
+            self._state = _joined(cpu)
             self.index, self.count = self._state.process_index, self._state.num_processes
             self.device = self._state.device
             self._words = torch.distributed.new_group(backend="gloo")
@@ -76,16 +83,12 @@ class Processes:
             block.copy_(total)
         return tensor
 
-    def added_up(self, tensor: Tensor) -> Tensor:
-        """The same as a copy on the CPU, which holds it in the first process alone."""
-        if self.count == 1:
-            return tensor
-        out = torch.empty(tensor.shape if self.first else 0, dtype=tensor.dtype, device="cpu")
-        blocks = iter(out.reshape(-1).split(_BLOCK))
+    def add_up_into(self, out: Tensor | None, tensor: Tensor) -> None:
+        """The same into `out`, of the same shape and type on any device, which the first process alone gives."""
+        blocks = None if out is None else iter(out.view(-1).split(_BLOCK))
         for _, total in self._block_sums(tensor):
-            if self.first:
+            if blocks is not None:
                 next(blocks).copy_(total)
-        return out
 
     def _block_sums(self, tensor: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Every block of a contiguous tensor, and its sum over the processes, [E] both."""
