@@ -15,7 +15,7 @@ define make_environment
 	touch $(1)/.made
 endef
 
-.PHONY: install demo test slow test-all lint docs bench clean
+.PHONY: install demo test slow test-all lint docs wheel bench clean
 
 install: .venv/.made
 
@@ -53,6 +53,10 @@ docs: .venv-docs/.made
 	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 	  'mkdocs>=1.6,<2' 'mkdocs-material>=9.6' 'mkdocstrings[python]>=0.29' ruff  # ruff wraps signatures
 	touch .venv-docs/.made
+
+# dist/: an sdist, and the wheel built from it. A wheel belongs to this Python and C++ library; the version is fillm.__version__.
+wheel: install
+	.venv/bin/python -m build --no-isolation --outdir dist
 
 bench: install
 	.venv/bin/python -m pytest benchmarks/kernels -o python_files='bench_*.py' -o python_functions='bench_*' --benchmark-only

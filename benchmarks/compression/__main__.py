@@ -9,15 +9,15 @@ leaves the less telling ones for last; what there was no time for is left out an
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from benchmarks.compression.measures import Row
 from benchmarks.compression.pictures import draw
-from benchmarks.compression.results import drop_parts, make_folder, provenance, read_part, write_all, write_part
-from benchmarks.compression.schedule import rows_in_time
+from benchmarks.compression.results import drop_parts, make_folder, provenance, read_rows, write_all, write_part
+from benchmarks.compression.schedule import missing, rows_in_time
 from benchmarks.compression.settings import (
     PROGRAM,
     RETAIN_COUNTS,
@@ -50,23 +50,34 @@ def bench(config: CompressionConfig) -> list[Row]:
     rows, left, weights = [], 60.0 * config.minutes, sum(plan.weight for plan in plans)
     for plan in plans:
         path = parts_folder(config.out) / f"{plan.name}.parquet"
-        found = read_part(path, config.measurement) if config.resume else None
-        if found is None:
-            found, took = measure(plan, config, left * plan.weight / weights, timed=plan is plans[0])
-            left -= took
+        before = _measured_before(config, plan.name) if config.resume else []
+
+        def save(found: list[Row], path: Path = path) -> None:
             write_part(path, found, config.measurement, made)
-        else:
+
+        if before and not missing(config, before):
             _say(f"{plan.name}: measured before")
-        weights -= plan.weight
+            found, took = before, 0.0
+        else:
+            found, took = measure(plan, config, left * plan.weight / weights, plan is plans[0], before, save)
+        save(found)
+        left, weights = left - took, weights - plan.weight
         rows += found
-    write_all(out, rows, made)
+    write_all(out, rows, config.measurement, made)
     draw(rows, out)
     drop_parts(parts_folder(config.out))
     print(tables(rows))
     return rows
 
 
-def measure(plan: Planned, config: CompressionConfig, seconds: float, timed: bool) -> tuple[list[Row], float]:
+def measure(
+    plan: Planned,
+    config: CompressionConfig,
+    seconds: float,
+    timed: bool,
+    before: list[Row],
+    save: Callable[[list[Row]], None],
+) -> tuple[list[Row], float]:
     """One workload, in about so many seconds.
 
     Args:
@@ -74,6 +85,8 @@ def measure(plan: Planned, config: CompressionConfig, seconds: float, timed: boo
         config: the settings.
         seconds: what it may take; the training of its model is not counted.
         timed: whether passes are timed in rounds beside plain forward + backward.
+        before: the rows of an earlier run of it with the same settings, which are kept; empty for none.
+        save: given all its rows whenever there are more.
 
     Returns:
         Its rows, and the seconds it took.
@@ -83,17 +96,6 @@ def measure(plan: Planned, config: CompressionConfig, seconds: float, timed: boo
         _say(f"{plan.name}: {line}")
 
     work, job = load(plan, config, say)
-    begun = time.monotonic()
-    counts = retain_counts(len(job.retain), (5,) if config.quick else RETAIN_COUNTS)
-    studied = study_exactly(work, job, counts)
-    say(f"exact inner products of {len(job.scope)} tensors: {studied.seconds:.1f} s")
-    rows = reference_rows(studied)
-    sizes = config.chosen_sizes or SIZES
-    if config.rounds and timed:
-        chosen = [size for size in TIMED_SIZES if config.sizes is None or size in sizes] if not config.quick else sizes
-        pairs = timed_pairs(config.chosen_kinds, chosen)
-        rows += time_sketches(work, job, pairs, config.rounds, config.timed_samples, say)
-    rows += rows_in_time(studied, config, sizes, begun + seconds, say)
     about = {
         "workload": plan.name,
         "model": model_name(work),
@@ -104,7 +106,32 @@ def measure(plan: Planned, config: CompressionConfig, seconds: float, timed: boo
         "forget_samples": len(job.forget),
         "retain_samples": len(job.retain),
     }
-    return [about | row for row in rows], time.monotonic() - begun
+    begun, rows = time.monotonic(), list(before)
+
+    def add(more: list[Row]) -> None:
+        rows.extend(about | row for row in more)
+        save(rows)
+
+    counts = retain_counts(len(job.retain), (5,) if config.quick else RETAIN_COUNTS)
+    studied = study_exactly(work, job, counts)
+    say(f"exact inner products of {len(job.scope)} tensors: {studied.seconds:.1f} s")
+    if not before:
+        first = reference_rows(studied)
+        sizes = config.chosen_sizes or SIZES
+        if config.rounds and timed:
+            chosen = [size for size in TIMED_SIZES if config.sizes is None or size in sizes]
+            pairs = timed_pairs(config.chosen_kinds, sizes if config.quick else chosen)
+            first += time_sketches(work, job, pairs, config.rounds, config.timed_samples, say)
+        add(first)
+    rows_in_time(studied, config, missing(config, before), begun + seconds, say, add)
+    return rows, time.monotonic() - begun
+
+
+def _measured_before(config: CompressionConfig, workload: str) -> list[Row]:
+    """The rows of a workload by an earlier run with the same settings, stopped or whole."""
+    found = read_rows(parts_folder(config.out) / f"{workload}.parquet", config.measurement)
+    found = found or read_rows(Path(config.out) / "compression.parquet", config.measurement)
+    return [row for row in found if row["workload"] == workload]
 
 
 def _say(line: str) -> None:

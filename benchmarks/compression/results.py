@@ -1,4 +1,4 @@
-"""The rows of the study: parts of finished workloads, the Parquet file with all, and a CSV with what is quoted."""
+"""The rows of the study: parts by workload until all are there, a Parquet file with all, a CSV with what is quoted."""
 
 import csv
 import json
@@ -71,23 +71,22 @@ def make_folder(path: Path) -> None:
 
 
 def write_part(path: Path, rows: Sequence[Row], settings: Mapping[str, Any], made: Mapping[str, str]) -> None:
-    """What a finished workload came to, with the settings that it was measured with."""
-    metadata = {SETTINGS: json.dumps(settings), **made}
-    _write_table(path, pa.Table.from_pylist(list(rows), schema=SCHEMA.with_metadata(metadata)))
+    """What a workload came to so far, with the settings that it was measured with."""
+    _write_table(path, _table(rows, settings, made))
 
 
-def read_part(path: Path, settings: Mapping[str, Any]) -> list[Row] | None:
-    """The rows of a workload that is finished; None if it is not, or was measured with other settings."""
+def read_rows(path: Path, settings: Mapping[str, Any]) -> list[Row]:
+    """The rows of a part or of all; none if there is no such file, or it was measured with other settings."""
     if not path.is_file():
-        return None
+        return []
     table = pq.read_table(path)
     same = (table.schema.metadata or {}).get(SETTINGS) == json.dumps(settings).encode()
-    return table.to_pylist() if same and table.schema.equals(SCHEMA) else None
+    return table.to_pylist() if same and table.schema.equals(SCHEMA) else []
 
 
-def write_all(out: Path, rows: Sequence[Row], made: Mapping[str, str]) -> None:
+def write_all(out: Path, rows: Sequence[Row], settings: Mapping[str, Any], made: Mapping[str, str]) -> None:
     """`compression.parquet` with every row, `compression.csv` with all retain samples and some sizes."""
-    _write_table(out / "compression.parquet", pa.Table.from_pylist(list(rows), schema=SCHEMA.with_metadata(dict(made))))
+    _write_table(out / "compression.parquet", _table(rows, settings, made))
     text = StringIO()
     columns = [*SCHEMA.names, *made]
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
@@ -104,6 +103,10 @@ def write_all(out: Path, rows: Sequence[Row], made: Mapping[str, str]) -> None:
 def drop_parts(folder: Path) -> None:
     """All parts, once they are in the Parquet file."""
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _table(rows: Sequence[Row], settings: Mapping[str, Any], made: Mapping[str, str]) -> pa.Table:
+    return pa.Table.from_pylist(list(rows), schema=SCHEMA.with_metadata({SETTINGS: json.dumps(settings), **made}))
 
 
 def _write_table(path: Path, table: pa.Table) -> None:

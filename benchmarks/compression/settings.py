@@ -33,7 +33,7 @@ class CompressionConfig:
     seed: int = option(0, "of the sketches, and of the order that subsets of the retain set are taken in", "N")
     threads: int | None = option(None, "torch threads (default: torch's own choice)", "N")
     quick: bool = option(False, "tiny models, two kinds, two sizes: whether it runs at all")
-    resume: bool = option(False, "keep what an interrupted run with the same settings has finished")
+    resume: bool = option(False, "keep what a run with the same settings has measured, and measure what it has not")
     out: str = option("benchmarks/results", "folder for compression.parquet, .csv and the pictures", "DIR")
     debug: bool = option(False, "show a traceback with every error")
 

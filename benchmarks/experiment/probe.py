@@ -5,7 +5,7 @@ Adam divides a gradient by the root of its second moment, which at the first ste
 risen by so much; the rise of the retain loss is read there. Slope, curvature and what lies beyond are all in it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from benchmarks.experiment.case import Case
 from fillm.capture import frozen, sample_losses
 from fillm.data import SampleSet, collate, tokenize_rows
+from fillm.rank.path_step import find_length
 
 BATCH = 40
-FIRST = 1e-3  # of the step lengths tried, a change of every weight
-DOUBLINGS, HALVINGS = 12, 5
 
 
 def step_costs(case: Case, names: Sequence[str], rise: float) -> dict[str, float]:
@@ -48,22 +47,6 @@ def step_costs(case: Case, names: Sequence[str], rise: float) -> dict[str, float
         length = find_length(lambda length, name=name: at(name, length, "forget"), rise)
         costs[name] = float("inf") if length is None else at(name, length, "retain")
     return costs
-
-
-def find_length(risen: Callable[[float], float], rise: float) -> float | None:
-    """The step that brings a loss up by `rise`: doubled until it does, then halved in between."""
-    high = FIRST
-    for _ in range(DOUBLINGS):
-        if risen(high) >= rise:
-            break
-        high *= 2.0
-    else:
-        return None
-    low = high / 2.0 if high > FIRST else 0.0
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2.0
-        low, high = (low, middle) if risen(middle) >= rise else (middle, high)
-    return high
 
 
 def mean_loss(model: nn.Module, samples: SampleSet) -> float:

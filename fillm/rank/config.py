@@ -12,7 +12,7 @@ from fillm.rank.sketching import check_sketching
 
 Method = Literal[
     "soir", "soir-sum", "soir-per-sample", "first-order", "gradient", "memflex",
-    "parameter-shift", "fisher-ratio", "wagle", "saliency", "random", "none",
+    "parameter-shift", "fisher-ratio", "wagle", "saliency", "path", "random", "none",
     "so-influence", "so-influence-sum", "so-influence-pd", "fo-influence", "param-deltas",
 ]  # fmt: skip
 Compression = Literal[
@@ -38,9 +38,13 @@ _OPTIONS_OF = {
     "similarity": ("memflex",),
     "magnitude": ("memflex",),
     "mu": ("wagle",),
+    "path_weight": ("path",),
+    "path_rise": ("path",),
+    "path_points": ("path",),
 }
 _WOODBURY_TOO = ("woodbury", "soir-per-sample")
 FORGET_ALONE = ("saliency", "gradient")  # methods that do not look at the retain set
+SIGNED_SCORES = ("path",)  # methods that score by what may be below 0, the largest first
 WITHOUT_GRADIENTS = ("parameter-shift", "random", "none")
 
 
@@ -91,6 +95,9 @@ class RankConfig:
     similarity: float = option(0.92, "largest cosine of forget and retain gradient (memflex)", "X")
     magnitude: float = option(6e-4, "smallest mean forget gradient entry (memflex)", "X")
     mu: float = option(1e-3, "stand-in for the Hessian diagonal (wagle)", "X")
+    path_weight: float = option(3.0, "how many times damage counts against gain (path)", "X")
+    path_rise: float = option(1.0, "rise of the forget loss up to which the step is followed, in nats (path)", "X")
+    path_points: int = option(4, "points of the midpoint rule, a pass over each set at each (path)", "N")
     store: str | None = option(None, "folder of a sketch store to build, to add to, or to rank from", "DIR")
     memory: str | None = option(
         None, "memory for sketches (--compression auto) or exact Gram matrices (default: half of what is free)", "SIZE"
@@ -190,14 +197,16 @@ def check(config: RankConfig) -> None:
         raise UsageError(f"--method {method} ranks whole tensors; use --granularity tensor")
     if config.resume and config.overwrite:
         raise UsageError("--resume continues a run and --overwrite replaces it: give one")
-    for name in ("damping", "tolerance", "mu", "checkpoint_seconds"):
+    if method == "path" and config.dtype in ("bfloat16", "float16") and config.adapter is None:
+        raise UsageError(f"--method path moves weights by less than {config.dtype} can tell apart; use --dtype float32")
+    for name in ("damping", "tolerance", "mu", "path_weight", "path_rise", "checkpoint_seconds"):
         value = getattr(config, name)
         if not 0 < value < math.inf:
             needed = "finite" if value == math.inf else "above 0"
             raise UsageError(f"--{name.replace('_', '-')} must be {needed}, not {value}")
     if not 1e-12 <= config.damping <= 1e12:
         raise UsageError(f"--damping must be between 1e-12 and 1e12, not {config.damping}")
-    for name in ("num_forget", "num_retain", "tokens_per_batch", "max_length"):
+    for name in ("num_forget", "num_retain", "tokens_per_batch", "max_length", "path_points"):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
@@ -217,3 +226,5 @@ def check_dealt_out(config: RankConfig) -> None:
     ]
     if (given := next((option for refused, option in alone if refused), None)) is not None:
         raise UsageError(f"{given} takes one process: inner products of samples are not dealt out; leave out torchrun")
+    if config.canonical_method == "path":
+        raise UsageError("--method path takes one process: the search of its step is not dealt out; leave out torchrun")

@@ -10,6 +10,7 @@ from torch import Tensor
 from fillm.errors import ModelError, UsageError
 from fillm.models import TensorInfo
 from fillm.rank.gram_methods import rank_by_gram
+from fillm.rank.path import rank_path
 from fillm.rank.scoring import (
     Job,
     Scores,
@@ -221,6 +222,7 @@ _METHODS: dict[str, Callable[[Job], Scores]] = {
     "parameter-shift": _parameter_shift,
     "wagle": _wagle,
     "saliency": _saliency,
+    "path": rank_path,
     "random": _random,
     "none": _none,
 }

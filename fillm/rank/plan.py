@@ -6,11 +6,10 @@ import fillm_kernels
 from fillm_kernels.ghost_norm import BLOCK_ENTRIES
 from torch import nn
 
-from fillm.capture import ONE_SIDED
 from fillm.data import SampleSet, check_fits_model
 from fillm.models import TensorInfo, catalogue, resolve_device, select_tensors
 from fillm.rank.activations import saved_activation_bytes
-from fillm.rank.config import FORGET_ALONE, WITHOUT_GRADIENTS, RankConfig
+from fillm.rank.config import WITHOUT_GRADIENTS, RankConfig
 from fillm.rank.console import Console
 from fillm.rank.costs import (
     BatchShape,
@@ -22,7 +21,9 @@ from fillm.rank.costs import (
 from fillm.rank.gram_groups import check_planned
 from fillm.rank.gram_sources import memory_budget, needs_mean, retain_left, sketch_maps
 from fillm.rank.machine import measured_rate, resident_bytes
+from fillm.rank.path_step import MOST_LENGTHS
 from fillm.rank.plan_lines import PassPlan, Plan
+from fillm.rank.plan_passes import passes_of, planned
 from fillm.rank.sketch_choice import chosen_for_memory, sketch_bytes
 from fillm.rank.unloaded_model import meta_model
 from fillm.statistics.store_writer import BLOCK_BYTES
@@ -68,9 +69,9 @@ def plan(
     costs = Costs.of(model, everything, scope)
     shapes = {which: batch_shapes(s, config.tokens_per_batch, config.layout) for which, s in sets.items()}
     passes = [
-        _pass(name, sets[which], shapes[which], costs, products, ghost, config.gradient_checkpointing)
-        for name, which, products, ghost in _passes(config)
-        if which in sets
+        planned(one, sets[one.which], shapes[one.which], costs, config.gradient_checkpointing)
+        for one in passes_of(config)
+        if one.which in sets
     ]
     memory = {"weights": sum(p.numel() * p.element_size() for p in model.parameters())}
     notes = [choice] if choice else []
@@ -98,6 +99,8 @@ def plan(
             notes.append("exact Gram matrices: a pass over each set for every group of tensors whose gradients fit")
         elif config.canonical_method == "soir" and not (config.needs_update or config.sketched):
             notes.append("a pass over what the bracket does not certify comes on top")
+        elif config.canonical_method == "path":
+            notes.append(f"the search of the step's length takes at most {MOST_LENGTHS} passes, mostly fewer")
     if program_bytes:
         memory["program"] = program_bytes
     return Plan(len(scope), sum(info.numel for info in scope), tuple(passes), memory, rate, tuple(notes))
@@ -139,48 +142,6 @@ def plan_run(config: RankConfig, sets: Mapping[str, SampleSet], console: Console
     return found
 
 
-def _passes(config: RankConfig) -> list[tuple[str, str, int, bool]]:
-    """(name, set, products per weight in scope, whether norms are taken) of the method's passes."""
-    method = config.canonical_method
-    if method in WITHOUT_GRADIENTS:
-        return []
-    if config.sketched or config.exact_gram:
-        # The sparse and dense kinds form tiles of every gradient; two-sided ones project its factors.
-        formed = int(config.sketched and config.compression in ONE_SIDED)
-        mean = int(needs_mean(method) and not config.exact_gram)
-        out = [("forget pass", "forget", formed + mean, True), ("retain pass", "retain", formed, True)]
-        if config.asks_for_update:  # sketches cannot be asked for it
-            out += [("forget pass for v", "forget", 1, False), ("update pass", "retain", 1, False)]
-            out += [("damage pass", "retain", 1, False)] if config.objective != "forget" else []
-        return out
-    out = [("forget pass", "forget", 1, False)]
-    if method in FORGET_ALONE:
-        return out
-    certified = method == "soir" and config.curvature == "datainf"
-    out.append(("retain pass", "retain", 2, True) if certified else ("retain pass", "retain", 1, False))
-    if config.objective != "forget":
-        out.append(("damage pass", "retain", 1, False))
-    return out
-
-
-def _pass(
-    name: str, samples: SampleSet, shapes: Sequence[BatchShape], costs: Costs, products: int, ghost: bool, again: bool
-) -> PassPlan:
-    attention = sum(costs.attention_forward(shape) for shape in shapes)
-    forward = sum(costs.forward(shape) for shape in shapes)
-    flop = {
-        "forward": forward,
-        "backward of activations": forward,
-        "attention, forward and backward": 3.0 * attention,
-        "products with weights in scope": products * sum(costs.product(shape) for shape in shapes),
-    }
-    if again:
-        flop["forward of the layers, again"] = attention + sum(costs.layers_forward(shape) for shape in shapes)
-    if ghost:
-        flop["ghost norms"] = sum(costs.ghost_norms(shape) for shape in shapes)
-    return PassPlan(name, len(samples), sum(sample.num_tokens for sample in samples), len(shapes), flop)
-
-
 def _accumulators(
     config: RankConfig, scope: Sequence[TensorInfo], model: nn.Module, sets: Mapping[str, SampleSet]
 ) -> dict[str, int]:
@@ -194,6 +155,9 @@ def _accumulators(
         return {"Gram matrix of a tensor, twice": 16 * sum(len(some) for some in sets.values()) ** 2}
     if config.canonical_method == "gradient":
         return {"mean absolute forget gradient": plain}
+    if config.canonical_method == "path":
+        signs = sum(info.numel for info in scope)
+        return {"contributions of the weights": plain, "weights as they came": plain, "signs of the step": signs}
     if config.canonical_method == "fisher-ratio":
         return {"diagonal Fisher of the forget set": plain, "diagonal Fisher of the retain set": plain}
     out = {"mean forget gradient v": plain}

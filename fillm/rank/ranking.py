@@ -179,7 +179,8 @@ class Ranking:
         Args:
             fraction: how much to take, 0.1 if nothing else is said.
             side: `top` (if not said) or `bottom`, which takes the last rank first. Units noted as unused are taken by
-                `bottom` alone; so are single weights of score 0 or, where the smallest come first, infinity.
+                `bottom` alone; so are single weights of score 0 or, where the smallest come first, infinity (of `path`:
+                those that the step does not move).
             of: `parameters`, or `tensors` for a ranking of whole tensors.
             include: kinds and globs on names, listed or separated by commas.
             exclude: the same.
@@ -264,7 +265,7 @@ def schema(granularity: str) -> pa.Schema:
 
     `score` and its bounds are in the unit of the method; `damping` is `lambda` of method.md (1), `mean_retain_sq_norm`
     is `mean q_i`, `forget_norm` is `|v|`, `predicted_forget_gain` is `-v . u` in nat, `retain_damage` is that of (8);
-    null where not computed.
+    with `path` these two are gain and damage of (14); null where not computed.
     """
     names = ["rank", "name", "index", "kind", "layer", "numel", *_NUMBERS, "note"]
     if granularity not in _INDEXED:

@@ -30,6 +30,7 @@ _UNITS = {
     "saliency": "score sum |v| (nat per weight)",
     "memflex": "score mean |v| (nat per weight)",
     "wagle": "score (nat)",
+    "path": "score (nat)",
     "parameter-shift": "score |shift| (weight)",
 }
 _OBJECTIVE_UNITS = {"retain": "damage of the step u", "trade-off": "predicted retain change (nat)"}

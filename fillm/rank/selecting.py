@@ -24,6 +24,7 @@ from fillm.masks import (
     read_layouts,
 )
 from fillm.models import TensorInfo, select_tensors
+from fillm.rank.config import SIGNED_SCORES
 from fillm.rank.ranking_files import pieces_of, table_bytes
 
 if TYPE_CHECKING:
@@ -129,7 +130,8 @@ class _UpdateScores:
         dtypes = {piece.dtype for name in set(ranking.names) for piece in islice(self._read(name, 1), 1)}
         self.dtype = torch.float64 if torch.float64 in dtypes else torch.float32
         self.ascending = ranking.objective != "forget"
-        self.unused = float("inf") if self.ascending else 0.0
+        lowest = -float("inf") if ranking.method in SIGNED_SCORES else 0.0
+        self.unused = float("inf") if self.ascending else lowest
 
     def pieces(self, name: str) -> Iterator[Tensor]:
         """As `ElementScores` says."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -59,7 +60,19 @@ def mean_gradient(
     parameters, count = capture.parameters, len(samples)
     statistic = MeanGradient(parameters, count) if power is None else MeanPower(parameters, count, power)
     passes.run(stage, label, capture, samples, statistic)
-    spoilt = [name for name, mean in statistic.mean.items() if not math.isfinite(squared_norm(mean))]
+    refuse_overflow(passes, stage, label, capture, samples, statistic.mean)
+    return statistic.mean
+
+
+def refuse_overflow(
+    passes: Passes, stage: str, label: str, capture: Capture, samples: SampleSet, sums: Mapping[str, Tensor]
+) -> None:
+    """Names what made a sum of a pass's gradients other than finite.
+
+    Raises:
+        NumericsError: naming the sample and tensor that spoil it.
+    """
+    spoilt = [name for name, total in sums.items() if not math.isfinite(squared_norm(total))]
     if spoilt:
         # Which sample it was is worth a second look at the data: the search stops at the first.
         passes.run(
@@ -70,7 +83,6 @@ def mean_gradient(
             SquaredNorms(capture.parameters, len(samples)),
         )
         raise NumericsError(f"the mean gradient of {spoilt[0]} overflows although every sample's is finite")
-    return statistic.mean
 
 
 def rank_soir(

@@ -2,6 +2,7 @@
 
 from fillm.statistics.absolute_sums import mean_absolute
 from fillm.statistics.accumulators import (
+    CombinedMeans,
     Groups,
     MeanGradient,
     MeanPower,
@@ -39,6 +40,7 @@ __all__ = [
     "EXPANSION_TERMS",
     "LEAST_SPREAD",
     "UNEVEN",
+    "CombinedMeans",
     "DenseGram",
     "Estimate",
     "GradientSketches",

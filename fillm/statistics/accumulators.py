@@ -61,6 +61,38 @@ class MeanGradient:
             tensor.copy_(state[f"mean/{name}"])
 
 
+class CombinedMeans:
+    """`sum_k a_k (1/n_k) sum_i g_i` over several passes `k`, all in one accumulator a tensor.
+
+    Args:
+        storage: the accumulators, which are zeroed.
+
+    Attributes:
+        total: the sum so far, by tensor.
+    """
+
+    def __init__(self, storage: Mapping[str, Tensor]) -> None:
+        self.total = {name: tensor.zero_() for name, tensor in storage.items()}
+        self._alpha = 0.0
+
+    def weigh(self, factor: float, count: int) -> None:
+        """Sets `a` and `n` of the pass to come."""
+        self._alpha = factor / count
+
+    def observe(self, name: str, gradients: PerSampleGradients, positions: Tensor) -> None:
+        """Adds a batch."""
+        gradients.add_weighted_(self.total[name], None, alpha=self._alpha)
+
+    def state(self) -> dict[str, Tensor]:
+        """What a resumed run needs: passes before this one included."""
+        return {f"total/{name}": tensor for name, tensor in self.total.items()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Continues from `state()`."""
+        for name, tensor in self.total.items():
+            tensor.copy_(state[f"total/{name}"])
+
+
 class MeanPower(MeanGradient):
     """`(1/n) sum_i |g_i|^power` entry by entry: the mean absolute gradient, or the diagonal of the Fisher matrix.
 

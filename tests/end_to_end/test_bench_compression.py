@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import math
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -218,64 +219,90 @@ def test_bars_are_judged_by_what_was_estimated():
     assert row["median_signed_error"] == pytest.approx(0.1)
 
 
-def test_an_interrupted_study_goes_on(monkeypatch, tmp_path, quick):
-    rows = quick[1]
-    measured = []
+def bare(rows, without=()):
+    """Rows without what a clock says, and some columns."""
+    clock = {"pass_seconds", "pass_over_plain", *without}
+    return [{name: value for name, value in row.items() if name not in clock} for row in rows]
 
-    def measure(plan, config, seconds, timed):
-        measured.append(plan.name)
-        if len(measured) == 2:
+
+def test_an_interrupted_study_goes_on_where_it_was(monkeypatch, tmp_path, quick):
+    asked = []
+
+    def stopped(studied, kind, size, plain_seconds, say):
+        asked.append((kind, size))
+        if len(asked) == 3:
             raise UsageError("interrupted")
-        return [{**row, "workload": plan.name} for row in rows], 1.0
+        return sketch_rows(studied, kind, size, plain_seconds, say)
 
-    monkeypatch.setattr(command, "measure", measure)
-    flags = ["--quick", "--out", str(tmp_path)]
+    monkeypatch.setattr(schedule, "sketch_rows", stopped)
+    flags = ["--quick", "--workloads", "llama-fictional", "--rounds", "1", "--out", str(tmp_path)]
     assert command.main(flags) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["compression-parts"]
+    timed = [row for row in pq.read_table(tmp_path / "compression-parts").to_pylist() if row["method"] == "timing"]
     assert command.main([*flags, "--resume"]) == 0
-    assert measured == ["llama-fictional", "gpt2-fictional", "gpt2-fictional"]
-    names = pq.read_table(tmp_path / "compression.parquet")["workload"].to_pylist()
-    assert names == [name for name in ("llama-fictional", "gpt2-fictional") for _ in rows]
+    assert asked == [("sjlt", 64), ("factored", 64), ("sjlt", 256), ("sjlt", 256), ("factored", 256)]
+    found = pq.read_table(tmp_path / "compression.parquet").to_pylist()
+    assert [row for row in found if row["method"] == "timing"] == timed  # once
+    without_timing = [[row for row in rows if row["method"] != "timing"] for rows in (found, quick[1])]
+    # NaN is not itself, but its text is
+    assert repr(bare(without_timing[0])) == repr(bare(without_timing[1]))
     assert not (tmp_path / "compression-parts").exists()
 
 
+def test_a_whole_study_is_not_measured_again(monkeypatch, tmp_path, quick):
+    out = tmp_path / "results"
+    shutil.copytree(quick[0], out)
+    monkeypatch.setattr(command, "measure", lambda *_, **__: pytest.fail("nothing is to be measured"))
+    flags = ["--quick", "--workloads", "llama-fictional", "--rounds", "1", "--out", str(out)]
+    assert command.main([*flags, "--resume"]) == 0
+    assert repr(pq.read_table(out / "compression.parquet").to_pylist()) == repr(quick[1])
+
+
 def test_other_settings_are_measured_again(monkeypatch, tmp_path, quick):
-    measured = []
+    before_of = []
 
-    def measure(plan, config, seconds, timed):
-        measured.append((plan.name, config.damping))
-        if config.damping == 0.1 and len(measured) == 2:
-            raise UsageError("interrupted")
-        return [{**row, "workload": plan.name} for row in quick[1]], 1.0
+    def measure(plan, config, seconds, timed, before, save):
+        before_of.append(before)
+        return quick[1], 1.0
 
+    out = tmp_path / "results"
+    shutil.copytree(quick[0], out)
     monkeypatch.setattr(command, "measure", measure)
-    assert command.main(["--quick", "--out", str(tmp_path)]) == 2
-    assert command.main(["--quick", "--out", str(tmp_path), "--resume", "--damping", "0.2"]) == 0
-    assert measured[2:] == [("llama-fictional", 0.2), ("gpt2-fictional", 0.2)]
+    flags = ["--quick", "--workloads", "llama-fictional", "--rounds", "1", "--out", str(out)]
+    assert command.main([*flags, "--resume", "--damping", "0.2"]) == 0
+    assert before_of == [[]]
 
 
-def test_what_there_is_no_time_for_is_named(monkeypatch):
+def test_what_there_is_no_time_for_is_named_and_can_follow(monkeypatch):
     config = CompressionConfig(kinds="sjlt,gaussian,tensorsketch")
 
     def rows_of(studied, kind, size, plain_seconds, say):
-        return [{"kind": kind, "k": size}]
+        return [{"kind": kind, "k": size, "method": "soir"}]
 
     monkeypatch.setattr(schedule, "sketch_rows", rows_of)
     monkeypatch.setattr(schedule, "_plain_seconds", lambda studied: 1.0)
     monkeypatch.setattr(schedule, "_dense_seconds", lambda *_: 1e9)
     said = []
-    rows = schedule.rows_in_time(None, config, SIZES, -math.inf, said.append)
-    assert rows == [{"kind": "sjlt", "k": 4096}, {"kind": "tensorsketch", "k": 4096}]
+
+    def pairs_of(config, before, deadline):
+        rows = []
+        schedule.rows_in_time(None, config, schedule.missing(config, before), deadline, said.append, rows.extend)
+        return [(row["kind"], row["k"]) for row in rows]
+
+    found = pairs_of(config, [], -math.inf)
+    assert found == [("sjlt", 4096), ("tensorsketch", 4096)]
     named = said.pop()
     assert "64 (sjlt, gaussian, tensorsketch), 128" in named
     assert "1024 (sjlt, tensorsketch), 2048" in named
     assert " 4096" not in named
-    rows = schedule.rows_in_time(None, config, SIZES, math.inf, said.append)
-    assert len(rows) == 2 * len(SIZES) + 4  # dense kinds to 512
+    every = pairs_of(config, [], math.inf)
+    assert len(every) == 2 * len(SIZES) + 4  # dense kinds to 512
+    before = [{"kind": kind, "k": size, "method": "soir"} for kind, size in found]
+    before += [{"kind": "sjlt", "k": 64, "method": "timing"}]  # its time, which says nothing of its accuracy
+    assert pairs_of(config, before, math.inf) == [pair for pair in every if pair not in found]
     assert not said
     asked = dataclasses.replace(config, sizes="64,1024")
-    rows = schedule.rows_in_time(None, asked, asked.chosen_sizes, -math.inf, said.append)
-    assert [(row["kind"], row["k"]) for row in rows] == [
+    assert pairs_of(asked, [], -math.inf) == [
         ("sjlt", 64), ("gaussian", 64), ("tensorsketch", 64), ("sjlt", 1024), ("tensorsketch", 1024)
     ]  # fmt: skip
     assert not said

@@ -139,7 +139,8 @@ def run(steps, low, high):
         ({4e-3: run(7, 0.1, 0.2), 1e-3: run(30, 0.1, 0.2)}, None),
         ({4e-3: run(2, 0.1, 0.2), 1e-3: run(4, 0.1, 0.2), 2.5e-4: run(5, 0.1, 0.2)}, None),
         ({4e-3: run(60, 0.1, math.nan)}, 1.6e-2),
-        ({4e-3: run(60, math.nan, math.nan), 1.6e-2: run(60, math.nan, math.nan)}, None),
+        ({4e-3: run(60, math.nan, math.nan), 1.6e-2: run(60, math.nan, math.nan)}, 6.4e-2),
+        ({rate: run(60, math.nan, math.nan) for rate in (4e-3, 1.6e-2, 6.4e-2)}, None),
         ({4e-3: run(60, math.nan, math.nan), 1.6e-2: run(5, 0.1, 0.2)}, None),
     ],
 )

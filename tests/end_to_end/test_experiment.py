@@ -19,6 +19,7 @@ from benchmarks.experiment.studies import layer_robustness, layer_spread, parame
 from benchmarks.experiment.studies.objective_search import cheapest, one_name
 from benchmarks.unlearning.study import losses_after
 from fillm.models import load_model
+from fillm.rank.path_step import FIRST_LENGTH
 
 QUICK = ExperimentConfig(experiment=("layer_robustness",), quick=True)
 
@@ -171,7 +172,7 @@ def test_a_step_that_raises_the_forget_loss_is_found_and_undone(case):
     rise = 0.05
     cost = probe.step_costs(case, [name], rise)[name]
     assert torch.equal(parameter, before)
-    length = probe.FIRST
+    length = FIRST_LENGTH
     while True:  # the length at which the cost was read, on the grid of the search
         with torch.no_grad():
             parameter.add_(gradient.sign(), alpha=length)

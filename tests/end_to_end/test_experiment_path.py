@@ -1,17 +1,19 @@
-"""What weights contribute along the step: against a restatement in float64, and against the rises themselves."""
+"""Masks by the path ranking in the studies, and what they share with the search and the confirmation."""
 
-import copy
+import math
 
 import pytest
 import torch
 
-from benchmarks.experiment.case import FAMILIES, Case, cases
-from benchmarks.experiment.path import best_weights, by_row, contributions, moved, worth
+import fillm
+from benchmarks.experiment.case import FAMILIES, cases
+from benchmarks.experiment.rankings import Rankings
 from benchmarks.experiment.settings import ExperimentConfig, read_plan
 from benchmarks.experiment.studies import weight_path
+from benchmarks.experiment.studies.weight_path import best_weights, by_row
+from benchmarks.unlearning.settings import SCOPE
 
 QUICK = ExperimentConfig(experiment=("weight_path_search",), quick=True)
-RISE, POINTS = 0.01, 3
 
 
 @pytest.fixture(scope="module")
@@ -22,81 +24,32 @@ def case(tmp_path_factory: pytest.TempPathFactory):
         yield one
 
 
-def loss_of(case: Case, model: torch.nn.Module, rows) -> torch.Tensor:
-    """Row by row, by transformers' own loss."""
-    losses = []
-    for fields in (row.fields for row in rows):
-        begin = case.tokenizer(f"Question: {fields['question']}\nAnswer:")["input_ids"]
-        end = [*case.tokenizer(f" {fields['answer']}", add_special_tokens=False)["input_ids"]]
-        ids = torch.tensor([[*begin, *end, case.tokenizer.eos_token_id]])
-        labels = ids.clone()
-        labels[0, : len(begin)] = -100
-        losses.append(model(input_ids=ids, labels=labels).loss)
-    return torch.stack(losses).mean()
-
-
-def names_of(case: Case) -> list[str]:
-    return [name for name, _ in case.model.named_parameters() if "down_proj" in name]
-
-
-def test_contributions_are_midpoint_integrals_of_gradient_times_step(case):
-    names, kept = names_of(case), case.rows["retain"][:5]
-    before = {name: value.clone() for name, value in case.model.state_dict().items()}
-    found = contributions(case, kept, names, RISE, POINTS)
-    assert all(torch.equal(value, before[name]) for name, value in case.model.state_dict().items())
-
-    wide = copy.deepcopy(case.model).double().requires_grad_(True)
-    weights = [dict(wide.named_parameters())[name] for name in names]
-    start = [weight.detach().clone() for weight in weights]
-    first = loss_of(case, wide, case.rows["forget"])
-    signs = [gradient.sign() for gradient in torch.autograd.grad(first, weights)]
-
-    def at(length: float, rows) -> tuple[float, list[torch.Tensor]]:
-        with torch.no_grad():
-            for weight, value, sign in zip(weights, start, signs, strict=True):
-                weight.copy_(value + length * sign)
-        loss = loss_of(case, wide, rows)
-        return float(loss.detach()), list(torch.autograd.grad(loss, weights))
-
-    risen = at(found.length, case.rows["forget"])[0] - float(first.detach())
-    assert RISE * (1 - 1e-3) <= risen <= 1.1 * RISE  # the length is the first on a grid that reaches the rise
-    for ours, rows in ((found.gain, case.rows["forget"]), (found.damage, kept)):
-        places = [found.length * (point + 0.5) / POINTS for point in range(POINTS)]
-        gradients = [at(place, rows)[1] for place in places]
-        for number, name in enumerate(names):
-            expected = sum(g[number] for g in gradients) * signs[number] * found.length / POINTS
-            differing = float((ours[name] - expected).norm() / expected.norm())
-            assert differing < 1e-4
-    assert sum(float(part.sum()) for part in found.gain.values()) == pytest.approx(risen, rel=1e-3)
-
-
-def test_a_rise_that_is_never_reached_gives_none(case):
-    assert contributions(case, case.rows["retain"][:2], names_of(case)[:1], 1e9, 1) is None
-
-
-def test_the_model_comes_back_from_a_move_that_fails(case):
-    [name, *_] = names_of(case)
-    before = dict(case.model.named_parameters())[name].detach().clone()
-    with pytest.raises(ZeroDivisionError), moved(case.model, {name: torch.ones_like(before)}, 0.1):
-        assert not torch.equal(dict(case.model.named_parameters())[name], before)
-        raise ZeroDivisionError
-    assert torch.equal(dict(case.model.named_parameters())[name], before)
+def test_masks_are_of_the_path_ranking_of_the_study_s_settings(case):
+    rankings, scope = Rankings(case), {"include": SCOPE, "path_rise": 0.01, "path_points": 3}
+    forget, kept = ([row.fields for row in case.rows[name]] for name in ("forget", "retain"))
+    own = fillm.rank_parameters(
+        case.model, case.tokenizer, forget, kept, "path", granularity="element", path_weight=2.0, **scope
+    )
+    along = {"path_rise": 0.01, "path_points": 3}
+    assert weight_path.path_mask(rankings, "weights, 2", 0.3, along) == own.select(0.3)
+    rows = weight_path.path_mask(rankings, "rows, 2", 0.3, along)
+    assert rows.count == int(0.3 * sum(row["numel"] for row in own))
+    split = 0
+    for name, part in rows.items():  # by whole rows, but for the one in which the budget ends
+        flags = part.to_bool()
+        split += int((flags.any(-1) & ~flags.all(-1)).sum())
+        means = own.updates[f"scores/{name}"].nan_to_num(neginf=0.0).mean(-1)
+        if flags.all(-1).any() and not flags.any(-1).all():
+            assert float(means[flags.all(-1)].min()) >= float(means[~flags.any(-1)].max())
+    assert split <= 1
 
 
 def test_the_best_weights_fill_a_fraction_ties_in_order():
     chosen = best_weights({"a": torch.tensor([[1.0, 5.0], [3.0, 3.0]]), "b": torch.tensor([3.0, 9.0])}, 0.5)
     assert chosen["a"].tolist() == [[False, True], [True, False]] and chosen["b"].tolist() == [False, True]
     assert sum(int(part.sum()) for part in best_weights({"a": torch.zeros(3)}, 0.01).values()) == 1
-    assert by_row({"a": torch.tensor([[1.0, 3.0], [0.0, 8.0]])})["a"].tolist() == [[2.0, 2.0], [4.0, 4.0]]
-
-
-def test_worth_is_gain_less_so_many_times_the_damage(case):
-    found = contributions(case, case.rows["retain"][:2], names_of(case)[:1], RISE, 1)
-    [name] = found.gain
-    torch.testing.assert_close(worth(found, 3.0)[name], found.gain[name] - 3.0 * found.damage[name])
-    assert torch.equal(weight_path.scores(found, "gain")[name], found.gain[name])
-    rows = weight_path.scores(found, "rows, 1")[name]
-    assert torch.equal(rows[:, 0], rows[:, -1]) and not torch.equal(rows[0], rows[1])
+    rows = torch.tensor([[1.0, 3.0], [-math.inf, 8.0]])  # the last weight's neighbour is not moved
+    assert by_row({"a": rows})["a"].tolist() == [[2.0, 2.0], [4.0, 4.0]]
 
 
 def test_no_mask_is_made_from_the_rows_on_which_damage_is_read(case, monkeypatch):

@@ -80,6 +80,24 @@ def test_flop_are_those_that_torch_counts(family):
         assert sum(one.flop[name] for name in passes) == pytest.approx(expected, rel=5e-5)
 
 
+def test_passes_along_the_step_and_forward_alone():
+    model = build_family("llama")
+    config = dataclasses.replace(CONFIG, method="path", path_points=3)
+    planned = plan(model, catalogue(model), SETS, config, rate=1.0)
+    forget, retain, search, *along, end = planned.passes
+    saliency = plan(model, catalogue(model), SETS, dataclasses.replace(CONFIG, method="saliency"), rate=1.0)
+    assert forget.flop == saliency.passes[0].flop
+    assert along[0].flop == {name: 3 * value for name, value in forget.flop.items()}
+    assert [one.samples for one in planned.passes] == [3, 5, 18 * 3, 3 * 3, 3 * 5, 5]
+    assert [one.batches for one in (search, along[0])] == [18 * forget.batches, 3 * forget.batches]
+    third = forget.flop["attention, forward and backward"] / 3
+    assert search.flop == {"forward": 18 * forget.flop["forward"], "attention, forward": pytest.approx(18 * third)}
+    assert retain.flop == end.flop and set(end.flop) == {"forward", "attention, forward"}
+    weights = sum(info.numel for info in catalogue(model))
+    kept = [value for name, value in planned.memory.items() if name.endswith(("weights", "they came", "step"))]
+    assert kept == [4 * weights, 4 * weights, 4 * weights, weights]
+
+
 def test_products_and_ghost_norms_by_hand():
     model = build_family("llama")
     scope = [info for info in catalogue(model) if info.name.endswith("layers.0.mlp.up_proj.weight")]
@@ -179,6 +197,18 @@ def test_large_tensors_have_one_weighted_sum():
         ({"method": "saliency"}, ["forget pass"], []),
         ({"method": "wagle"}, ["forget pass", "retain pass"], ["mean retain gradient"]),
         ({"method": "so-influence-sum"}, ["forget pass", "retain pass"], ["mean retain gradient", "update u"]),
+        (
+            {"method": "path", "granularity": "element", "path_points": 3},
+            [
+                "forget pass",
+                "retain pass, forward",
+                "search of the length, 18 x forward",
+                "forget passes along the step, 3 x",
+                "retain passes along the step, 3 x",
+                "retain pass at the end of the step, forward",
+            ],
+            ["contributions of the weights", "weights as they came", "signs of the step"],
+        ),
         ({"method": "random"}, [], []),
         ({"method": "parameter-shift"}, [], ["weights of the base model"]),
         (

@@ -81,7 +81,10 @@ def test_the_sample_table_names_every_sample_and_its_loss():
         assert row["loss"] == pytest.approx(float(loss), rel=1e-5)
 
 
-@pytest.mark.parametrize("settings", [{}, {"granularity": "row", "objective": "trade-off"}, {"method": "wagle"}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"granularity": "row", "objective": "trade-off"}, {"method": "wagle"}, {"method": "path", "path_rise": 0.1}],
+)
 def test_the_model_is_returned_as_it_came(settings):
     model = build_family("opt")
     model.train()
@@ -293,7 +296,8 @@ def test_scores_do_not_depend_on_the_order_of_the_rows(order):
 @pytest.mark.parametrize(
     "settings",
     [{}, {"save_update": True}, {"granularity": "element", "objective": "retain"}, {"method": "memflex"},
-     {"granularity": "head", "objective": "trade-off"}],
+     {"granularity": "head", "objective": "trade-off"},
+     {"method": "path", "granularity": "element", "path_rise": 0.1}],
 )  # fmt: skip
 def test_the_same_call_twice_gives_the_same_bits(settings):
     model = build_family("mixtral")

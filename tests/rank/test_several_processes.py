@@ -150,6 +150,7 @@ def test_what_ends_one_process_ends_all_and_is_told_once(command, alone, tmp_pat
         {"argv": command(tmp_path / "disk", *always), "fault": "disk", "meeting": 0},
         {"argv": command(tmp_path / "scope", "--include", "nothing")},
         {"argv": command(tmp_path / "pairs", "--curvature", "woodbury")},
+        {"argv": command(tmp_path / "path", "--method", "path")},
         {"argv": command(tmp_path / "other", "--num-retain", "9"), "further": ["--seed", "1"]},
         {"argv": command(tmp_path / "stop", *always), "fault": "stop", "meeting": 0, "process": 1},
         {"argv": command(tmp_path / "stop", *always, "--resume")},
@@ -157,18 +158,19 @@ def test_what_ends_one_process_ends_all_and_is_told_once(command, alone, tmp_pat
         {"argv": command(tmp_path / "forget", *always, "--resume")},
     ]
     codes, said = run_jobs(3, jobs, tmp_path)
-    assert codes == [[code] * 3 for code in (2, 0, 1, 2, 2, 2, 2, 3, 0, 3, 0)], said
+    assert codes == [[code] * 3 for code in (2, 0, 1, 2, 2, 2, 2, 2, 3, 0, 3, 0)], said
     for line in (
         "fillm rank: the loss of sample 7 is nan",
         "Fault of ours: a fault of ours",
         "fillm rank: no space left on the disk",
         "fillm rank: --curvature woodbury takes one process: inner products of samples are not dealt out; leave out "
         "torchrun",
+        "fillm rank: --method path takes one process: the search of its step is not dealt out; leave out torchrun",
         "fillm rank: the processes do not compute the same: give all of them the same files, fillm and hardware",
         "fillm rank: stopped by a signal to another process in the retain pass; continue with --resume",
     ):
         assert said.splitlines().count(line) == 1, (line, said)
-    assert len([line for line in said.splitlines() if line.startswith("fillm rank: ")]) == 7, said
+    assert len([line for line in said.splitlines() if line.startswith("fillm rank: ")]) == 8, said
     assert not (tmp_path / "disk").exists() and not (tmp_path / "bug").exists()
     for name in ("error", "stop", "forget"):
         assert_same(tmp_path / name, alone / "one sample a batch")

@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.experiment import forgetting
 from benchmarks.experiment.case import Case
 from benchmarks.experiment.forgetting import ALONE, WHOLE
-from benchmarks.experiment.path import Contributions, best_weights, by_row, contributions, worth
 from benchmarks.experiment.rankings import Rankings
 from benchmarks.experiment.results import Record
 from benchmarks.experiment.studies import objective_search
@@ -43,13 +43,12 @@ def records(case: Case, settings: Mapping[str, Any], done: Sequence[Record]) -> 
 def _choices(case: Case, settings: Mapping[str, Any]) -> Iterator[tuple[Record, Mask]]:
     every, scope = catalogue(case.model), [info.name for info in select_tensors(catalogue(case.model), SCOPE)]
     yield {"choice": WHOLE, "ranking": "", "fraction": 1.0}, Mask.whole(case.model, [info.name for info in every])
-    rise = QUICK_RISE if case.quick else settings["rise"]
-    found = contributions(case, case.rows["retain"], scope, rise, settings["points"])
-    for path in settings["paths"] if found is not None else []:
-        for fraction in settings["path_fractions"]:
-            mask = Mask.from_bool(best_weights(scores(found, path), fraction))
-            yield {"choice": f"path {path}, {fraction:g}", "ranking": f"path {path}", "fraction": fraction}, mask
     rankings, fraction = Rankings(case), settings["fraction"]
+    along = {"path_rise": QUICK_RISE if case.quick else settings["rise"], "path_points": settings["points"]}
+    for path in settings["paths"]:
+        for part in settings["path_fractions"]:
+            about = {"choice": f"path {path}, {part:g}", "ranking": f"path {path}", "fraction": part}
+            yield about, path_mask(rankings, path, part, along)
     sizes = {info.name: info.shape for info in every if info.name in scope}
     for seed in range(settings["draws"]):
         mask = rankings.of({"method": "random", "seed": seed}).select(fraction)
@@ -64,10 +63,34 @@ def _choices(case: Case, settings: Mapping[str, Any]) -> Iterator[tuple[Record, 
         yield about, rankings.of(given).select(fraction, side)
 
 
-def scores(found: Contributions, path: str) -> Mapping[str, torch.Tensor]:
-    """By name: `gain`, or what is scored and how many times the damage counts (`weights, 3`)."""
-    if path == "gain":
-        return found.gain
+def path_mask(rankings: Rankings, path: str, fraction: float, along: Mapping[str, Any]) -> Mask:
+    """The best weights by the path ranking.
+
+    Args:
+        rankings: of the model.
+        path: what is taken, `weights` or `rows`, and how many times the damage counts (`weights, 3`).
+        fraction: of the MLP and attention weights.
+        along: how the step is followed, settings of `fillm.rank`.
+    """
     what, _, times = path.partition(", ")
-    worths = worth(found, float(times))
-    return by_row(worths) if what == "rows" else worths
+    given = {"method": "path", "granularity": "element", "path_weight": float(times), **along}
+    ranking = rankings.of(given)
+    if what == "weights":
+        return ranking.select(fraction)
+    scores = {name: ranking.updates[f"scores/{name}"] for name in ranking.names}
+    return Mask.from_bool(best_weights(by_row(scores), fraction))
+
+
+def best_weights(scores: Mapping[str, Tensor], fraction: float) -> dict[str, Tensor]:
+    """The so-many weights of the highest scores, ties by tensor and then by place, as bool tensors."""
+    flat = torch.cat([scores[name].flatten() for name in scores])
+    chosen = torch.zeros(flat.numel(), dtype=torch.bool)
+    chosen[flat.sort(descending=True, stable=True).indices[: max(1, int(fraction * flat.numel()))]] = True
+    parts = chosen.split([scores[name].numel() for name in scores])
+    return {name: part.view_as(scores[name]) for name, part in zip(scores, parts, strict=True)}
+
+
+def by_row(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Every weight given the mean score of its row of the matrix as it is stored; what is not moved counts as 0."""
+    zeroed = {name: score.nan_to_num(neginf=0.0) for name, score in scores.items()}
+    return {name: score.mean(-1, keepdim=True).expand_as(score).contiguous() for name, score in zeroed.items()}

@@ -1,0 +1,100 @@
+"""Which passes a method takes over which set, and what one of them costs."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from fillm.capture import ONE_SIDED
+from fillm.data import SampleSet
+from fillm.rank.config import FORGET_ALONE, WITHOUT_GRADIENTS, RankConfig
+from fillm.rank.costs import BatchShape, Costs
+from fillm.rank.gram_sources import needs_mean
+from fillm.rank.path_step import MOST_LENGTHS
+from fillm.rank.plan_lines import PassPlan
+
+
+class MethodPass(NamedTuple):
+    """A pass that a method takes.
+
+    Attributes:
+        name: what its line of the plan says.
+        which: `forget` or `retain`.
+        products: per weight in scope.
+        norms: whether norms of samples' gradients are taken.
+        times: how often.
+        forward: whether it ends with the losses, without a backward pass.
+    """
+
+    name: str
+    which: str
+    products: int = 0
+    norms: bool = False
+    times: int = 1
+    forward: bool = False
+
+
+def passes_of(config: RankConfig) -> list[MethodPass]:
+    """The passes of the method that the settings name, in their order."""
+    method = config.canonical_method
+    if method in WITHOUT_GRADIENTS:
+        return []
+    if config.sketched or config.exact_gram:
+        # The sparse and dense kinds form tiles of every gradient; two-sided ones project its factors.
+        formed = int(config.sketched and config.compression in ONE_SIDED)
+        mean = int(needs_mean(method) and not config.exact_gram)
+        out = [
+            MethodPass("forget pass", "forget", formed + mean, True),
+            MethodPass("retain pass", "retain", formed, True),
+        ]
+        if config.asks_for_update:  # sketches cannot be asked for it
+            out += [MethodPass("forget pass for v", "forget", 1), MethodPass("update pass", "retain", 1)]
+            out += [MethodPass("damage pass", "retain", 1)] if config.objective != "forget" else []
+        return out
+    out = [MethodPass("forget pass", "forget", 1)]
+    if method in FORGET_ALONE:
+        return out
+    if method == "path":
+        return [*out, *_along_the_step(config.path_points)]
+    certified = method == "soir" and config.curvature == "datainf"
+    out.append(MethodPass("retain pass", "retain", 2 if certified else 1, certified))
+    if config.objective != "forget":
+        out.append(MethodPass("damage pass", "retain", 1))
+    return out
+
+
+def _along_the_step(points: int) -> list[MethodPass]:
+    return [
+        MethodPass("retain pass, forward", "retain", forward=True),
+        MethodPass(f"search of the length, {MOST_LENGTHS} x forward", "forget", times=MOST_LENGTHS, forward=True),
+        MethodPass(f"forget passes along the step, {points} x", "forget", 1, times=points),
+        MethodPass(f"retain passes along the step, {points} x", "retain", 1, times=points),
+        MethodPass("retain pass at the end of the step, forward", "retain", forward=True),
+    ]
+
+
+def planned(
+    one: MethodPass, samples: SampleSet, shapes: Sequence[BatchShape], costs: Costs, checkpointing: bool
+) -> PassPlan:
+    """What a pass costs, all its times together.
+
+    Args:
+        one: the pass.
+        samples: of its set.
+        shapes: of its batches.
+        costs: of a token in the model.
+        checkpointing: whether the layers are computed again in the backward pass.
+    """
+    attention = sum(costs.attention_forward(shape) for shape in shapes)
+    flop = {"forward": sum(costs.forward(shape) for shape in shapes)}
+    if one.forward:
+        flop["attention, forward"] = attention
+    else:
+        flop["backward of activations"] = flop["forward"]
+        flop["attention, forward and backward"] = 3.0 * attention
+        flop["products with weights in scope"] = one.products * sum(costs.product(shape) for shape in shapes)
+        if checkpointing:
+            flop["forward of the layers, again"] = attention + sum(costs.layers_forward(shape) for shape in shapes)
+    if one.norms:
+        flop["ghost norms"] = sum(costs.ghost_norms(shape) for shape in shapes)
+    tokens = sum(sample.num_tokens for sample in samples)
+    flop = {name: one.times * value for name, value in flop.items()}
+    return PassPlan(one.name, one.times * len(samples), one.times * tokens, one.times * len(shapes), flop)
