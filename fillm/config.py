@@ -21,7 +21,7 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin,
 
 import yaml
 
-from fillm.errors import FillmError, InterruptedRun, UsageError
+from fillm.errors import EndedByAnother, FillmError, InterruptedRun, UsageError
 
 Config = TypeVar("Config")
 
@@ -203,6 +203,8 @@ def run_command(cls: type[Config], main: Callable[[Config], None], argv: Sequenc
         return 0
     except KeyboardInterrupt:
         error: FillmError = InterruptedRun("interrupted at once; --resume continues from what was saved before, if any")
+    except EndedByAnother as ended:
+        return ended.exit_code
     except FillmError as caught:
         error = caught
     if debug:

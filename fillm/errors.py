@@ -47,3 +47,15 @@ class InterruptedRun(FillmError):
     """Stopped by a signal at a point from which `--resume` continues."""
 
     exit_code = 3
+
+
+class EndedByAnother(FillmError):
+    """Another process of the run ends it and tells why; this one leaves without a word.
+
+    Args:
+        exit_code: that of the other process.
+    """
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("another process of the run has ended it")
+        self.exit_code = exit_code

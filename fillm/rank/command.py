@@ -1,8 +1,11 @@
 """The ranking from start to end: data, model, passes, run folder."""
 
 import dataclasses
+import io
+import json
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from fillm.data import Reading, Row, SampleSet, check_fits_model
 from fillm.data.reading import DataLike, forget_and_retain, skipped_lines
 from fillm.errors import StoreError, UsageError
 from fillm.models import catalogue, check_differentiable, load_model, load_tokenizer, model_fingerprint, select_tensors
-from fillm.rank.config import FORGET_ALONE, WITHOUT_GRADIENTS, RankConfig, check
+from fillm.rank.config import FORGET_ALONE, WITHOUT_GRADIENTS, RankConfig, check, check_dealt_out
 from fillm.rank.console import Console
 from fillm.rank.default_model import DEFAULT_FORGET, DEFAULT_RETAIN, default_folder, default_model
 from fillm.rank.methods import Job, Scores, rank
@@ -30,6 +33,7 @@ from fillm.rank.sketch_choice import chosen_for_memory, with_sketches_chosen
 from fillm.rank.sketch_probe import probe
 from fillm.rank.units import layouts_of
 from fillm.runs import RunFolder, check_inputs_outside, run_identity, run_record
+from fillm.runs.processes import Processes, several_started
 from fillm.statistics import SketchStore, holds_store, refuse_foreign
 
 # Settings of the command that a function with a model in hand has no use for.
@@ -87,7 +91,7 @@ def rank_parameters(
     # A spec given here is what the set is called.
     named = {w: data for w, data in (("forget", forget), ("retain", retain)) if isinstance(data, str)}
     sets = _samples(dataclasses.replace(config, **named), tokenizer, _read(config, forget, retain, console), console)
-    return _rank(config, model, base_model, sets, console, None)
+    return _rank(config, model, base_model, sets, console, None, Processes(alone=True))
 
 
 def _joined(patterns: Any) -> Any:
@@ -98,26 +102,39 @@ def _joined(patterns: Any) -> Any:
 
 def run(config: RankConfig) -> None:
     """What `python -m fillm.rank` does."""
+    processes = Processes(config.device) if several_started() else Processes(alone=True)
+    with processes.together():
+        console = Console() if processes.first else Console(io.StringIO(), io.StringIO())
+        _run(config, processes, console)
+
+
+def _run(config: RankConfig, processes: Processes, console: Console) -> None:
     check(config)
+    if processes.count > 1:
+        check_dealt_out(config)
     check_inputs_outside(config)
-    console = Console()
     config = with_sketches_chosen(_with_default_data(config))
     rows = _read(config, config.forget, config.retain, console)
-    config = _with_default_model(config, console)
+    config = _with_default_model(config, processes, console)
     tokenizer = None
     if any("input_ids" not in row.fields for some in rows.values() for row in some):
         source, flag = (config.tokenizer, "--tokenizer") if config.tokenizer else (config.model, "--model")
         tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code, option=flag)
     if config.dry_run:
-        plan_run(config, _samples(config, tokenizer, rows, console), console)
+        if processes.first:
+            plan_run(config, _samples(config, tokenizer, rows, console), console)
         return
-    folder = RunFolder(config.out, overwrite=config.overwrite, resume=config.resume, notice=console.note)
-    with folder:
+    folder = None
+    if processes.first:  # and nobody else: the others save nothing and have nothing to read
+        folder = RunFolder(config.out, overwrite=config.overwrite, resume=config.resume, notice=console.note)
+    with folder or nullcontext():
         sets = _samples(config, tokenizer, rows, console)
-        model = _load(config, config.model, config.adapter)
-        base = _load(config, config.base_model, None) if config.base_model else None
-        ranking = _rank(config, model, base, sets, console, folder)
-        folder.finish(lambda path: write_files(ranking, path))
+        device = config.device if processes.count == 1 else str(processes.device)
+        model = _load(config, config.model, config.adapter, device)
+        base = _load(config, config.base_model, None, device) if config.base_model else None
+        ranking = _rank(config, model, base, sets, console, folder, processes)
+        if folder is not None:
+            folder.finish(lambda path: write_files(ranking, path))
     console.top_table(ranking, rows=20)
     if (sketch := ranking.record.get("sketch")) is not None:
         console.say(
@@ -134,20 +151,25 @@ def _with_default_data(config: RankConfig) -> RankConfig:
     return dataclasses.replace(config, forget=config.forget or DEFAULT_FORGET, retain=config.retain or DEFAULT_RETAIN)
 
 
-def _with_default_model(config: RankConfig, console: Console) -> RankConfig:
+def _with_default_model(config: RankConfig, processes: Processes, console: Console) -> RankConfig:
     if config.model is not None:
         return config
     if config.dry_run and not default_folder().exists():
         raise UsageError(
             "--dry-run: the embedded default model is not made yet; give --model, or run once without --dry-run"
         )
-    return dataclasses.replace(config, model=str(default_model(console)))
+    if not processes.first:
+        processes.meet()
+    path = default_model(console)  # made by the first process, found by the others
+    if processes.first:
+        processes.meet()
+    return dataclasses.replace(config, model=str(path))
 
 
 @memory_explained()
-def _load(config: RankConfig, path: str, adapter: str | None) -> nn.Module:
+def _load(config: RankConfig, path: str, adapter: str | None, device: str) -> nn.Module:
     model = load_model(
-        path, adapter=adapter, dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code
+        path, adapter=adapter, dtype=config.dtype, device=device, trust_remote_code=config.trust_remote_code
     )
     if config.gradient_checkpointing:
         # transformers 5.23 renamed it; both names mean the same.
@@ -197,6 +219,7 @@ def _rank(
     sets: dict[str, SampleSet],
     console: Console,
     folder: RunFolder | None,
+    processes: Processes,
 ) -> Ranking:
     begun = time.monotonic()
     if sets:
@@ -212,11 +235,12 @@ def _rank(
     if choice:
         console.note(choice)
     fingerprints = {"model": model_fingerprint(model), **{which: s.fingerprint for which, s in sets.items()}}
+    processes.agree(json.dumps(fingerprints))
     if folder is not None:
         # The order of a sum depends on the number of threads, and with it the last bits.
         threads = {"threads": str(torch.get_num_threads())}
         folder.check_identity({**run_identity(config, fingerprints, _FREE_ON_RESUME), **threads})
-    passes = Passes(console, config.layout, config.tokens_per_batch, folder, config.checkpoint_seconds)
+    passes = Passes(console, config.layout, config.tokens_per_batch, folder, config.checkpoint_seconds, processes)
     checks: dict[str, Any] = {}
     if sets:
         checks = _checks(capture, sets, config, console)
@@ -238,6 +262,7 @@ def _rank(
     record = run_record(config, fingerprints, skipped_lines(sets.values()), capture.device)
     settings = record.pop("settings")
     record |= {
+        "processes": processes.count,
         "backends": {op: b["used"].get(capture.device.type, "torch") for op, b in fillm_kernels.backends().items()},
         "checks": checks,
         "passes": passes.record,

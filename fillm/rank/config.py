@@ -210,3 +210,21 @@ def check(config: RankConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+
+
+def check_dealt_out(config: RankConfig) -> None:
+    """Refuses what several processes cannot share.
+
+    Raises:
+        UsageError: naming the option.
+    """
+    alone = [
+        (config.store is not None, "--store"),
+        (config.compression != "none", f"--compression {config.compression}"),
+        (config.curvature == "woodbury", "--curvature woodbury"),
+        (config.exact_gram, f"--method {config.canonical_method}"),
+    ]
+    if (given := next((option for refused, option in alone if refused), None)) is not None:
+        raise UsageError(f"{given} takes one process: inner products of samples are not dealt out; leave out torchrun")
+    if config.canonical_method == "path":
+        raise UsageError("--method path takes one process: the search of its step is not dealt out; leave out torchrun")

@@ -15,8 +15,10 @@ from fillm.data import Batch, SampleSet, collate, plan_batches
 from fillm.errors import InterruptedRun, NumericsError, OutOfMemoryError
 from fillm.models import spoilt_weight
 from fillm.rank.console import Console
+from fillm.rank.dealing import Dealing
 from fillm.runs import RunFolder, signals_noted
 from fillm.runs.memory import is_out_of_memory
+from fillm.runs.processes import Processes
 
 
 class Statistic(Protocol):
@@ -81,6 +83,7 @@ class Passes:
         tokens_per_batch: budget, padding included.
         folder: where states are saved; None in the Python API.
         checkpoint_seconds: at most this much work is lost.
+        processes: that the batches are dealt out to; the first alone has the folder.
         shuffle_seed: order of the samples within batches, for tests of invariance.
         record: a row per pass for `run.yaml`.
         losses: per stage, every sample's loss.
@@ -91,6 +94,7 @@ class Passes:
     tokens_per_batch: int | None = None
     folder: RunFolder | None = None
     checkpoint_seconds: float = 120.0
+    processes: Processes = field(default_factory=lambda: Processes(alone=True))
     shuffle_seed: int | None = None
     record: list[dict[str, Any]] = field(default_factory=list)
     losses: dict[str, Tensor] = field(default_factory=dict)
@@ -114,55 +118,71 @@ class Passes:
             # Most logits first: what the first batch finds room for, the others find too.
             counted = [samples[i].num_counted for i in chosen]
             plan.sort(key=lambda members: -sum(counted[i] for i in members))
+        sizes = [(len(members), sum(lengths[i] for i in members)) for members in plan]
         row = {"pass": stage, "samples": len(chosen), "tokens": sum(lengths), "batches": len(plan)}
         stored = statistic if isinstance(statistic, StoredStatistic) else None
         # What keeps its own state would only be held twice, and from two moments.
         folder = self.folder if stored is None else None
-        finished = folder.load_stage(stage) if folder else None
-        if finished is not None:
-            tensors, meta = finished
-            capture.fallback |= meta.pop("fallback")
-            self._finish(stage, {**row, **meta}, tensors.pop("losses"))
-            statistic.load(tensors)
-            return
         losses = torch.zeros(len(samples), dtype=torch.float64)
         start, before = 0, 0.0
-        saved = folder.load_state() if folder else None
-        if saved is not None and saved[0] == stage:
+        finished = folder.load_stage(stage) if folder else None
+        saved = folder.load_state() if folder and finished is None else None
+        if finished is not None:
+            tensors, meta = finished
+        elif saved is not None and saved[0] == stage:
             _, start, tensors, meta = saved
-            capture.fallback |= meta["fallback"]  # what was met before has to go on as it began
-            losses, before = tensors.pop("losses"), meta["seconds"]
+            before = meta["seconds"]
+        if finished is not None or start:
+            capture.fallback |= meta.pop("fallback")  # what was met before has to go on as it began
+            losses = tensors.pop("losses")
             statistic.load(tensors)
         if stored is not None:
             start, losses, fallback = stored.resume_point([[chosen[i] for i in members] for members in plan])
             capture.fallback |= fallback
         # A pass too short to be saved is run again on the way to a later one's state, which must not be lost to it.
         saves = folder is not None and (saved is None or saved[0] == stage) and statistic.state() is not None
+        dealing = Dealing(self.processes, statistic)
+        known, start, saves = dealing.open([stage, chosen, plan], finished is not None, start, saves, capture.fallback)
+        if known:
+            dealing.close(losses, {})
+            self._finish(stage, {**row, **(meta if finished is not None else {})}, losses)
+            return
         begun = last_save = time.monotonic()
         with self.console.progress(label, len(chosen)) as bar:
-            bar.skip(sum(len(members) for members in plan[:start]))
-            for cursor, members in enumerate(plan[start:], start=start + 1):
-                batch = [chosen[i] for i in members]
-                losses[batch] = self._batch(capture, samples, batch, statistic)
-                if stored is not None:
-                    stored.end_of_batch(batch, losses[batch], capture.fallback)
-                bar.advance(len(batch), sum(lengths[i] for i in members), loss=float(losses[batch].mean()))
+            bar.skip(sum(size for size, _ in sizes[:start]))
+            error: Exception | None = None
+            for own, cursor in dealing.rounds(start, len(plan)):
+                if own is not None and error is None:
+                    batch = [chosen[i] for i in plan[own]]
+                    try:
+                        losses[batch] = self._batch(capture, samples, batch, statistic)
+                        if stored is not None:
+                            stored.end_of_batch(batch, losses[batch], capture.fallback)
+                        bar.advance(*sizes[own], loss=float(losses[batch].mean()))
+                    except Exception as caught:  # raised where the processes meet
+                        error = caught
+                if not dealing.due(done=cursor == len(plan)):
+                    continue
                 now = time.monotonic()
                 due = now - last_save >= self.checkpoint_seconds and cursor < len(plan)
-                stopped = self._interrupted()
+                stopped, due = dealing.meet(error, self._interrupted(), due, bar, sizes)
                 if saves and (due or stopped):
-                    state = {"losses": losses, **statistic.state()}
-                    folder.save_state(
-                        stage, cursor, state, {"seconds": before + now - begun, "fallback": capture.fallback}
-                    )
+                    state = dealing.copied_state(losses)
+                    if folder is not None:
+                        folder.save_state(
+                            stage, cursor, state, {"seconds": before + now - begun, "fallback": capture.fallback}
+                        )
                     last_save = now
                 if stopped:
-                    raise InterruptedRun(f"stopped by {stopped} in the {label}; continue with --resume")
+                    self.processes.end(InterruptedRun(f"stopped by {stopped} in the {label}; continue with --resume"))
         if stored is not None:
             stored.close()
+        heard = dealing.close(losses, {"fallback": capture.fallback, "peak_memory_bytes": peak_memory(capture.device)})
+        for said in heard:
+            capture.fallback |= said["fallback"]
         seconds = round(before + time.monotonic() - begun, 3)
-        measured = {"seconds": seconds, "peak_memory_bytes": peak_memory(capture.device)}
-        if saves and seconds >= self.checkpoint_seconds:
+        measured = {"seconds": seconds, "peak_memory_bytes": max(said["peak_memory_bytes"] for said in heard)}
+        if folder is not None and saves and seconds >= self.checkpoint_seconds:
             folder.save_stage(
                 stage, {"losses": losses, **statistic.state()}, {**measured, "fallback": capture.fallback}
             )
@@ -228,9 +248,10 @@ class Passes:
     def stopping(self) -> Iterator[None]:
         """SIGINT and SIGTERM end the run after the batch in hand, with its state saved; a second one at once.
 
-        Without a folder there is nothing to save and nothing to resume: they act as they do in any program.
+        Without a folder there is nothing to save and nothing to resume: they act as they do in any program. Of several
+        processes the first may have one.
         """
-        if self.folder is None:
+        if self.folder is None and self.processes.count == 1:
             yield
             return
         with signals_noted() as self._interrupted:

@@ -30,7 +30,12 @@ class RetainMoments:
         weighted: tensors that also accumulate `w`.
         tolerance: relative width that a bracket may have: `w` then leaves out samples whose gradient is nearly
             orthogonal to `v`. None sums every sample.
+
+    Attributes:
+        alike: what of `state()` is the same in all processes that share a pass; the rest adds up over them.
     """
+
+    alike = ("estimate/",)
 
     def __init__(
         self,
@@ -45,6 +50,7 @@ class RetainMoments:
         self.d = {name: torch.zeros(count, dtype=torch.float64) for name in forget_mean}
         self.forget_sq_norm = {name: squared_norm(v) for name, v in forget_mean.items()}
         self.estimate: dict[str, float] = {}  # l
+        self._followed = False
         self.sums: dict[str, list[Tensor]] = {}  # W_j, j = 0 .. EXPANSION_TERMS or 0 alone
         self.summed: dict[str, Tensor] = {}  # [n], samples that w holds
         for name in weighted:
@@ -61,6 +67,8 @@ class RetainMoments:
         if name not in self.sums:
             return
         if self.estimate.get(name, 0.0) == 0.0:
+            if self._followed:
+                return  # sums around different estimates would not add up
             self.estimate[name] = self.damping * float(q.mean()) / self.v[name].numel()
         base = self.estimate[name] + q
         c = torch.where(base > 0, d / base.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
@@ -75,6 +83,15 @@ class RetainMoments:
         for total in self.sums[name]:
             gradients.add_weighted_(total, c, alpha=1.0 / self.count)
             c = torch.where(base > 0, c * self.estimate[name] / base.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
+
+    def lead(self) -> Tensor:
+        """What the first batch fixes for all others: `l` of every tensor, 0 where it found none; [tensors], float64."""
+        return torch.tensor([self.estimate.get(name, 0.0) for name in self.sums], dtype=torch.float64)
+
+    def follow(self, led: Tensor) -> None:
+        """Takes what another process's `lead` has found. A tensor without `l` is summed no more, but visited again."""
+        self.estimate = dict(zip(self.sums, led.tolist(), strict=True))
+        self._followed = True
 
     def first_not_finite(self, positions: Sequence[int]) -> tuple[str, int] | None:
         """The first tensor and sample among `positions` with a NaN or infinite gradient."""

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fillm.errors import RunFolderError
+from fillm.unlearn.followed import Folder
 from fillm.unlearn.masked_optimizer import MaskedOptimizer
-from fillm.unlearn.processes import Folder
 from fillm.unlearn.selected import SelectedEntries
 from fillm.unlearn.stopping import Evaluation
 

@@ -28,14 +28,15 @@ from fillm.rank.console import Console
 from fillm.rank.passes import memory_explained
 from fillm.rank.ranking import Ranking
 from fillm.runs import RunFolder, check_inputs_outside, run_identity, run_record
+from fillm.runs.processes import Processes
 from fillm.unlearn.alternatives import read_refusals
 from fillm.unlearn.choosing import check_made_for, chosen_mask, reached_by, updates_for
 from fillm.unlearn.config import COMMAND_ONLY, FREE_ON_RESUME, INFLUENCE, TASK_VECTOR, UnlearnConfig, loss_options
 from fillm.unlearn.config import resolved as resolved_settings
+from fillm.unlearn.followed import Folder, FollowedFolder
 from fillm.unlearn.losses import LossOptions, canonical_loss, resolved_options
 from fillm.unlearn.masked_optimizer import mask_digest
 from fillm.unlearn.plan import plan_lines, plan_of
-from fillm.unlearn.processes import Folder, FollowedFolder, Processes
 from fillm.unlearn.results import UnlearnResult, write_result
 from fillm.unlearn.unlearning import Job, adapter_folder, carry_out
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fillm.capture import frozen, sample_losses
 from fillm.data import SampleSet, collate
-from fillm.unlearn.processes import Processes
+from fillm.runs.processes import Processes
 
 
 def arithmetic(device: torch.device, autocast: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:

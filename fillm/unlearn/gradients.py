@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from fillm.data import SampleSet
 from fillm.errors import NumericsError, OutOfMemoryError, UsageError
 from fillm.runs.memory import is_out_of_memory
+from fillm.runs.processes import Processes
 from fillm.unlearn.evaluation import arithmetic
 from fillm.unlearn.losses import UnlearnLoss
-from fillm.unlearn.processes import Processes
 from fillm.unlearn.sources import Sources
 
 REMEDY = "lower --lr, or stop earlier with --stop-forget-loss"

@@ -28,12 +28,13 @@ from fillm.data import collate
 from fillm.errors import InterruptedRun, NumericsError
 from fillm.finetune.progress import TrainingProgress
 from fillm.finetune.schedule import rate_factor
+from fillm.runs.processes import Processes
 from fillm.unlearn.checkpoint import LOG_COLUMNS, Progressed, load_checkpoint, save_checkpoint
 from fillm.unlearn.evaluation import arithmetic
+from fillm.unlearn.followed import Folder
 from fillm.unlearn.gradients import REMEDY, StepGradients
 from fillm.unlearn.losses import UnlearnLoss
 from fillm.unlearn.masked_optimizer import MaskedOptimizer
-from fillm.unlearn.processes import Folder, Processes
 from fillm.unlearn.sampling import StepSamples, steps_per_epoch
 from fillm.unlearn.selected import SelectedEntries
 from fillm.unlearn.sources import Sources

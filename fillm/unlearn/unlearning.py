@@ -20,17 +20,18 @@ from fillm.models import quiet_transformers, spoilt_weight, with_lora
 from fillm.rank.console import Console
 from fillm.rank.passes import Passes
 from fillm.runs import signals_noted
+from fillm.runs.processes import Processes
 from fillm.unlearn.alternatives import read_refusals, with_refusals
 from fillm.unlearn.choosing import adapted_modules
 from fillm.unlearn.config import INFLUENCE, TASK_VECTOR, UnlearnConfig
 from fillm.unlearn.evaluation import arithmetic, evaluate
+from fillm.unlearn.followed import Folder
 from fillm.unlearn.freezing import frozen_outside
 from fillm.unlearn.gradients import REMEDY
 from fillm.unlearn.influence import OneShot, masked_update, predicted, take_step
 from fillm.unlearn.losses import UnlearnLoss
 from fillm.unlearn.masked_optimizer import MaskedOptimizer
 from fillm.unlearn.plan import loss_of, plan_of, savings_lines, trained_mask
-from fillm.unlearn.processes import Folder, Processes
 from fillm.unlearn.reference import ReferenceCache
 from fillm.unlearn.results import UnlearnResult
 from fillm.unlearn.selected import SelectedEntries

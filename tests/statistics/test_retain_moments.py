@@ -142,3 +142,40 @@ def test_weighted_sum_visits_only_samples_with_a_weight() -> None:
         statistic.observe(name, DenseGradients(torch.tensor([[1.0, 2.0], [3.0, 4.0]])), torch.tensor([1, 3]))
     assert statistic.total["a"].tolist() == [0.5, 1.0] and statistic.total["b"].tolist() == [-0.75, -1.0]
     assert WeightedSum({}, {}, 4).samples() == []
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_parts_around_the_first_batch_of_one_add_up_to_the_whole(late: bool) -> None:
+    """Two processes; `late`, a tensor that the first batch does not reach is left to the samples' second visit."""
+    v, g = mixed_scales()
+    parts = [RetainMoments(v, COUNT, DAMPING, weighted=v) for _ in range(2)]
+    whole = RetainMoments(v, COUNT, DAMPING, weighted=v)
+    every = list(batches(g))
+    first = [batch for batch in every if torch.equal(batch[2], every[0][2])]
+    reached = [batch for batch in first if not (late and batch[0] == "norm")]
+    for batch in reached:
+        parts[0].observe(*batch)
+    led = parts[0].lead()
+    for part in parts:
+        part.follow(led)
+    others = [batch for batch in every if not any(batch is one for one in reached)]
+    for number, batch in enumerate(others):
+        parts[number % 2].observe(*batch)
+    for batch in [*reached, *others]:
+        whole.observe(*batch)
+    added = RetainMoments(v, COUNT, DAMPING, weighted=v)
+    one, two = (part.state() for part in parts)
+    alike = {name for name in one if name.startswith(added.alike)}
+    assert all(torch.equal(one[name], two[name]) for name in alike) and len(alike) == len(v)
+    added.load({name: t if name in alike else t + two[name] for name, t in one.items()})
+    for name in SHAPES:
+        assert torch.equal(added.q[name], whole.q[name]) and torch.equal(added.d[name], whole.d[name])
+        (w, delta), exact = added.weighted_sum(name), exact_weighted_sum(g[name], v[name], DAMPING)
+        if late and name == "norm":
+            assert not bool(w.any()) and not bool(added.summed[name].any())
+            assert torch.equal(delta, whole.scalars(name).coefficients())
+            continue
+        assert added.estimate[name] == whole.estimate[name]
+        wanted, left = whole.weighted_sum(name)
+        assert torch.allclose(delta, left, rtol=1e-9, atol=1e-12 * float(left.abs().max()))
+        assert float((w - wanted).norm()) <= 1e-6 * float(exact.norm())

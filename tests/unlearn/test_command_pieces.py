@@ -12,12 +12,12 @@ from fillm.data import Sample, SampleSet
 from fillm.errors import UsageError
 from fillm.rank.console import Console
 from fillm.rank.passes import Passes
+from fillm.runs.processes import Processes
 from fillm.unlearn.config import UnlearnConfig, resolved
 from fillm.unlearn.gradients import StepGradients
 from fillm.unlearn.influence import masked_update, predicted
 from fillm.unlearn.losses import LossOptions, make_loss
 from fillm.unlearn.plan import plan_of
-from fillm.unlearn.processes import Processes
 from fillm.unlearn.sampling import StepSamples, steps_per_epoch
 from fillm.unlearn.sources import Sources
 from fillm.unlearn.stopping import Evaluation, StoppingRule

@@ -1,0 +1,253 @@
+"""One process or several under `torchrun`: who does what, what is added up, and who speaks and writes.
+
+Samples are dealt out to the processes and what they say is summed over them with torch.distributed. All processes hold
+the same weights. The first one alone writes and speaks; an error of any ends all of them, and one tells of it.
+"""
+
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn, TypeVar
+
+import torch
+from torch import Tensor
+
+from fillm.errors import EndedByAnother, FillmError, InterruptedRun, UsageError
+from fillm.models import resolve_device
+from fillm.runs.memory import is_out_of_memory
+
+Item = TypeVar("Item")
+_NUMBERS = 4  # that a process may say at a meeting
+_BLOCK = 1 << 22  # entries that are added up at a time
+
+
+class Processes:
+    """The processes of this run.
+
+    Args:
+        device: the option `--device`; with several processes and CUDA, each takes the device of its local rank.
+        alone: this process by itself, whatever it was started by.
+
+    Attributes:
+        index, count: of this process, and how many there are.
+        device: where this process computes.
+
+    Raises:
+        UsageError: several processes without the package accelerate, or more than this machine has GPUs.
+    """
+
+    def __init__(self, device: str = "auto", *, alone: bool = False) -> None:
+        self._state: Any = None
+        self.index, self.count = 0, 1
+        self._ended = False
+        self._words: Any = None  # the group in which numbers and texts go round; always on the CPU
+        if several_started() and not alone:
+            cpu = resolve_device(device).type == "cpu"
+            here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            if not cpu and here > torch.cuda.device_count():
+                raise UsageError(
+                    f"{here} processes on this machine, which has {torch.cuda.device_count()} CUDA devices: give "
+                    "torchrun no more than that, or --device cpu"
+                )
+            self._state = _joined(cpu)
+            self.index, self.count = self._state.process_index, self._state.num_processes
+            self.device = self._state.device
+            self._words = torch.distributed.new_group(backend="gloo")
+        else:
+            self.device = resolve_device(device)
+
+    @property
+    def first(self) -> bool:
+        """Whether this process speaks and writes for all."""
+        return self.index == 0
+
+    def share(self, items: Sequence[Item]) -> list[Item]:
+        """What of `items` is this process's to do."""
+        return list(items[self.index :: self.count])
+
+    def add_up(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor over the processes, in place."""
+        if self.count > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def add_up_in_order(self, tensor: Tensor) -> Tensor:
+        """The same, in the order of the processes and therefore with the same bits whenever they arrive.
+
+        Args:
+            tensor: on any device, of the same shape and type in every process; of booleans it is the union. What is
+                narrower than float64 is added up in float64 and rounded once.
+        """
+        for block, total in self._block_sums(tensor):
+            block.copy_(total)
+        return tensor
+
+    def add_up_into(self, out: Tensor | None, tensor: Tensor) -> None:
+        """The same into `out`, of the same shape and type on any device, which the first process alone gives."""
+        blocks = None if out is None else iter(out.view(-1).split(_BLOCK))
+        for _, total in self._block_sums(tensor):
+            if blocks is not None:
+                next(blocks).copy_(total)
+
+    def _block_sums(self, tensor: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every block of a contiguous tensor, and its sum over the processes, [E] both."""
+        if self.count == 1 or not tensor.numel():
+            return
+        for block in tensor.view(-1).split(_BLOCK):
+            with self._talking():
+                total = self._block_sum(block)
+            yield block, total
+
+    def _block_sum(self, block: Tensor) -> Tensor:
+        """Every process adds up one part of the block, and all give each other what they have."""
+        entries = block.to(self.device, torch.uint8 if block.dtype == torch.bool else block.dtype)
+        size = -(-entries.numel() // self.count)
+        sent = entries.new_zeros(size * self.count)
+        sent[: entries.numel()] = entries
+        received = torch.empty_like(sent)  # this process's part, from all
+        torch.distributed.all_to_all_single(received, sent)
+        first, *others = received.split(size)
+        total = first.double()
+        for part in others:
+            total += part
+        torch.distributed.all_gather(list(sent.split(size)), total.to(sent.dtype))
+        return sent[: entries.numel()]
+
+    def meet(self, *numbers: int, error: BaseException | None = None) -> list[list[int]]:
+        """Waits for all processes, and hears what each has to say.
+
+        An error ends them all: it is raised where it happened, if in several then in the first of these.
+
+        Args:
+            numbers: up to four, int64; all processes that meet in earnest say as many.
+            error: why this process cannot go on.
+
+        Returns:
+            The numbers of every process, in their order.
+
+        Raises:
+            BaseException: `error`.
+            EndedByAnother: another process has one.
+            InterruptedRun: another process has died (in the first; in the others EndedByAnother).
+        """
+        if self.count == 1:
+            if error is not None:
+                raise error
+            return [list(numbers)]
+        said = torch.zeros(1 + _NUMBERS, dtype=torch.int64)
+        said[0] = _exit_code(error)
+        said[1 : 1 + len(numbers)] = torch.tensor(numbers, dtype=torch.int64)
+        heard = [torch.empty_like(said) for _ in range(self.count)]
+        with self._talking():
+            torch.distributed.all_gather(heard, said, group=self._words)
+        codes = [int(words[0]) for words in heard]
+        erring = next((index for index, code in enumerate(codes) if code), None)
+        if erring is None:
+            return [words[1 : 1 + len(numbers)].tolist() for words in heard]
+        self._ended = True
+        if erring == self.index and error is not None:
+            raise error
+        raise EndedByAnother(codes[erring])
+
+    def tell(self, text: str) -> list[str]:
+        """What every process says, in their order. Raises as `meet` does."""
+        if self.count == 1:
+            return [text]
+        own = text.encode()
+        lengths = [length for (length,) in self.meet(len(own))]
+        said = torch.zeros(max(1, *lengths), dtype=torch.uint8)
+        said[: len(own)] = torch.tensor(list(own), dtype=torch.uint8)
+        heard = [torch.empty_like(said) for _ in lengths]
+        with self._talking():
+            torch.distributed.all_gather(heard, said, group=self._words)
+        return [bytes(words[:length].tolist()).decode() for words, length in zip(heard, lengths, strict=True)]
+
+    def agree(self, on: str) -> None:
+        """Holds what all processes have to have alike against each other.
+
+        Raises:
+            UsageError: they do not (in the first; in the others EndedByAnother).
+        """
+        if len({digest for (digest,) in self.meet(zlib.crc32(on.encode()))}) > 1:
+            self.end(
+                UsageError("the processes do not compute the same: give all of them the same files, fillm and hardware")
+            )
+
+    def end(self, error: FillmError) -> NoReturn:
+        """Ends all processes with an error that all of them know of, once all are here; the first tells of it."""
+        self.meet()
+        self._ended = True
+        raise error if self.first else EndedByAnother(error.exit_code)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Around the work: what ends one process ends the others at their next meeting, and all leave at once."""
+        done = False
+        try:
+            try:
+                yield
+                self.meet()
+                done = True
+            except BaseException as error:
+                if not self._ended:
+                    self.meet(error=error)
+                raise
+        finally:
+            self._disband(done)
+
+    def _disband(self, done: bool) -> None:
+        if self.count == 1:
+            return
+        # A group on GPUs is left as it is where a process may be gone: it would be waited for.
+        with suppress(RuntimeError):
+            torch.distributed.destroy_process_group(None if done or self.device.type == "cpu" else self._words)
+
+    @contextmanager
+    def _talking(self) -> Iterator[None]:
+        """Says in plain words that a process is gone."""
+        try:
+            yield
+        except RuntimeError as error:
+            self._ended = True
+            if is_out_of_memory(error):
+                raise
+            lost = InterruptedRun("another process of the run has died; continue with --resume")
+            raise lost if self.first else EndedByAnother(lost.exit_code) from error
+
+    def decide(self, answer: bool) -> bool:
+        """The first process's answer, for all."""
+        return bool(self.add_up(torch.tensor([float(answer and self.first)], device=self.device)).item())
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.count > 1:
+            self._state.wait_for_everyone()
+
+    def leave(self) -> None:
+        """The work is done, in all of them."""
+        self.wait()
+        if self.count > 1:
+            self._state.destroy_process_group()
+
+
+def several_started() -> bool:
+    """Whether `torchrun` started this process beside others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _exit_code(error: BaseException | None) -> int:
+    if error is None:
+        return 0
+    return InterruptedRun.exit_code if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
+
+
+def _joined(cpu: bool) -> Any:
+    try:
+        from accelerate import PartialState
+    except ImportError:
+        raise UsageError("several processes need the package accelerate; pip install 'fillm[train]'") from None
+    # What torchrun starts again finds the store of the first time, with the addresses of processes that are gone.
+    store, rank, count = next(torch.distributed.rendezvous("env://"))
+    store = torch.distributed.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return PartialState(cpu=cpu, store=store, rank=rank, world_size=count)

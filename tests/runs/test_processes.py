@@ -1,0 +1,35 @@
+"""One process has nobody to meet; what several cannot be is refused before they join."""
+
+import pytest
+import torch
+
+from fillm.errors import EndedByAnother, NumericsError, UsageError
+from fillm.runs import processes
+from fillm.runs.processes import Processes
+
+
+def test_one_process_hears_itself_and_sums_nothing() -> None:
+    one = Processes("cpu")
+    assert (one.first, one.index, one.count) == (True, 0, 1)
+    assert one.meet(3, -4) == [[3, -4]] and one.tell("möglich") == ["möglich"]
+    one.agree("anything")
+    tensor = torch.arange(5.0)
+    assert torch.equal(one.add_up_in_order(tensor), torch.arange(5.0))
+    with pytest.raises(NumericsError, match="nan"), one.together():
+        one.meet(error=NumericsError("nan"))
+    with pytest.raises(UsageError, match="over"):
+        one.end(UsageError("over"))
+
+
+def test_an_end_told_elsewhere_has_the_others_exit_code() -> None:
+    assert EndedByAnother(3).exit_code == 3
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(processes, "resolve_device", lambda device: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UsageError, match="4 processes on this machine, which has 2 CUDA devices"):
+        Processes("cuda")
+    assert Processes("cuda", alone=True).count == 1
