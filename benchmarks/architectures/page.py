@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from benchmarks.architectures.results import ROOT
-from benchmarks.architectures.walk import OUTCOMES, TOLERANCE, Record
+from benchmarks.architectures.walk import OUTCOMES, ROUNDINGS, TOLERANCE, Record
 
 PAGE = ROOT / "docs" / "models.md"
 _HEAD = """\
@@ -17,9 +17,10 @@ Every model type with a causal-LM class in transformers {transformers} (torch {t
 configuration, with one layer of every kind that it alternates and random weights, and ranked in float32 by `soir` on
 samples of different lengths. Every tensor's `u`, score and damping are compared with equations (1) to (3) of the
 [method](method.md) restated in float64: plain autograd, every sample by itself. The error of a model is that of its
-worst tensor, relative; up to {tolerance:.0e} it is `ok`. The error is infinite where a score is missing, NaN, or found
-where float64 has no gradient. Tensors whose gradients are less than a millionth of the model's largest are rounding in
-float32: fillm has to find no more than that there.
+worst tensor, relative; it is right up to {tolerance:.0e}, or up to {roundings:g} times what plain autograd in float32 is
+off by. The error is infinite where a score is missing, NaN, or found where float64 has no gradient. Tensors whose
+gradients are less than a millionth of the model's largest are rounding in float32: fillm has to find no more than that
+there.
 """
 _COLUMNS = """\
 * **fast**: the share of parameters that a fast rule covers, parameters that no gradient reaches (the other modalities'
@@ -53,7 +54,7 @@ def summary(records: Sequence[Record]) -> str:
 def page(records: Sequence[Record]) -> str:
     """The whole page, Markdown."""
     versions = {name: ", ".join(sorted({record[name] for record in records})) for name in ("transformers", "torch")}
-    parts = [_HEAD.format(tolerance=TOLERANCE, **versions), summary(records)]
+    parts = [_HEAD.format(tolerance=TOLERANCE, roundings=ROUNDINGS, **versions), summary(records)]
     for outcome in OUTCOMES[1:]:
         chosen = [record for record in records if record["outcome"] == outcome]
         if chosen:

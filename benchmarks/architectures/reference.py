@@ -3,6 +3,7 @@
 import copy
 import inspect
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,23 +58,31 @@ def sample_loss(model: nn.Module, row: Row) -> Tensor:
 
 
 def reference(
-    model: nn.Module, forget: Sequence[Row], retain: Sequence[Row], damping: float = 0.1
+    model: nn.Module,
+    forget: Sequence[Row],
+    retain: Sequence[Row],
+    damping: float = 0.1,
+    dtype: torch.dtype = torch.float64,
 ) -> dict[str, Reference]:
     """Every tensor's answer, by name; the model stays as it is.
 
     Args:
-        model: in any float type; a float64 copy of it is what is differentiated.
+        model: in any float type; a copy of it in `dtype` is what is differentiated.
         forget: the samples whose mean gradient is `v`.
         retain: the samples of the curvature.
         damping: the factor in (1).
+        dtype: float64, whatever the model turns to; or float32, for what rounding alone does to a model's gradients.
     """
-    twin = copy.deepcopy(model).double().eval().requires_grad_(True)
+    twin = copy.deepcopy(model).to(dtype).eval().requires_grad_(True)
     named = dict(twin.named_parameters())
 
     def gradients(row: Row) -> list[Tensor]:
-        with WideFloats():
+        with WideFloats() if dtype == torch.float64 else nullcontext():
             found = torch.autograd.grad(sample_loss(twin, row), list(named.values()), allow_unused=True)
-        return [torch.zeros_like(p) if g is None else g for p, g in zip(named.values(), found, strict=True)]
+        return [
+            torch.zeros_like(p).double() if g is None else g.double()
+            for p, g in zip(named.values(), found, strict=True)
+        ]
 
     of_forget, of_retain = [gradients(row) for row in forget], [gradients(row) for row in retain]
     answers = {}

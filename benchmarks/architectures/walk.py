@@ -25,6 +25,7 @@ COLUMNS = (
 )  # fmt: skip
 OUTCOMES = ("ok", "wrong", "refused", "not buildable")
 TOLERANCE = 1e-4  # of |u - u_reference| / |u_reference|: float32 against float64
+ROUNDINGS = 2.0  # more than that is allowed up to this multiple of what plain autograd in float32 is off by
 NOISE = 1e-6  # a tensor whose v and retain gradients are this far below the model's largest is rounding in float32
 SECONDS, BYTES = 60.0, 8 << 30  # for one architecture
 _PRELOADED = ["torch", "transformers", "transformers.modeling_utils", "benchmarks.architectures.walk"]
@@ -79,9 +80,20 @@ def examine(model_type: str) -> Record:
     record["worst_tensor"] = max(errors, key=errors.__getitem__, default="")
     largest = errors.get(record["worst_tensor"], 0.0)
     record["largest_error"] = f"{largest:.1e}"
-    if not largest <= TOLERANCE:
+    if not largest <= TOLERANCE and not largest <= ROUNDINGS * plain_rounding(model, expected):
         return done("wrong", f"{record['worst_tensor']} differs by {largest:.1e}")
     return done("ok", ranking.record["one_by_one"] or "")
+
+
+def plain_rounding(model: torch.nn.Module, expected: dict[str, Reference]) -> float:
+    """The largest relative error of `u` by plain autograd in float32, one sample at a time."""
+    plain = reference(model, FORGET, RETAIN, dtype=torch.float32)
+    floor = NOISE * max(float(one.v.norm()) for one in expected.values())
+    return max(
+        float((plain[name].u - one.u).norm() / one.u.norm())
+        for name, one in expected.items()
+        if one.u is not None and plain[name].u is not None and float(one.v.norm()) > floor
+    )
 
 
 def compare(ranking: Ranking, expected: dict[str, Reference]) -> tuple[dict[str, float], int]:

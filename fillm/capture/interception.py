@@ -135,6 +135,10 @@ class Interception(TorchFunctionMode):
                 for record in found:
                     self.uncovered(record.name, name)
             return result
+        if name == "getitem" and isinstance(args[1], Tensor):  # `W[ids]`, perhaps a lookup
+            result = self.boundary(name, func, args, kwargs, self.find)
+            if result is not NotImplemented:
+                return result
         return self._follow(name, func, args, kwargs, found)
 
     def _follow(self, name: str, func: Any, args: Any, kwargs: Any, found: list[Tracked]) -> Any:

@@ -149,6 +149,12 @@ class Rules:
         self.used(record.name)
         return LookupBoundary.apply(self.anchor, ids, weight, site)
 
+    def _rows(self, find: Find, weight: Tensor, ids: Tensor) -> Any:
+        """`W[ids]`: a lookup by indices, one row for every token."""
+        if ids.dtype not in (torch.int64, torch.int32) or weight.ndim != 2 or not self.rows.holds_tokens(ids.shape):
+            return NotImplemented
+        return self._embedding(find, ids, weight)
+
     def _product(self, find: Find, left: Any, right: Any) -> Any:
         h, w = (right, left) if find(left) else (left, right)
         record = self._broadcast(find, h, w)
@@ -236,6 +242,7 @@ _RULES: dict[str, Callable[..., Any]] = {
     "matmul": Rules._matmul,
     "mm": Rules._matmul,
     "embedding": Rules._embedding,
+    "getitem": Rules._rows,
     "mul": Rules._product,
     "rmul": Rules._product,
     "add": Rules._shift,

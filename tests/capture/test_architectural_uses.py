@@ -97,6 +97,17 @@ class VectorOfPositions(nn.Module):
         return h * self.table(torch.arange(h.shape[1]))
 
 
+class IndexedPositions(nn.Module):
+    """Positions that are picked from their table by index."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(POSITIONS, HIDDEN))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h * self.table[torch.arange(h.shape[1]).repeat(h.shape[0], 1)]
+
+
 class AddedInPlace(nn.Module):
     """A linear layer's output to which something is added where it lies."""
 
@@ -128,6 +139,7 @@ class AddedInPlace(nn.Module):
             },
         ),
         (VectorOfPositions, {"body.table.weight": LookupGradients}),
+        (IndexedPositions, {"body.table": LookupGradients}),
         (AddedInPlace, {"body.linear.weight": OuterGradients}),
     ],
 )
