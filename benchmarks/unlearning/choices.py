@@ -45,6 +45,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "wagle": {"method": "wagle"},
     "saliency": {"method": "saliency"},
     "parameter-shift": {"method": "parameter-shift"},
+    "path weights": {"method": "path", "granularity": "element"},  # single weights, not whole tensors
 }
 OBJECTIVES = ("retain", "trade-off")
 

@@ -32,6 +32,7 @@ class UnlearningConfig:
     max_steps: int = option(60, "optimiser steps, after which a run that has not forgotten is given up", "N")
     eval_every: int = option(2, "steps between evaluations; the losses between them are taken to lie on lines", "STEPS")
     eval_retain: int = option(60, "retain samples whose loss is measured", "N")
+    held_out: bool = option(False, "rank by every second retain row, and keep and measure the others alone")
     part: str | None = option(None, "I/N: only every Nth choice from the Ith (1-based), to share the work", "I/N")
     threads: int | None = option(None, "torch threads (default: torch's own choice)", "N")
     minutes: float | None = option(None, "stop after this long; --resume goes on (default: no bound)", "X")

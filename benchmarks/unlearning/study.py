@@ -31,12 +31,18 @@ _STEP, _FORGET, _RETAIN = (LOG_COLUMNS.index(name) for name in ("step", "forget_
 
 @dataclass(frozen=True)
 class Recited:
-    """A model that recites its rows, and the rows."""
+    """A model that recites its rows, and the rows.
+
+    Attributes:
+        rows: `forget` and `retain`, of unlearning and of the losses that are measured.
+        ranked: likewise, what masks are made from.
+    """
 
     seed: int
     model: nn.Module
     tokenizer: Any
     rows: dict[str, list[Row]]
+    ranked: dict[str, list[Row]]
     base: Callable[[], Path]
 
 
@@ -58,7 +64,10 @@ def recited(config: UnlearningConfig, tofu: bool, seed: int, say: Callable[[str]
             new_model(architecture_config(recipe["architecture"]), tokenizer, seed).save_pretrained(path)
         return path
 
-    return Recited(seed, load_model(str(folder), device="cpu"), tokenizer, rows, base)
+    ranked = rows
+    if config.held_out:
+        ranked, rows = ({**rows, "retain": rows["retain"][first::2]} for first in (0, 1))
+    return Recited(seed, load_model(str(folder), device="cpu"), tokenizer, rows, ranked, base)
 
 
 def next_rate(tried: Mapping[float, Record]) -> float | None:
@@ -92,7 +101,7 @@ def runs(
     cells = [(choice, loss) for choice in wanted for loss in config.chosen_losses]
     left = {choice.name for choice, loss in cells if next_rate(of_cells.get((choice.name, loss), {})) is not None}
     missing = [choice for choice in wanted if choice.name in left]
-    for choice, mask in masks(config, one.model, one.tokenizer, one.rows, one.base, missing):
+    for choice, mask in masks(config, one.model, one.tokenizer, one.ranked, one.base, missing):
         digest = mask_digest(mask)[:16]
         for loss in config.chosen_losses:
             tried = of_cells.setdefault((choice.name, loss), {})

@@ -84,6 +84,16 @@ def test_every_choice_has_a_mask_and_equal_masks_train_once(cache, tmp_path, mon
     assert not list(study.runs(config, one, wanted, records, lambda line: None))
 
 
+def test_held_out_rows_are_not_ranked_by():
+    whole = study.recited(UnlearningConfig(quick=True), False, 0, lambda line: None)
+    parted = study.recited(UnlearningConfig(quick=True, held_out=True), False, 0, lambda line: None)
+    assert whole.ranked == whole.rows
+    assert parted.ranked["forget"] == parted.rows["forget"] == whole.rows["forget"]
+    pairs = zip(parted.ranked["retain"], parted.rows["retain"], strict=True)
+    assert [row for pair in pairs for row in pair] == whole.rows["retain"]
+    assert parted.ranked["retain"] and not any(row in parted.rows["retain"] for row in parted.ranked["retain"])
+
+
 @pytest.mark.slow
 def test_another_command_is_not_continued(tmp_path):
     assert command.main([*QUICK, "--minutes", "1e-9", "--out", str(tmp_path)]) == 0
