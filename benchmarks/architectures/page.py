@@ -17,8 +17,8 @@ Every model type with a causal-LM class in transformers {transformers} (torch {t
 configuration, with one layer of every kind that it alternates and random weights, and ranked in float32 by `soir` on
 samples of different lengths. Every tensor's `u`, score and damping are compared with equations (1) to (3) of the
 [method](method.md) restated in float64: plain autograd, every sample by itself. The error of a model is that of its
-worst tensor, relative; it is right up to {tolerance:.0e}, or up to {roundings:g} times what plain autograd in float32 is
-off by. The error is infinite where a score is missing, NaN, or found where float64 has no gradient. Tensors whose
+worst tensor, relative; it is right up to {tolerance:.0e}, or {roundings:g} times what plain autograd in float32 is off
+by. The error is infinite where a score is missing, NaN, or found where float64 has no gradient. Tensors whose
 gradients are less than a millionth of the model's largest are rounding in float32: fillm has to find no more than that
 there.
 """
