@@ -130,6 +130,8 @@ class Interception(TorchFunctionMode):
             result = self.boundary(name, func, args, kwargs, self.find)
             if result is not NotImplemented:
                 return result
+            if name == "embedding" and all(t.ndim == 1 for t in others):  # positions that the batch shares
+                return self._follow(name, func, args, kwargs, found)
             result = func(*args, **kwargs)
             if isinstance(result, Tensor) and result.is_floating_point():
                 for record in found:

@@ -134,8 +134,6 @@ class Rules:
         if not self.rows.packed and ids.ndim == 2 and ids.shape[0] == 1 and samples > 1:
             # Positions shared by the batch: one row a sample, so that each keeps its own gradient.
             ids = ids.expand(samples, -1)
-        elif not self.rows.packed and ids.ndim == 1 and ids.shape[0] * samples == tokens and samples > 1:
-            ids = ids.expand(samples, -1)  # likewise, of a model that keeps its positions in a vector
         offsets = self.rows.row_offsets(ids.shape)
         if offsets is None or ids.numel() % tokens:
             return NotImplemented

@@ -138,7 +138,7 @@ class AddedInPlace(nn.Module):
                 "body.block_bias": DenseGradients,
             },
         ),
-        (VectorOfPositions, {"body.table.weight": LookupGradients}),
+        (VectorOfPositions, {"body.table.weight": DenseGradients}),
         (IndexedPositions, {"body.table": LookupGradients}),
         (AddedInPlace, {"body.linear.weight": OuterGradients}),
     ],
