@@ -27,7 +27,9 @@ class LinearBoundary(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.transposed, ctx.site = transposed, site
-        return linear(x, weight.T if transposed else weight, bias)
+        y = linear(x, weight.T if transposed else weight, bias)
+        # A view that a function of one's own returns may not be changed in place, and some models add to it.
+        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -56,7 +58,7 @@ class LookupBoundary(torch.autograd.Function):
 
 
 class ProductBoundary(torch.autograd.Function):
-    """`y = h * w` with `w` broadcast to `h`'s last dimensions."""
+    """`y = h * w` with `w` broadcast to `h`'s last dimensions, and what of these is 1 to `w`."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, h: Tensor, w: Tensor, site: Site) -> Tensor:
@@ -69,20 +71,20 @@ class ProductBoundary(torch.autograd.Function):
         h, w = ctx.saved_tensors
         with NoTorchFunction():
             ctx.site(h, dy)
-            dh = (dy * w).to(h.dtype) if ctx.needs_input_grad[1] else None
+            dh = (dy * w).sum_to_size(h.shape).to(h.dtype) if ctx.needs_input_grad[1] else None
         return None, dh, None, None
 
 
 class ShiftBoundary(torch.autograd.Function):
-    """`y = h + w` with `w` broadcast to `h`'s last dimensions."""
+    """`y = h + w` with `w` broadcast to `h`'s last dimensions, and what of these is 1 to `w`."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, h: Tensor, w: Tensor, site: Site) -> Tensor:
-        ctx.site, ctx.dtype = site, h.dtype
+        ctx.site, ctx.dtype, ctx.shape = site, h.dtype, h.shape
         return h + w
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         with NoTorchFunction():
             ctx.site(dy)
-        return None, dy.to(ctx.dtype) if ctx.needs_input_grad[1] else None, None, None
+        return None, dy.sum_to_size(ctx.shape).to(ctx.dtype) if ctx.needs_input_grad[1] else None, None, None

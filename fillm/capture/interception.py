@@ -77,6 +77,13 @@ def _tensors(args: Iterable[Any]) -> Iterable[Tensor]:
             yield from (item for item in arg if isinstance(item, Tensor))
 
 
+def _swaps_last_two(name: str, args: Any, result: Tensor) -> bool:
+    """Whether an operation made `result`, a matrix or a stack of some, by transposing each."""
+    if name == "transpose":
+        return result.ndim in (2, 3) and {axis % result.ndim for axis in args[1:]} == {result.ndim - 2, result.ndim - 1}
+    return name in _TRANSPOSES and (result.ndim == 2 or (name == "mT" and result.ndim == 3))
+
+
 class Interception(TorchFunctionMode):
     """Active around one forward and backward.
 
@@ -123,11 +130,17 @@ class Interception(TorchFunctionMode):
             result = self.boundary(name, func, args, kwargs, self.find)
             if result is not NotImplemented:
                 return result
+            if name == "embedding" and all(t.ndim == 1 for t in others):  # positions that the batch shares
+                return self._follow(name, func, args, kwargs, found)
             result = func(*args, **kwargs)
             if isinstance(result, Tensor) and result.is_floating_point():
                 for record in found:
                     self.uncovered(record.name, name)
             return result
+        if name == "getitem" and isinstance(args[1], Tensor):  # `W[ids]`, perhaps a lookup
+            result = self.boundary(name, func, args, kwargs, self.find)
+            if result is not NotImplemented:
+                return result
         return self._follow(name, func, args, kwargs, found)
 
     def _follow(self, name: str, func: Any, args: Any, kwargs: Any, found: list[Tracked]) -> Any:
@@ -154,7 +167,7 @@ class Interception(TorchFunctionMode):
             side,
             leaf,
             elementwise=record.elementwise and name in _ELEMENTWISE,
-            transposed=record.is_parameter and name in _TRANSPOSES and result.ndim == 2,
+            transposed=record.is_parameter and _swaps_last_two(name, args, result),
         )
         self.tracked[id(made.value)] = made
         return made.value

@@ -33,7 +33,8 @@ class RowMap:
     def repeats(self, lead: torch.Size) -> int | None:
         """How many consecutive rows each token has in a tensor of leading dimensions `lead`; None if it cannot be read.
 
-        Padded: the first dimension is B or B * T. Packed: the first after any leading 1 is the number of tokens N.
+        Padded: the first dimension is B or B * T, or the only one a multiple of B * T. Packed: the first after any
+        leading 1 is the number of tokens N.
         """
         rows = lead.numel()
         if self.packed:
@@ -43,6 +44,8 @@ class RowMap:
             return rows // self.num_tokens if dims and dims[0] == self.num_tokens else None
         if lead and lead[0] in (self.num_samples, self.num_tokens) and rows % self.num_samples == 0:
             return rows // self.num_samples  # rows a sample; the grid is uniform
+        if len(lead) == 1 and rows % self.num_tokens == 0:
+            return rows // self.num_samples  # several rows a token, such as its heads
         return None
 
     def holds_tokens(self, lead: torch.Size) -> bool:

@@ -13,10 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fillm.capture.boundaries import LinearBoundary, LookupBoundary, ProductBoundary, ShiftBoundary
+from fillm.capture.convolutions import convolution
 from fillm.capture.gradients import DenseGradients, LookupGradients, OuterGradients
 from fillm.capture.interception import Tracked
 from fillm.capture.rows import RowMap
 from fillm.capture.segments import segment_sum
+from fillm.capture.stacks import stacked, with_bias
 
 Find = Callable[[Any], Tracked | None]
 
@@ -72,7 +74,14 @@ class Rules:
         return self.affine(find, input, weight, bias, transposed=True)
 
     def _matmul(self, find: Find, input: Tensor, weight: Tensor) -> Any:
-        return NotImplemented if find(input) else self.affine(find, input, weight, None, transposed=True)
+        if find(input):  # `W x` of an activation whose last dimension is time
+            if input.ndim != 2 or find(weight) or weight.ndim != 3:
+                return NotImplemented
+            y = self.affine(find, weight.transpose(1, 2), input, None, transposed=False)
+            return NotImplemented if y is NotImplemented else y.transpose(1, 2)
+        if weight.ndim == 3:
+            return stacked(self, find, input, weight)
+        return self.affine(find, input, weight, None, transposed=True)
 
     def affine(self, find: Find, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Any:
         """`x W^T + b` (`x W + b` if `transposed`), each of `W` and `b` tracked or not."""
@@ -138,6 +147,12 @@ class Rules:
         self.used(record.name)
         return LookupBoundary.apply(self.anchor, ids, weight, site)
 
+    def _rows(self, find: Find, weight: Tensor, ids: Tensor) -> Any:
+        """`W[ids]`: a lookup by indices, one row for every token."""
+        if ids.dtype not in (torch.int64, torch.int32) or weight.ndim != 2 or not self.rows.holds_tokens(ids.shape):
+            return NotImplemented
+        return self._embedding(find, ids, weight)
+
     def _product(self, find: Find, left: Any, right: Any) -> Any:
         h, w = (right, left) if find(left) else (left, right)
         record = self._broadcast(find, h, w)
@@ -146,8 +161,8 @@ class Rules:
 
         def site(h: Tensor, dy: Tensor) -> None:
             wide = torch.promote_types(torch.promote_types(h.dtype, dy.dtype), torch.float32)
-            summed = self.rows.sum_by_sample(h.to(wide) * dy.to(wide), w.shape)
-            self.deliver(record.name, DenseGradients(record.to_parameter(summed)))
+            summed = self.rows.sum_by_sample(h.to(wide) * dy.to(wide), _broadcast_shape(w))
+            self.deliver(record.name, DenseGradients(record.to_parameter(summed.view(-1, *w.shape))))
 
         self.used(record.name)
         return ProductBoundary.apply(self.anchor, h, w, site)
@@ -160,9 +175,10 @@ class Rules:
 
         def site(dy: Tensor) -> None:
             wide = dy.to(torch.promote_types(dy.dtype, torch.float32))
-            squares = self.rows.sum_by_sample(wide.square(), w.shape)
-            summed = rounded_to_zero(self.rows.sum_by_sample(wide, w.shape), squares, dy.dtype)
-            self.deliver(record.name, DenseGradients(record.to_parameter(summed)))
+            shape = _broadcast_shape(w)
+            squares = self.rows.sum_by_sample(wide.square(), shape)
+            summed = rounded_to_zero(self.rows.sum_by_sample(wide, shape), squares, dy.dtype)
+            self.deliver(record.name, DenseGradients(record.to_parameter(summed.view(-1, *w.shape))))
 
         self.used(record.name)
         return ShiftBoundary.apply(self.anchor, h, w, site)
@@ -170,13 +186,16 @@ class Rules:
     def _broadcast(self, find: Find, h: Any, w: Any) -> Tracked | None:
         """The record of `w` if `h` is an activation of known rows to whose last dimensions `w` broadcasts."""
         record = find(w)
-        if record is None or not isinstance(h, Tensor) or find(h) is not None or h.ndim <= w.ndim or w.ndim < 1:
+        if record is None or not isinstance(h, Tensor) or find(h) is not None or w.ndim < 1 or h.ndim < w.ndim:
             return None
-        tail = h.shape[h.ndim - w.ndim :]
-        if not self.rows.holds_tokens(h.shape[:-1]):
+        width = len(_broadcast_shape(w))
+        lead = h.shape[: h.ndim - width]
+        # Rows of one dimension may be several a token: heads, each normed by itself.
+        rows = self.rows.holds_tokens(h.shape[:-1]) or (h.ndim == 2 and h.shape[0] % self.rows.num_tokens == 0)
+        if not lead or not rows:
             return None
-        fits = all(a in (1, b) for a, b in zip(w.shape, tail, strict=True))
-        return record if fits and self.rows.row_offsets(h.shape[: h.ndim - w.ndim]) is not None else None
+        fits = all(1 in (a, b) or a == b for a, b in zip(w.shape[w.ndim - width :], h.shape[len(lead) :], strict=True))
+        return record if fits and self.rows.row_offsets(lead) is not None else None
 
     def _layer_norm(
         self,
@@ -209,17 +228,27 @@ class Rules:
         return y
 
 
+def _broadcast_shape(w: Tensor) -> torch.Size:
+    """The dimensions of `w` from the first that is not 1 on: what precedes them is broadcast like what is missing."""
+    first = next((axis for axis, size in enumerate(w.shape) if size != 1), w.ndim - 1)
+    return w.shape[first:]
+
+
 _RULES: dict[str, Callable[..., Any]] = {
     "linear": Rules._linear,
     "addmm": Rules._addmm,
     "matmul": Rules._matmul,
     "mm": Rules._matmul,
     "embedding": Rules._embedding,
+    "getitem": Rules._rows,
     "mul": Rules._product,
     "rmul": Rules._product,
     "add": Rules._shift,
     "radd": Rules._shift,
     "layer_norm": Rules._layer_norm,
     "rms_norm": Rules._rms_norm,
+    "conv1d": convolution,
+    "bmm": stacked,
+    "baddbmm": with_bias,
 }
 _SIGNATURES = {name: inspect.signature(rule) for name, rule in _RULES.items()}

@@ -46,15 +46,18 @@ def verify(capture: Capture, samples: SampleSet, layout: str = "right") -> Verif
 
     Memory: the layer inputs and output gradients of two samples, and one tensor's gradient at a time.
     """
+    before = dict(capture.fallback)
     found, differing, apart = _check(capture, samples, layout)
     if not capture.alone and (apart or differing):
         single = capture.like(list(capture.parameters))
+        if apart:  # an operation may have no rule in a batch, and one where the only sample owns every row
+            single.fallback = before
         first = next(iter(differing), "")
         single.alone = apart or f"{first}: {differing[first]} in a {layout} batch of two samples, and not one by one"
         again, differing_alone, _ = _check(single, samples, layout)
         if apart or set(differing) - set(differing_alone):
             capture.alone, found, differing = single.alone, again, differing_alone
-            capture.fallback |= single.fallback
+            capture.fallback = single.fallback if apart else capture.fallback | single.fallback
     capture.fallback |= differing
     return found
 
@@ -145,7 +148,8 @@ def _compare(
         try:
             with torch.enable_grad():
                 loss = sample_losses(capture.model, batch, capture.loss_reduction).sum()
-                loss.backward()
+                if loss.requires_grad:  # not where every tensor in scope takes the fallback
+                    loss.backward()
         finally:
             for handle in handles:
                 handle.remove()

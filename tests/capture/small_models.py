@@ -132,11 +132,11 @@ class Einsum(nn.Module):
 
 
 class CausalConvolution(nn.Module):
-    """A depthwise convolution over the last three tokens."""
+    """A convolution over the last three tokens, one filter a channel or one for every pair of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, depthwise: bool = True) -> None:
         super().__init__()
-        self.conv = nn.Conv1d(HIDDEN, HIDDEN, 3, groups=HIDDEN)
+        self.conv = nn.Conv1d(HIDDEN, HIDDEN, 3, groups=HIDDEN if depthwise else 1)
 
     def forward(self, h: Tensor) -> Tensor:
         return self.conv(F.pad(h.transpose(1, 2), (2, 0))).transpose(1, 2)

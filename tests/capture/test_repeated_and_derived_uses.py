@@ -94,7 +94,7 @@ def test_cross_term_of_tied_embedding_counts() -> None:
     [
         (small_models.Einsum, {"body.weight": "no rule for einsum"}),
         (
-            small_models.CausalConvolution,
+            lambda: small_models.CausalConvolution(depthwise=False),
             {"body.conv.weight": "no rule for conv1d", "body.conv.bias": "no rule for conv1d"},
         ),
         (small_models.ProductOfParameters, {"body.left": "no rule for mul", "body.right": "no rule for mul"}),
