@@ -188,8 +188,9 @@ def test_a_wrong_setting_is_one_line(flags, said, capsys):
     assert shown.count("\n") == 1
 
 
-def test_the_page_shows_the_committed_runs():
-    with (ROOT / "benchmarks/results/unlearning.csv").open(newline="") as file:
+@pytest.mark.parametrize("folder", ["", "held_out"])
+def test_the_page_shows_the_committed_runs(folder):
+    with (ROOT / "benchmarks/results" / folder / "unlearning.csv").open(newline="") as file:
         rows = [_numbers(row) for row in csv.DictReader(file)]
     page = (ROOT / "docs/mask-study.md").read_text(encoding="utf-8")
     for column in ("low", "high"):
