@@ -31,7 +31,8 @@ def test_a_representative_part_equals_float64_autograd(model_type):
     assert share(record) > 0.5
 
 
-@pytest.mark.slow  # about five minutes on one core
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # five to ten minutes on one core
 def test_every_architecture_comes_out_as_the_page_says():
     stated = {record["model_type"]: record["outcome"] for record in read(RESULTS)}
     found = {record["model_type"]: record for record in walk(causal_lm_types())}
