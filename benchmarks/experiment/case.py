@@ -57,7 +57,7 @@ def _given(config: ExperimentConfig, rows: dict[str, list[Row]], seed: int) -> C
         return Path(config.base_model)
 
     model = load_model(name, device=config.device)
-    return Case(seed, model, load_tokenizer(name), rows, base, Path(name).name, config.quick)
+    return Case(seed, model, load_tokenizer(name), rows, rows, base, Path(name).name, config.quick)
 
 
 def _recited(
@@ -86,7 +86,7 @@ def _recited(
             ).save_pretrained(path)
         return path
 
-    return Case(seed, load_model(str(folder), device="cpu"), tokenizer, rows, base, family, config.quick)
+    return Case(seed, load_model(str(folder), device="cpu"), tokenizer, rows, rows, base, family, config.quick)
 
 
 def config_of(family: str, hidden: int, layers: int, vocab: int) -> PretrainedConfig:
