@@ -22,7 +22,7 @@ from fillm.rank.default_model import cache_folder
 FAMILIES = (*STUDIED, "mistral", "gpt_neox")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Case(Recited):
     """A model, its rows, and what it is called.
 
@@ -57,7 +57,10 @@ def _given(config: ExperimentConfig, rows: dict[str, list[Row]], seed: int) -> C
         return Path(config.base_model)
 
     model = load_model(name, device=config.device)
-    return Case(seed, model, load_tokenizer(name), rows, rows, base, Path(name).name, config.quick)
+    return Case(
+        seed=seed, model=model, tokenizer=load_tokenizer(name), rows=rows, ranked=rows, base=base,
+        family=Path(name).name, quick=config.quick,
+    )  # fmt: skip
 
 
 def _recited(
@@ -86,7 +89,10 @@ def _recited(
             ).save_pretrained(path)
         return path
 
-    return Case(seed, load_model(str(folder), device="cpu"), tokenizer, rows, rows, base, family, config.quick)
+    return Case(
+        seed=seed, model=load_model(str(folder), device="cpu"), tokenizer=tokenizer, rows=rows, ranked=rows, base=base,
+        family=family, quick=config.quick,
+    )  # fmt: skip
 
 
 def config_of(family: str, hidden: int, layers: int, vocab: int) -> PretrainedConfig:

@@ -29,7 +29,7 @@ AT_LEVELS = ("retain_at_low", "retain_at_high")  # retain losses at them
 _STEP, _FORGET, _RETAIN = (LOG_COLUMNS.index(name) for name in ("step", "forget_loss", "retain_loss"))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Recited:
     """A model that recites its rows, and the rows.
 
@@ -67,7 +67,8 @@ def recited(config: UnlearningConfig, tofu: bool, seed: int, say: Callable[[str]
     ranked = rows
     if config.held_out:
         ranked, rows = ({**rows, "retain": rows["retain"][first::2]} for first in (0, 1))
-    return Recited(seed, load_model(str(folder), device="cpu"), tokenizer, rows, ranked, base)
+    model = load_model(str(folder), device="cpu")
+    return Recited(seed=seed, model=model, tokenizer=tokenizer, rows=rows, ranked=ranked, base=base)
 
 
 def next_rate(tried: Mapping[float, Record]) -> float | None:
