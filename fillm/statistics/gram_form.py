@@ -193,8 +193,8 @@ def datainf_step(products: InnerProducts, lambda_: float) -> Step:
     # With E = diag(1/(lambda+q)) and Z = E^1/2 K E^1/2 the form is A = E^1/2 (2/n - Z/n^2) E^1/2. What it makes of the
     # noise follows from the trace of Z, which is exact, and that of Z^2, which some samples tell.
     trace = float((weight * q).sum())
-    noisy = bool(products.noise.any())
-    spread = _trace_of_square(products, weight) if noisy else 0.0
+    paired = _paired(products) if bool(products.noise.any()) else None
+    spread = _trace_of_square(products, weight, paired) if paired else 0.0
     overlap = 2.0 * trace / n - spread / n**2
     pairs = min(4.0 * spread / n**2, max(overlap, 0.0))
     pulled = products.gram.product(c).div_(n)  # <g_i, w>
@@ -203,7 +203,7 @@ def datainf_step(products: InnerProducts, lambda_: float) -> Step:
     # B = I - K E / n by its diagonal: all there is of one sample, nearly all for gradients far from parallel.
     own = 1.0 - weight * q / n
     left = float((q * own.square()).mean()) if q.numel() else 0.0
-    apart = _trace_of_square(products, own.square()) / n**2 if noisy else 0.0
+    apart = _trace_of_square(products, own.square(), paired) / n**2 if paired else 0.0
     steep = products.gram.square(own[:, None] * dots) / n**2
     ones = torch.ones(q.numel(), 1, dtype=torch.float64)
     summed = weight[:, None] * products.gram.product(ones) / n - ones  # B^T 1 for dots = B d
@@ -258,22 +258,30 @@ def _primal(products: InnerProducts, lambda_: float) -> Step:
     return Step(c, along, rest, nothing, c * -lambda_, *[nothing] * 4, torch.full_like(rest, torch.nan))
 
 
-def _trace_of_square(products: InnerProducts, weight: Tensor) -> float:
-    """`tr Z^2` for `Z = E^1/2 K E^1/2`, its diagonal exact, its pairs from at most `MOST_PAIRED` samples.
+def _paired(products: InnerProducts) -> tuple[Tensor, Tensor]:
+    """At most `MOST_PAIRED` samples, spread over all, and their part of `K`."""
+    n = products.q.numel()
+    some = torch.linspace(0, max(0, n - 1), min(n, MOST_PAIRED), dtype=torch.float64).round().long().unique()
+    return some, products.gram.part(some)
+
+
+def _trace_of_square(products: InnerProducts, weight: Tensor, paired: tuple[Tensor, Tensor]) -> float:
+    """`tr Z^2` for `Z = E^1/2 K E^1/2`, its diagonal exact, its pairs from some samples.
 
     A sketch adds its noise to every squared pair; that is taken off.
     """
     n = weight.numel()
+    diagonal = float((weight * products.q).square().sum())
     if n < 2:
-        return float((weight * products.q).square().sum())
-    some = torch.linspace(0, n - 1, min(n, MOST_PAIRED), dtype=torch.float64).round().long().unique()
+        return diagonal
+    some, part = paired
     root = weight[some].sqrt()
-    pairs = products.gram.part(some) * root[:, None] * root
+    pairs = part * root[:, None] * root
     lengths = weight[some] * products.q[some]
     h = some.numel()
     apart = float(pairs.square().sum() - pairs.diagonal().square().sum())
     apart -= float(products.noise.mean()) * float(lengths.sum() ** 2 - lengths.square().sum())
-    return float((weight * products.q).square().sum()) + max(apart, 0.0) * (n * (n - 1)) / (h * (h - 1))
+    return diagonal + max(apart, 0.0) * (n * (n - 1)) / (h * (h - 1))
 
 
 def _finished(

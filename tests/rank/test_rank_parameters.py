@@ -125,10 +125,18 @@ def test_dropout_is_off():
     assert_same(expected, ranked(model.train()))
 
 
-def test_ctrl_c_is_pythons_own_and_leaves_the_model_as_it_came(monkeypatch):
+@pytest.fixture
+def handler():
+    """Python's own handler of Ctrl-C, which a program started in the background does not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_is_pythons_own_and_leaves_the_model_as_it_came(monkeypatch, handler):
     """There is no folder, so nothing to save and nothing that could be resumed."""
     model = build_family("llama").train().requires_grad_(True)
-    real, handler = Capture.run, signal.getsignal(signal.SIGINT)
+    real = Capture.run
 
     def interrupted(capture, batch, samples, observe):
         def signalled(*given):
