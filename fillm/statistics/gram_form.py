@@ -48,6 +48,10 @@ class Gram(Protocol):
         """`c^T K c = |sum_i c_i g_i|^2` column by column: [n, m] -> [m], float64."""
         ...
 
+    def product_and_square(self, c: Tensor) -> tuple[Tensor, Tensor]:
+        """Both of them, of the same combinations: less than one after the other."""
+        ...
+
     def part(self, samples: Tensor) -> Tensor:
         """The rows and columns of some samples: [h] int64 -> [h, h], float64."""
         ...
@@ -65,7 +69,12 @@ class DenseGram:
 
     def square(self, c: Tensor) -> Tensor:
         """Directly; rounding leaves nothing below zero."""
-        return (c * (self.matrix @ c)).sum(0).clamp(min=0.0)
+        return self.product_and_square(c)[1]
+
+    def product_and_square(self, c: Tensor) -> tuple[Tensor, Tensor]:
+        """Directly."""
+        product = self.matrix @ c
+        return product, (c * product).sum(0).clamp(min=0.0)
 
     def part(self, samples: Tensor) -> Tensor:
         """Directly."""
@@ -105,6 +114,11 @@ class RowsGram:
     def square(self, c: Tensor) -> Tensor:
         """The combined vector's squared length."""
         return self.combined(c).square().sum(0)
+
+    def product_and_square(self, c: Tensor) -> tuple[Tensor, Tensor]:
+        """Both through the one combined vector."""
+        combined = self.combined(c)
+        return self.times(combined), combined.square().sum(0)
 
     def part(self, samples: Tensor) -> Tensor:
         """From the rows of these samples."""
@@ -185,11 +199,14 @@ def datainf_step(products: InnerProducts, lambda_: float) -> Step:
         products: of one tensor; n samples, m right-hand sides.
         lambda_: above 0.
     """
-    q, d, n = products.q, products.cross, max(1, products.q.numel())
+    (q, d), n, targets = (products.q, products.cross), max(1, products.q.numel()), products.cross.shape[1]
     weight = 1.0 / (lambda_ + q)
     c = weight[:, None] * d
     along = (c * d).sum(0) / n
-    length = products.gram.square(c) / n**2
+    # The rows behind K may be many: both combinations in one go over them, and below likewise.
+    ones = torch.ones(q.numel(), 1, dtype=torch.float64)
+    product, square = products.gram.product_and_square(torch.cat([c, ones], 1))
+    length, pulled = square[:targets] / n**2, product[:, :targets] / n  # pulled: <g_i, w>
     # With E = diag(1/(lambda+q)) and Z = E^1/2 K E^1/2 the form is A = E^1/2 (2/n - Z/n^2) E^1/2. What it makes of the
     # noise follows from the trace of Z, which is exact, and that of Z^2, which some samples tell.
     trace = float((weight * q).sum())
@@ -197,16 +214,16 @@ def datainf_step(products: InnerProducts, lambda_: float) -> Step:
     spread = _trace_of_square(products, weight, paired) if paired else 0.0
     overlap = 2.0 * trace / n - spread / n**2
     pairs = min(4.0 * spread / n**2, max(overlap, 0.0))
-    pulled = products.gram.product(c).div_(n)  # <g_i, w>
-    slope = products.gram.square((2.0 * c - weight[:, None] * pulled) / n)  # A d, as a combination of gradients
     dots = pulled - d
     # B = I - K E / n by its diagonal: all there is of one sample, nearly all for gradients far from parallel.
     own = 1.0 - weight * q / n
     left = float((q * own.square()).mean()) if q.numel() else 0.0
     apart = _trace_of_square(products, own.square(), paired) / n**2 if paired else 0.0
-    steep = products.gram.square(own[:, None] * dots) / n**2
-    ones = torch.ones(q.numel(), 1, dtype=torch.float64)
-    summed = weight[:, None] * products.gram.product(ones) / n - ones  # B^T 1 for dots = B d
+    # A d, as a combination of gradients, and B d by B's diagonal.
+    slope, steep = products.gram.square(
+        torch.cat([(2.0 * c - weight[:, None] * pulled) / n, own[:, None] * dots / n], 1)
+    ).view(2, targets)
+    summed = weight[:, None] * product[:, targets:] / n - ones  # B^T 1 for dots = B d
     traces = Traces(trace / n, overlap, pairs, left, apart)
     return _finished(products, c, along, length, traces, (slope, steep), dots, summed)
 
