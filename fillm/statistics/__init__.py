@@ -24,7 +24,8 @@ from fillm.statistics.estimates import (
     widened,
 )
 from fillm.statistics.exact_gram import KeptGradients, TensorGram, held_tensors, tensor_gram
-from fillm.statistics.gram_form import DenseGram, Gram, InnerProducts, RowsGram, Step, datainf_step, woodbury_step
+from fillm.statistics.gram import DenseGram, Gram, RowsGram
+from fillm.statistics.gram_form import InnerProducts, Step, datainf_step, woodbury_step
 from fillm.statistics.influence import BRACKET_SLACK, Scalars, relative_width, uncertified
 from fillm.statistics.retain import EXPANSION_NUMEL, EXPANSION_TERMS, RetainMoments, WeightedSum
 from fillm.statistics.sketches import GradientSketches

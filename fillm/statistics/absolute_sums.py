@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fillm.statistics.estimates import BAR, Estimate
-from fillm.statistics.gram_form import BLOCK_ENTRIES, InnerProducts
+from fillm.statistics.gram import widened
+from fillm.statistics.gram_form import InnerProducts
 from fillm.statistics.rounding import ROUNDING
 
 WIDTHS = 16  # of the mixture beside 0: from a quarter of the noise's in steps of the root of 2
@@ -59,10 +60,9 @@ def _rounding_error(products: InnerProducts) -> Tensor:
     """One standard error of the sum, from gradients kept in bfloat16; a scalar, 0 where they are not."""
     variance = torch.zeros((), dtype=torch.float64)
     if products.primal is not None and products.primal[0].dtype == torch.bfloat16:
-        rows, v = products.primal
-        step = max(1, BLOCK_ENTRIES // products.numel)
-        for block, signs in zip(rows.split(step), products.cross.sign().split(step), strict=True):
-            variance += (block.double() * (signs @ v.T)).square().sum()
+        (rows, v), signs = products.primal, products.cross.sign()
+        for start, block in widened(rows):
+            variance += block.mul_(signs[start : start + len(block)] @ v.T).square_().sum()
     return ROUNDING * variance.sqrt()
 
 

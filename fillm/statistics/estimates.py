@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fillm.capture import SketchMap
-from fillm.statistics.gram_form import MOST_PAIRED, InnerProducts, RowsGram
+from fillm.statistics.gram import RowsGram
+from fillm.statistics.gram_form import MOST_PAIRED, InnerProducts
 
 BAR = 1.9  # standard errors: holds 94 % of a normal variable
 LEAST_POOLED = 4  # tensors, below which there is nothing to learn from the others
@@ -52,7 +53,7 @@ def sketched_products(
 
 def _stretched(rows: Tensor, exact: Tensor) -> RowsGram:
     """Sketches that are as long as their gradients, whose squared lengths are `exact`."""
-    found = torch.cat([block.double().square().sum(1) for block in rows.split(1 << 12)]) if len(rows) else exact
+    found = RowsGram(rows, exact).lengths()
     scale = torch.where(found > 0, (exact / found.clamp(min=torch.finfo(torch.float64).tiny)).sqrt(), 0.0)
     return RowsGram(rows, scale)
 

@@ -10,12 +10,13 @@ from a sketch, their noise adds a known amount to every quadratic form on averag
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-BLOCK_ENTRIES = 1 << 22  # of rows that are widened to float64 at a time
+from fillm.statistics.gram import Gram, RowsGram
+
 MOST_PAIRED = 256  # samples whose pairs say how alike retain gradients are, where only the noise depends on it
 
 
@@ -35,98 +36,6 @@ class Traces(NamedTuple):
     pairs: float
     dots: float
     dots_pairs: float
-
-
-class Gram(Protocol):
-    """Inner products of the retain gradients among themselves: a symmetric [n, n] matrix `K`, formed or not."""
-
-    def product(self, c: Tensor) -> Tensor:
-        """`K c`: [n, m] -> [n, m], float64."""
-        ...
-
-    def square(self, c: Tensor) -> Tensor:
-        """`c^T K c = |sum_i c_i g_i|^2` column by column: [n, m] -> [m], float64."""
-        ...
-
-    def product_and_square(self, c: Tensor) -> tuple[Tensor, Tensor]:
-        """Both of them, of the same combinations: less than one after the other."""
-        ...
-
-    def part(self, samples: Tensor) -> Tensor:
-        """The rows and columns of some samples: [h] int64 -> [h, h], float64."""
-        ...
-
-
-@dataclass(frozen=True)
-class DenseGram:
-    """A Gram matrix that was computed: `matrix` [n, n], float64."""
-
-    matrix: Tensor
-
-    def product(self, c: Tensor) -> Tensor:
-        """Directly."""
-        return self.matrix @ c
-
-    def square(self, c: Tensor) -> Tensor:
-        """Directly; rounding leaves nothing below zero."""
-        return self.product_and_square(c)[1]
-
-    def product_and_square(self, c: Tensor) -> tuple[Tensor, Tensor]:
-        """Directly."""
-        product = self.matrix @ c
-        return product, (c * product).sum(0).clamp(min=0.0)
-
-    def part(self, samples: Tensor) -> Tensor:
-        """Directly."""
-        return self.matrix[samples][:, samples]
-
-
-@dataclass(frozen=True)
-class RowsGram:
-    """A Gram matrix given by vectors: `K = R R^T` with `rows` R [n, k], each times its entry of `scale` [n].
-
-    `R` may be a file's memory in a narrow type; some rows at a time are widened to float64.
-    """
-
-    rows: Tensor
-    scale: Tensor
-
-    def times(self, right: Tensor) -> Tensor:
-        """`R right`: [k, m] -> [n, m], float64."""
-        right = right.double()
-        parts = [block.double() @ right for block in self._blocks()]
-        return torch.cat(parts) * self.scale[:, None] if parts else right.new_zeros(0, right.shape[1])
-
-    def combined(self, c: Tensor) -> Tensor:
-        """`R^T c`: [n, m] -> [k, m], float64."""
-        weights = c.double() * self.scale[:, None]
-        out = torch.zeros(self.rows.shape[1], c.shape[1], dtype=torch.float64)
-        start = 0
-        for block in self._blocks():
-            out += block.double().T @ weights[start : start + block.shape[0]]
-            start += block.shape[0]
-        return out
-
-    def product(self, c: Tensor) -> Tensor:
-        """Through the k numbers of the combined vector; no [n, n] is formed."""
-        return self.times(self.combined(c))
-
-    def square(self, c: Tensor) -> Tensor:
-        """The combined vector's squared length."""
-        return self.combined(c).square().sum(0)
-
-    def product_and_square(self, c: Tensor) -> tuple[Tensor, Tensor]:
-        """Both through the one combined vector."""
-        combined = self.combined(c)
-        return self.times(combined), combined.square().sum(0)
-
-    def part(self, samples: Tensor) -> Tensor:
-        """From the rows of these samples."""
-        some = self.rows[samples].double() * self.scale[samples, None]
-        return some @ some.T
-
-    def _blocks(self) -> tuple[Tensor, ...]:
-        return self.rows.split(max(1, BLOCK_ENTRIES // max(1, self.rows.shape[1]))) if len(self.rows) else ()
 
 
 @dataclass(frozen=True)

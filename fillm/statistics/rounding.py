@@ -12,7 +12,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fillm.statistics.gram_form import BLOCK_ENTRIES, InnerProducts, RowsGram, Step, woodbury_step
+from fillm.statistics.gram import RowsGram, widened
+from fillm.statistics.gram_form import InnerProducts, Step, woodbury_step
 
 # Root mean square of the relative error: the distance between neighbours is 2^-7 of the power of two below, and
 # mantissas are taken to lie as those of numbers of all sizes do, where the mean of 1/mantissa^2 is 3 / (8 ln 2).
@@ -24,12 +25,10 @@ def rounding_variance(rows: Tensor, terms: Terms) -> Tensor:
     """`rho^2 sum_ip (g_ip sum_t a_i^t s_p^t)^2`: rows [n, P] -> [m], float64."""
     pairs = [(a * b, s * t) for a, s in terms for b, t in terms]
     out = torch.zeros(terms[0][1].shape[1], dtype=torch.float64)
-    start = 0
-    for block in rows.split(max(1, BLOCK_ENTRIES // max(1, rows.shape[1]))) if len(rows) else ():
-        squares, stop = block.double().square(), start + len(block)
+    for start, block in widened(rows):
+        squares, stop = block.square_(), start + len(block)
         for of_rows, of_columns in pairs:
             out += (of_rows[start:stop] * (squares @ of_columns)).sum(0)
-        start = stop
     return ROUNDING**2 * out.clamp(min=0.0)
 
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -145,8 +146,9 @@ class SketchStore:
         Raises:
             StoreError: if their bytes are not those that were stored, naming tensor and block.
         """
-        for name in names:
-            self.sketches(name)
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # hashing lets go of the interpreter
+            for _ in pool.map(self.sketches, names):
+                pass
         _ = self.q
 
     def _read(self, path: Path, columns: int, dtype: torch.dtype, checksums: list[str], what: str) -> Tensor:

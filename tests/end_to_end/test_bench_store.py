@@ -1,0 +1,41 @@
+"""The benchmark of the store measures what it says: a first ranking, and another forget set without a retain pass."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from benchmarks.end_to_end import bench_store as bench
+from tests.families import build_family
+from tests.rank.conftest import question_row, word_tokenizer, write_rows
+
+
+@pytest.mark.slow
+def test_a_row_for_every_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(bench.__file__).resolve().parents[2]
+    monkeypatch.setenv("PYTHONPATH", f"{root}:{root / 'kernels'}")
+    model, out = tmp_path / "llama", tmp_path / "rows.csv"
+    build_family("llama").save_pretrained(model)
+    word_tokenizer().save_pretrained(model)
+    words = ["--model", str(model), "--compression", "countsketch", "oporp", "--sketch-dim", "64", "--rounds", "2"]
+    for name, numbers in (("forget", range(4)), ("other", range(4, 8)), ("retain", range(20, 40))):
+        rows = [question_row(number) for number in numbers]
+        words += [f"--{name}", write_rows(tmp_path / f"{name}.jsonl", rows)]
+    assert bench.main([*words, "--out", str(out)]) == 0
+    with out.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["compression"] for row in rows] == ["countsketch", "oporp"]
+    for row in rows:
+        for what in bench.TIMES:
+            least = float(row[f"{what}_second_seconds_min"]) / float(row[f"{what}_first_seconds_max"])
+            most = float(row[f"{what}_second_seconds_max"]) / float(row[f"{what}_first_seconds_min"])
+            assert least <= float(row[f"{what}_ratio_min"]) <= float(row[f"{what}_ratio_max"]) <= most
+        assert float(row["ranking_second_seconds"]) < float(row["command_second_seconds"])
+        assert int(row["store_bytes"]) > 20 * 64 * 4
+    assert str(tmp_path) not in out.read_text(encoding="utf-8")
+
+
+def test_needs_a_round() -> None:
+    with pytest.raises(SystemExit) as error:
+        bench.main(["--rounds", "0"])
+    assert error.value.code == 2
