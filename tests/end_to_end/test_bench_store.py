@@ -39,3 +39,13 @@ def test_needs_a_round() -> None:
     with pytest.raises(SystemExit) as error:
         bench.main(["--rounds", "0"])
     assert error.value.code == 2
+
+
+def test_the_page_shows_the_committed_row() -> None:
+    root = Path(bench.__file__).resolve().parents[2]
+    with (root / "benchmarks/results/rank_store_cpu.csv").open(newline="", encoding="utf-8") as file:
+        row = next(csv.DictReader(file))
+    first, second = (float(row[f"ranking_{which}_seconds"]) for which in ("first", "second"))
+    page = " ".join((root / "docs/store.md").read_text(encoding="utf-8").split())
+    assert f"took {first:.1f} s" in page
+    assert f"from its store {second:.1f} s, {float(row['ranking_ratio']):.1%}".replace("%", " %") in page
