@@ -188,7 +188,7 @@ def test_a_wrong_setting_is_one_line(flags, said, capsys):
     assert shown.count("\n") == 1
 
 
-@pytest.mark.parametrize("folder", ["", "held_out"])
+@pytest.mark.parametrize("folder", ["", "tiny", "held_out"])
 def test_the_page_shows_the_committed_runs(folder):
     with (ROOT / "benchmarks/results" / folder / "unlearning.csv").open(newline="") as file:
         rows = [_numbers(row) for row in csv.DictReader(file)]
