@@ -85,7 +85,8 @@ def test_every_experiment_runs_and_goes_on(name, cache, tmp_path, capsys):
     rows = read(tmp_path / f"{name}.csv")
     assert len(rows) > 1 and str(rows[0]) == str(first)
     assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
-    assert "claim: " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "\nclaim: " in said and "\nsource: " in said
     before = (tmp_path / f"{name}.csv").read_bytes()
     assert command.main([*arguments, "--resume"]) == 0
     assert (tmp_path / f"{name}.csv").read_bytes() == before
