@@ -9,8 +9,11 @@ import pyarrow.parquet
 import pytest
 
 from fillm.evaluate.__main__ import main
+from fillm.evaluate.reference import COMPARED, ITSELF
 from fillm.models import load_tokenizer
 from tests.evaluate.test_from_log import LOG
+
+METRICS = "truth-ratio,forget-quality"
 
 
 def test_a_reference_over_something_else_is_refused(evaluate: Callable[..., Path], fails: Callable[..., str]) -> None:
@@ -84,8 +87,24 @@ def test_a_reference_scored_from_a_log_is_refused(fails: Callable[..., str], tmp
 def test_a_reference_of_the_same_model_is_told(
     evaluate: Callable[..., Path], retain_folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    one = evaluate("one", metrics="forget-quality")
-    evaluate("other", metrics="forget-quality", reference=str(one), model=retain_folder)
-    assert "very model" not in capsys.readouterr().err
-    evaluate("same", metrics="forget-quality", reference=str(one))
-    assert "one: is of this very model" in capsys.readouterr().err
+    one = evaluate("one", metrics=METRICS)
+    other = evaluate("other", metrics=METRICS, reference=str(one), model=retain_folder)
+    told = capsys.readouterr()
+    assert "with itself" not in told.err + told.out
+    assert json.loads((other / "summary.json").read_text())["notes"] == {}
+    same = evaluate("same", metrics=METRICS, reference=str(one))
+    told = capsys.readouterr()
+    assert f"one: {ITSELF}" in told.err
+    assert f"forget_quality: {ITSELF}" in told.out.splitlines()
+    summary = json.loads((same / "summary.json").read_text())
+    assert summary["forget_quality"] == 1.0
+    assert summary["notes"] == dict.fromkeys(("forget_quality", "forget_quality_ks_statistic"), ITSELF)
+
+
+def test_every_figure_that_compares_is_noted_and_no_other(evaluate: Callable[..., Path]) -> None:
+    metrics = f"{METRICS},probability,mia-loss,mia-min-k,mia-reference,privacy-leakage"
+    alone = evaluate("alone", metrics=metrics)
+    missing = json.loads((alone / "summary.json").read_text())["notes"]
+    same = evaluate("same", metrics=metrics, reference=str(alone))
+    assert json.loads((same / "summary.json").read_text())["notes"] == dict.fromkeys(missing, ITSELF)
+    assert set(missing) == set(COMPARED)
