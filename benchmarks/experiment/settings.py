@@ -130,6 +130,9 @@ def _check(config: ExperimentConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UsageError(f"{flag_name(name)} {value}: give at least 1")
+    for name in ("families", "seeds"):
+        if config.model is not None and getattr(config, name) is not None:
+            raise UsageError(f"{flag_name(name)} is of the small models and --model is one model: give one of the two")
     if config.base_model is not None and config.model is None:
         raise UsageError("--base-model goes with --model")
     check_part(config.part)
