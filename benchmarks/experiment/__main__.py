@@ -3,7 +3,8 @@ r"""One of the studies behind the method, over small models or on one of yours.
     python -m benchmarks.experiment layer_robustness
     python -m benchmarks.experiment layer_robustness --model ID --device cuda --forget SPEC --retain SPEC
 
-Every experiment is a file of benchmarks/experiments: what was claimed, the models, the data, the study's settings.
+Every experiment is a file of benchmarks/experiments: what was claimed and where, the models, the data, the study's
+settings.
 `docs/studies.md` says what came out.
 """
 
@@ -61,7 +62,7 @@ def _settings(plan: Plan, study: Any) -> dict[str, Any]:
 
 def _show(study: Any, rows: Rows, plan: Plan, path: Path) -> None:
     if rows.records:
-        print(f"{plan.title}\n\nclaim: {plan.claim}\n")
+        print(f"{plan.title}\n\nclaim: {plan.claim}\nsource: {plan.source}\n")
         print(study.summary(rows.records))
         study.draw(rows.records, path.with_suffix(".png"))
 

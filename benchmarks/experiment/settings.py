@@ -1,7 +1,7 @@
 """The settings of `python -m benchmarks.experiment`, and what a file of `benchmarks/experiments` says."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,8 @@ class Plan:
     Attributes:
         study: module of `benchmarks.experiment.studies`.
         title: of the figure.
-        claim: what was claimed, with its source.
+        claim: what was claimed.
+        source: where: the paper, as far as one is known.
         families: of models.
         seeds: of the models' weights and order of rows.
         model: `hidden`, `layers`, `vocab`, `epochs`, `target_loss`.
@@ -61,6 +62,7 @@ class Plan:
     study: str
     title: str
     claim: str
+    source: str
     families: tuple[str, ...]
     seeds: tuple[int, ...]
     model: Mapping[str, Any]
@@ -84,9 +86,10 @@ def read_plan(config: ExperimentConfig, known_families: tuple[str, ...]) -> Plan
     if config.name not in experiments():
         raise UsageError(f"there is no experiment {config.name}; there are {', '.join(experiments())}")
     text = yaml.safe_load(path.read_text(encoding="utf-8"))
-    fields = {"study", "title", "claim", "families", "seeds", "model", "data", "settings"}
+    needed = {"study", "title", "claim", "source", "families", "seeds"}
+    fields = needed | {"model", "data", "settings"}
     unknown = sorted(set(text) - fields)
-    if unknown or not {"study", "title", "claim", "families", "seeds"} <= set(text):
+    if unknown or not needed <= set(text):
         raise UsageError(
             f"{path.name}: {', '.join(unknown) or 'a key is missing'}; it takes {', '.join(sorted(fields))}"
         )
@@ -103,8 +106,8 @@ def read_plan(config: ExperimentConfig, known_families: tuple[str, ...]) -> Plan
         families, seeds = (config.model,), seeds[:1]
     data = {name: getattr(config, name) or text.get("data", {}).get(name) or spec for name, spec in _DATA.items()}
     plan = Plan(
-        text["study"], text["title"], text["claim"], families, seeds, {**MODEL, **text.get("model", {})}, data,
-        text.get("settings", {}),
+        text["study"], text["title"], text["claim"], text["source"], families, seeds,
+        {**MODEL, **text.get("model", {})}, data, text.get("settings", {}),
     )  # fmt: skip
     return _quick(plan) if config.quick else plan
 
@@ -119,7 +122,7 @@ def experiments() -> list[str]:
 
 def _quick(plan: Plan) -> Plan:
     data = {name: f"{spec.partition('[')[0]}[:12]" for name, spec in plan.data.items()}
-    return Plan(plan.study, plan.title, plan.claim, plan.families[:1], plan.seeds[:1], QUICK_MODEL, data, plan.settings)
+    return replace(plan, families=plan.families[:1], seeds=plan.seeds[:1], model=QUICK_MODEL, data=data)
 
 
 def _check(config: ExperimentConfig) -> None:
@@ -127,6 +130,9 @@ def _check(config: ExperimentConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UsageError(f"{flag_name(name)} {value}: give at least 1")
+    for name in ("families", "seeds"):
+        if config.model is not None and getattr(config, name) is not None:
+            raise UsageError(f"{flag_name(name)} is of the small models and --model is one model: give one of the two")
     if config.base_model is not None and config.model is None:
         raise UsageError("--base-model goes with --model")
     check_part(config.part)

@@ -15,9 +15,9 @@ from fillm.evaluate.config import COMMAND_ONLY, FREE_ON_RESUME, EvaluateConfig, 
 from fillm.evaluate.evidence import Evidence, gather, prepare
 from fillm.evaluate.general import general_metric
 from fillm.evaluate.metric import Metric, Needs, Outcome
-from fillm.evaluate.reference import load_reference
+from fillm.evaluate.reference import COMPARED, ITSELF, load_reference
 from fillm.evaluate.registry import chosen_metrics
-from fillm.evaluate.results import EvaluateResult, merged, write_result
+from fillm.evaluate.results import EvaluateResult, merged, noted, write_result
 from fillm.evaluate.row_sets import read_rows, row_sets
 from fillm.models import load_model, load_tokenizer, model_fingerprint
 from fillm.rank.console import Console
@@ -134,20 +134,24 @@ def _evaluated(
     config, begun = evidence.config, time.monotonic()
     device = next(model.parameters()).device
     record: dict[str, Any] = {}
+    reference, fingerprint = evidence.reference, ""
+    if folder is not None or reference is not None:
+        fingerprint = model_fingerprint(model)
+    with_itself = reference is not None and reference.is_of(fingerprint)
     if folder is not None:
-        prints = {"model": model_fingerprint(model), **_fingerprints(evidence)}
+        prints = {"model": fingerprint, **_fingerprints(evidence)}
         # The order of a sum depends on the device and on the number of threads, and with it the last bits.
         machine = {"device": device.type, "threads": str(torch.get_num_threads())}
         folder.check_identity({**run_identity(config, prints, FREE_ON_RESUME), **machine})
         record = run_record(config, prints, [], device)
-        if evidence.reference is not None and evidence.reference.fingerprints.get("model") == prints["model"]:
-            evidence.console.warn(
-                f"--reference {config.reference}: is of this very model, which tells nothing of forgetting"
-            )
+    if with_itself:  # before the passes, which may take long
+        evidence.console.warn(f"--reference {config.reference}: {ITSELF}")
     gather(evidence, needs, model, folder)
     outcomes: list[Outcome] = [metric.compute(evidence) for metric in metrics]
     ids = {name: [sample.id for sample in evidence.samples(name)] for name in evidence.rows}
     result = merged(outcomes, ids)
+    if with_itself:
+        result = noted(result, COMPARED, ITSELF)
     measured = {"seconds": round(time.monotonic() - begun, 3), "peak_memory_bytes": peak_memory(device)}
     return result, {**record, **measured, "result": result.summary, "notes": result.notes}
 

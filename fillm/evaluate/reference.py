@@ -17,6 +17,10 @@ from fillm.evaluate.results import ROWS, SUMMARY
 from fillm.evaluate.row_sets import FORGET
 from fillm.runs import RUN_RECORD
 
+# Figures that compare with the reference run.
+COMPARED = ("forget_quality", "forget_quality_ks_statistic", "mia_reference_auc", "mia_reference_auc_error",
+            "privacy_leakage")  # fmt: skip
+ITSELF = "compares the model with itself, which says nothing of forgetting"
 _SPLIT = ("benchmark", "forget")
 _SHAPES = ("num_forget", "seed", "template", "max_length")  # what makes other tokens of the same split
 
@@ -28,7 +32,7 @@ class Reference:
     Attributes:
         folder: where it is.
         settings: of the run.
-        fingerprints: of its data, by `<row set>.<field>`.
+        fingerprints: of its `model`, and of its data by `<row set>.<field>`.
         summary: its figures.
         rows: its `rows.parquet`.
     """
@@ -38,6 +42,10 @@ class Reference:
     fingerprints: Mapping[str, Any]
     summary: Mapping[str, Any]
     rows: pyarrow.Table
+
+    def is_of(self, model: str) -> bool:
+        """Whether it is the evaluation of the model with that fingerprint."""
+        return self.fingerprints.get("model") == model
 
     def column(self, row_set: str, name: str) -> list[Any] | None:
         """One value a row of a set, in its order; None if the run has not computed it."""

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,12 @@ def merged(outcomes: Sequence[Outcome], ids: Mapping[str, Sequence[str]]) -> Eva
     for name in [name for name, value in summary.items() if value is None and name not in notes]:
         raise AssertionError(f"{name} is None without a note")  # a fault of the metric, not of its user
     return EvaluateResult(summary, notes, _table(columns, ids))
+
+
+def noted(result: EvaluateResult, names: Sequence[str], note: str) -> EvaluateResult:
+    """The result with a note on those of the named figures that it has and that could be computed."""
+    about = [name for name in names if result.summary.get(name) is not None]
+    return replace(result, notes={**result.notes, **dict.fromkeys(about, note)})
 
 
 def write_result(result: EvaluateResult, folder: Path, record: Mapping[str, Any]) -> None:

@@ -151,6 +151,11 @@ def add_truth_ratio(outcome: Outcome, name: str, scores: SetScores, form: TruthR
     """`<set>_truth_ratio` and its columns: both forms of every row, and the losses that they come from."""
     aggregate = forget_truth_ratio if name == FORGET else kept_truth_ratio
     outcome.summary[f"{name}_truth_ratio"] = aggregate(scores.log_truth_ratios(form))
+    add_truth_ratio_columns(outcome, name, scores)
+
+
+def add_truth_ratio_columns(outcome: Outcome, name: str, scores: SetScores) -> None:
+    """The columns of the truth ratio alone."""
     columns = outcome.columns.setdefault(name, {})
     columns |= {
         "paraphrase_loss": scores.paraphrase.tolist(),

@@ -12,6 +12,7 @@ from fillm.evaluate.tofu import (
     FORMS,
     SetScores,
     TruthRatioForm,
+    add_truth_ratio_columns,
     kept_truth_ratio,
     log_truth_ratios,
     probability_needs,
@@ -98,16 +99,17 @@ def _model_utility(evidence: "Evidence") -> Outcome:
 
 def _forget_quality(evidence: "Evidence") -> Outcome:
     outcome, form, reference = Outcome(), evidence.config.truth_ratio, None
-    ratios = scores_of(evidence, FORGET, ratios=True, probability=False).log_truth_ratios(form)
+    scores = scores_of(evidence, FORGET, ratios=True, probability=False)
     missing = NO_REFERENCE
     if evidence.reference is not None:
         paraphrase = evidence.reference.column(FORGET, "paraphrase_loss")
         perturbed = evidence.reference.column(FORGET, "perturbed_losses")
         if paraphrase is None or perturbed is None:
-            missing = "the reference run holds no truth ratios: evaluate the retain model with --metrics truth-ratio"
+            missing = "the reference run holds no truth ratios: evaluate the retain model with --metrics forget-quality"
         else:
             reference = log_truth_ratios(np.array(paraphrase), [np.array(losses) for losses in perturbed], form)
-    add_forget_quality(outcome, ratios, reference, missing)
+    add_forget_quality(outcome, scores.log_truth_ratios(form), reference, missing)
+    add_truth_ratio_columns(outcome, FORGET, scores)  # so that this run can be another's reference
     return outcome
 
 

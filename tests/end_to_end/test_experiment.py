@@ -66,6 +66,8 @@ def test_the_confirmation_shares_nothing_with_the_search():
         (["band_sweep", "--part", "3/2"], "give I/N"),
         (["band_sweep", "--seeds", "0"], "--seeds 0: give at least 1"),
         (["band_sweep", "--base-model", "x"], "--base-model goes with --model"),
+        (["band_sweep", "--model", "x", "--seeds", "3"], "--seeds is of the small models and --model is one model"),
+        (["band_sweep", "--model", "x", "--families", "llama"], "--families is of the small models"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, words, capsys, tmp_path):
@@ -85,7 +87,8 @@ def test_every_experiment_runs_and_goes_on(name, cache, tmp_path, capsys):
     rows = read(tmp_path / f"{name}.csv")
     assert len(rows) > 1 and str(rows[0]) == str(first)
     assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
-    assert "claim: " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "\nclaim: " in said and "\nsource: " in said
     before = (tmp_path / f"{name}.csv").read_bytes()
     assert command.main([*arguments, "--resume"]) == 0
     assert (tmp_path / f"{name}.csv").read_bytes() == before

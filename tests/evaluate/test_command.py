@@ -15,6 +15,7 @@ from fillm.errors import InterruptedRun, RunFolderError, UsageError
 from fillm.evaluate import evidence, registry
 from fillm.evaluate.__main__ import main
 from fillm.evaluate.metric import Metric, Needs, Outcome
+from fillm.evaluate.reference import ITSELF
 from fillm.evaluate.results import merged
 from fillm.models import load_model, load_tokenizer
 from tests.evaluate.conftest import COUNTS, HOLDOUT, arguments, rows_of
@@ -90,7 +91,9 @@ def test_the_function_finds_what_the_command_finds(evaluate: Callable[..., Path]
     summary = json.loads((folder / "summary.json").read_text())
     same = {name: value for name, value in summary.items() if value is not None and name != "notes"}
     assert {name: result.summary[name] for name in same} == same
-    assert result.summary["forget_quality"] == 1.0 and result.notes == {}
+    assert result.summary["forget_quality"] == 1.0  # of the model with itself, which is said
+    assert set(result.notes) == {"forget_quality", "forget_quality_ks_statistic"}
+    assert set(result.notes.values()) == {ITSELF}
     assert model.training and all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     written = pyarrow.parquet.read_table(folder / "rows.parquet")
     assert result.rows.equals(written)

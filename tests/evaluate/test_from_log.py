@@ -127,6 +127,13 @@ def test_a_missing_reference_is_said(score: Callable[..., dict[str, Any]], capsy
     assert f"forget_quality: {summary['notes']['forget_quality']}" in capsys.readouterr().out.splitlines()
 
 
+def test_a_log_that_is_its_own_reference_is_said(score: Callable[..., dict[str, Any]]) -> None:
+    summary = score(LOG, LOG)
+    assert summary["forget_quality"] == 1.0
+    assert set(summary["notes"]) == {"forget_quality", "forget_quality_ks_statistic"}
+    assert all("with itself" in note for note in summary["notes"].values())
+
+
 def test_a_log_of_the_forget_rows_alone_has_no_utility(score: Callable[..., dict[str, Any]]) -> None:
     summary = score(REFERENCE)
     assert summary["model_utility"] is None and "eval_log.json" in summary["notes"]["model_utility"]

@@ -109,6 +109,7 @@ def test_against_a_reference_run(data: dict[str, str], tmp_path: Path) -> None:
     itself = evaluated(data, seed=5, reference=tmp_path / "retained")
     assert itself.summary["privacy_leakage"] == 0.0
     assert itself.summary["mia_reference_auc"] == 0.5  # every difference is 0
+    assert "with itself" in itself.notes["privacy_leakage"] and "with itself" in itself.notes["mia_reference_auc"]
     assert not [name for name in result.notes if name in ("privacy_leakage", "mia_reference_auc")]
 
 

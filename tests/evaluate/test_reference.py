@@ -9,6 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from fillm.evaluate.__main__ import main
+from fillm.evaluate.reference import COMPARED, ITSELF
 from fillm.models import load_tokenizer
 from tests.evaluate.test_from_log import LOG
 
@@ -40,7 +41,7 @@ def test_a_reference_of_another_tokenizer_is_refused(
 def test_a_reference_without_truth_ratios_is_said(evaluate: Callable[..., Path]) -> None:
     other = evaluate("other", metrics="probability")
     summary = json.loads((evaluate("run", reference=str(other)) / "summary.json").read_text())
-    assert summary["forget_quality"] is None and "--metrics truth-ratio" in summary["notes"]["forget_quality"]
+    assert summary["forget_quality"] is None and "--metrics forget-quality" in summary["notes"]["forget_quality"]
 
 
 def test_a_damaged_reference_is_refused(evaluate: Callable[..., Path], fails: Callable[..., str]) -> None:
@@ -85,7 +86,23 @@ def test_a_reference_of_the_same_model_is_told(
     evaluate: Callable[..., Path], retain_folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one = evaluate("one", metrics="forget-quality")
-    evaluate("other", metrics="forget-quality", reference=str(one), model=retain_folder)
-    assert "very model" not in capsys.readouterr().err
-    evaluate("same", metrics="forget-quality", reference=str(one))
-    assert "one: is of this very model" in capsys.readouterr().err
+    other = evaluate("other", metrics="forget-quality", reference=str(one), model=retain_folder)
+    told = capsys.readouterr()
+    assert "with itself" not in told.err + told.out
+    assert json.loads((other / "summary.json").read_text())["notes"] == {}
+    same = evaluate("same", metrics="forget-quality", reference=str(one))
+    told = capsys.readouterr()
+    assert f"one: {ITSELF}" in told.err
+    assert f"forget_quality: {ITSELF}" in told.out.splitlines()
+    summary = json.loads((same / "summary.json").read_text())
+    assert summary["forget_quality"] == 1.0
+    assert summary["notes"] == dict.fromkeys(("forget_quality", "forget_quality_ks_statistic"), ITSELF)
+
+
+def test_every_figure_that_compares_is_noted_and_no_other(evaluate: Callable[..., Path]) -> None:
+    metrics = "forget-quality,probability,mia-loss,mia-min-k,mia-reference,privacy-leakage"
+    alone = evaluate("alone", metrics=metrics)
+    missing = json.loads((alone / "summary.json").read_text())["notes"]
+    same = evaluate("same", metrics=metrics, reference=str(alone))
+    assert json.loads((same / "summary.json").read_text())["notes"] == dict.fromkeys(missing, ITSELF)
+    assert set(missing) == set(COMPARED)

@@ -36,7 +36,16 @@ def test_every_experiment_has_a_section_that_says_whether_it_was_run():
         assert ("not run yet" in section) == (name not in MEASURED), name
 
 
-def test_claims_are_those_of_the_experiments():
-    words = re.sub(r"\s+", " ", PAGE)
+def test_claims_and_their_sources_are_those_of_the_experiments():
     for name in experiments():
-        assert read_plan(ExperimentConfig(experiment=(name,)), FAMILIES).claim.strip() in words, name
+        plan = read_plan(ExperimentConfig(experiment=(name,)), FAMILIES)
+        section = PAGE.partition(f"`python -m benchmarks.experiment {name}`")[2].partition("\n## ")[0]
+        words = re.sub(r"\s+", " ", section)
+        assert f"**Claim.** {plan.claim} **Source.** {plan.source} **Measured.**" in words, name
+
+
+def test_a_source_is_a_paper_or_says_whose_the_claim_is():
+    for name in experiments():
+        source = read_plan(ExperimentConfig(experiment=(name,)), FAMILIES).source
+        assert source.startswith(("The SOIR studies", "This project: ")) or "arXiv" in source, name
+        assert len(re.findall(r"arXiv \d{4}\.\d{5}\b", source)) == source.count("arXiv"), name

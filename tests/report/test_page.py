@@ -14,11 +14,12 @@ import pytest
 
 from fillm.errors import UsageError
 from fillm.report.page import LARGEST, plotly_script, write_page, writing
+from fillm.report.page.overview import cards
 from fillm.report.runs import load_runs
 from tests.report import run_folders
 from tests.report.page_example import HOSTILE, HOSTILE_NAMES, example_figures, example_runs, ranking_table
 
-VOID = {"meta", "link", "img", "input", "br"}
+VOID = {"meta", "link", "img", "input", "br", "wbr"}
 TITLE = f"Report of {HOSTILE}"
 
 
@@ -145,7 +146,7 @@ def test_headings_descend_one_by_one_and_pictures_have_words(parsed):
 def rows_of(page, name):
     """Exact values of a table's cells."""
     block = page[page.index(f'aria-label="{name}"') :]
-    block = Parsed(block[block.index("<table>") : block.index("</table>") + len("</table>")])
+    block = Parsed(block[block.index("<table") : block.index("</table>") + len("</table>")])
     heads = [a["data-name"] for a, _ in block.all("th")]
     cells = [a.get("data-v", text) for a, text in block.all("td")]
     return heads, [cells[i : i + len(heads)] for i in range(0, len(cells), len(heads))]
@@ -197,6 +198,18 @@ def test_summary_and_provenance_say_what_was_run(page, parsed):
     heads, rows = rows_of(page, "All runs")
     assert [row[heads.index("seconds")] for row in rows] == ["12.5", "112.5", "2.5", ""]
     assert "device: cpu" in parsed.all("pre")[0][1]
+
+
+def test_what_is_noted_of_a_headline_number_stands_with_it(tmp_path):
+    note = "compares the model with itself, which says nothing of forgetting"
+    folders = [
+        run_folders.evaluate(tmp_path / "forgotten", {"forget_quality": 0.25, "notes": {}}),
+        run_folders.evaluate(tmp_path / "same", {"forget_quality": 1.0, "notes": {"forget_quality": note}}),
+        run_folders.evaluate(tmp_path / "alone", {"forget_quality": None, "notes": {"forget_quality": "none"}}),
+    ]
+    [card] = cards(load_runs(folders))[:1]
+    assert (card.label, card.value) == ("Forget quality", "0.2500 to 1.000")
+    assert card.more == f"2 evaluations; same: {note}"
 
 
 def test_runs_without_headline_numbers_have_no_summary(tmp_path):

@@ -266,6 +266,48 @@ def test_on_paper_there_are_whole_tables_and_still_pictures(browser, address):
         assert page.pdf(format="A4").startswith(b"%PDF")
 
 
+def test_nothing_of_a_wide_table_is_outside_the_paper(browser, tmp_path):
+    kinds = ("probability", "rouge_l_recall", "truth_ratio", "exact_memorisation", "extraction_strength")
+    names = [f"{part}_{metric}" for part in ("forget", "retain", "general", "world_facts") for metric in kinds]
+    folders = [
+        run_folders.evaluate(tmp_path / f"scores-of-{i}", {name: (i + 1) / (k + 3) for k, name in enumerate(names)})
+        for i in range(7)
+    ]
+    columns = {f"a_column_named_{i}": [f"w{i}" * 4, "x" * 90] for i in range(14)}
+    folders.append(run_folders.write(tmp_path / "rows", {"settings": {}}, {"rows": columns}, summary={names[0]: 0.5}))
+    runs = load_runs(folders)
+    write_page(tmp_path / "wide.html", runs, figures_of(runs), "Wide")
+    beyond = """[...document.querySelectorAll('table *')].map((e) => e.getBoundingClientRect())
+      .filter((box) => box.width && (box.right > 680.5 || box.left < -0.5)).length"""
+    with opened(browser, (tmp_path / "wide.html").as_uri(), width=680) as page:
+        metrics, rows = page.locator("#figure-1"), page.locator(".table:has([aria-label='Rows of rows'])")
+        assert page.evaluate(beyond) > 0 and metrics.locator(".paper:visible").count() == 0  # on the screen it scrolls
+        page.emulate_media(media="print")
+        assert page.evaluate(beyond) == 0
+        assert metrics.locator(".table:visible").count() == 0 and metrics.locator(".paper:visible").count() == 2
+        down = metrics.locator(".paper tbody th:visible").all_text_contents()
+        assert down == [name.replace("_", " ") for name in names] * 2
+        across = metrics.locator(".paper thead th:visible").all_text_contents()
+        assert [head for head in across if head != "run"] == [run.name for run in runs]
+        first = metrics.locator(".paper tbody tr").first.locator("td").all_text_contents()
+        assert [float(text) for text in first] == pytest.approx([(i + 1) / 3 for i in range(5)], abs=1e-3)
+        page.emulate_media(media="screen")
+        rows.locator(".columns").click()
+        page.emulate_media(media="print")
+        cells = rows.locator("tbody tr").first.locator("td:visible")
+        assert page.evaluate(beyond) == 0 and cells.count() == 14 and rows.locator("th:visible").count() == 0
+        said = cells.evaluate_all("cells => cells.map((cell) => getComputedStyle(cell, '::before').content)")
+        assert [word.strip('" ') for word in said] == list(columns)
+
+
+def test_the_header_of_a_long_table_stands_on_every_page(browser, address):
+    with opened(browser, address) as page:
+        page.emulate_media(media="print")
+        # Chromium repeats no header in which a button has a box of its own.
+        assert page.locator(SOIR).locator("th button").first.evaluate("e => getComputedStyle(e).display") == "contents"
+        assert page.locator(SOIR).locator("thead").evaluate("e => getComputedStyle(e).breakInside") == "avoid"
+
+
 def test_a_telephone_has_nothing_to_scroll_sideways(browser, address):
     with opened(browser, address, width=380) as page:
         assert page.evaluate("document.documentElement.scrollWidth") == 380

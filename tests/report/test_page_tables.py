@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from fillm.report.page.overview import duration
 from fillm.report.page.tables import Cell, column_cells, matrix_table, page_table
+from fillm.report.page.texts import breakable
 
 
 @pytest.mark.parametrize(
@@ -53,6 +54,29 @@ def test_the_columns_of_an_unknown_table_come_in_its_order_and_the_first_ones_fi
     assert [column.further for column in found.columns] == [False] * 8 + [True] * 2 and found.further == 2
     assert len(found.rows) == 1 and found.total == 2
     assert found.looks == ["number"] * 8 + ["number further"] * 2
+
+
+def test_a_turned_table_has_its_rows_side_by_side_and_begins_anew_where_they_are_too_many():
+    table = pa.table({"run": ["a", "b", "c"], "x": [1.0, 2.0, 3.0], "y": [0.5, None, 2.5]})
+    first, second = page_table(table, "t", most=3).turned(2)
+    assert [column.name for column in first.columns] == ["run", "a", "b"]
+    assert [[cell.text for cell in row] for row in first.rows] == [["x", "1", "2"], ["y", "0.5000", "–"]]
+    assert [column.name for column in second.columns] == ["run", "c"]
+    assert [[cell.text for cell in row] for row in second.rows] == [["x", "3"], ["y", "2.5000"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "html"),
+    [
+        ("rouge_l_recall", "rouge_<wbr>l_<wbr>recall"),
+        ("layers.0.weight", "layers.<wbr>0.<wbr>weight"),
+        ("loss", "loss"),
+        ("ends_", "ends_"),
+        ("<b>_&", "&lt;b&gt;_<wbr>&amp;"),
+    ],
+)
+def test_a_name_may_be_broken_between_its_parts_and_is_no_markup(name, html):
+    assert str(breakable(name)) == html
 
 
 def test_an_empty_table_keeps_its_columns():

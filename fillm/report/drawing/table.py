@@ -3,14 +3,13 @@
 import textwrap
 from typing import Any
 
-from fillm.report.figures.data import Table, number
+from fillm.report.figures.data import WIDEST_TABLE, Table, number
 from fillm.report.theme import Theme
 
 _CHARACTER = 0.068  # inches
 _LINE = 0.17
 _ROW = 0.24
 _WIDEST = 22  # characters of a heading before it is broken
-_MOST = 7  # columns beyond which the table is turned
 
 
 def draw_table(title: str, table: Table, theme: Theme) -> Any:
@@ -61,7 +60,7 @@ def _texts(table: Table) -> tuple[list[str], list[list[str]], list[bool]]:
     """Headings, rows, and which columns stand to the left."""
     head = [column.text for column in table.columns]
     body = [[number(value) for value in row] for row in table.rows]
-    if len(head) <= _MOST:
+    if len(head) <= WIDEST_TABLE:
         return head, body, [not column.numeric for column in table.columns]
     turned = [list(column) for column in zip(head, *body, strict=True)]
     return turned[0], turned[1:], [True] + [False] * len(body)

@@ -121,6 +121,9 @@ class Column:
         return f"{self.label} ({self.unit})" if self.unit else self.label
 
 
+WIDEST_TABLE = 7  # columns beyond which a table is turned on its side where it cannot be scrolled
+
+
 @dataclass(frozen=True)
 class Table:
     """Rows of values, one a column; None is shown as a dash.

@@ -134,9 +134,17 @@ def _outside_card(runs: Sequence[Run]) -> Card | None:
 
 
 def _metric_card(runs: Sequence[Run], name: str) -> Card | None:
-    told = [run.summary.get(name) for run in runs if run.command == "evaluate"]
-    values = [float(value) for value in told if isinstance(value, int | float)]
-    return Card(_METRICS[name], _range(values), _of(len(values), "evaluation")) if values else None
+    """What is noted of a value, such as a comparison of a model with itself, stands with it."""
+    having = [run for run in runs if run.command == "evaluate" and isinstance(run.summary.get(name), int | float)]
+    if not having:
+        return None
+    noted: dict[str, list[str]] = {}
+    for run in having:
+        if note := _mapping(run.summary.get("notes")).get(name):
+            noted.setdefault(str(note), []).append(run.name)
+    about = "".join(f"; {', '.join(names)}: {note}" for note, names in noted.items())
+    values = [float(run.summary[name]) for run in having]
+    return Card(_METRICS[name], _range(values), f"{_of(len(values), 'evaluation')}{about}")
 
 
 def _seconds_card(runs: Sequence[Run]) -> Card | None:

@@ -100,6 +100,8 @@
     });
     holder.querySelector(".columns")?.addEventListener("click", (event) => {
       const pressed = table.classList.toggle("all");
+      const names = all("th", table.tHead).map((header) => header.dataset.name); // paper has them before every cell
+      for (const row of table.tBodies[0].rows) [...row.cells].forEach((cell, i) => { cell.dataset.column = names[i]; });
       event.target.setAttribute("aria-pressed", String(pressed));
     });
   }

@@ -10,7 +10,7 @@ from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
 from fillm.report.drawing.panels import special_cells
-from fillm.report.figures.data import Axis, FigureData, Panel, Series
+from fillm.report.figures.data import WIDEST_TABLE, Axis, FigureData, Panel, Series
 from fillm.report.figures.data import Table as FigureTable
 from fillm.report.page.looks import glyph, mark_colour, special_colour
 from fillm.report.page.plots import panel_plot
@@ -19,6 +19,7 @@ from fillm.report.page.tables import Column, PageTable, column_cells, matrix_tab
 from fillm.report.page.texts import colour_text
 
 _WIDE = 20  # columns of a matrix
+_ABREAST = 5  # rows of a table that stand side by side on paper, where it is turned
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class LegendEntry:
 
 @dataclass(frozen=True)
 class FigureSection:
-    """What the template asks of a figure; `plots` is empty for a table."""
+    """What the template asks of a figure: no `plots` for a table, and `paper` where that is too wide for print."""
 
     id: str
     title: str
@@ -73,6 +74,7 @@ class FigureSection:
     legend: list[LegendEntry] = field(default_factory=list)
     cells: list[CellEntry] = field(default_factory=list)
     notes: tuple[str, ...] = ()
+    paper: list[PageTable] = field(default_factory=list)
 
 
 def figure_section(figure: FigureData, number: int) -> FigureSection:
@@ -85,7 +87,8 @@ def figure_section(figure: FigureData, number: int) -> FigureSection:
     name = f"figure-{number}"
     if figure.table is not None:
         table = _of_table(figure.table, figure.title)
-        return FigureSection(name, figure.title, figure.caption, table, notes=figure.table.notes)
+        paper = table.turned(_ABREAST) if len(table.columns) > WIDEST_TABLE else []
+        return FigureSection(name, figure.title, figure.caption, table, notes=figure.table.notes, paper=paper)
     named = len(figure.panels) > 1 or any(panel.title != figure.title for panel in figure.panels)
     plots = []
     for i, panel in enumerate(figure.panels, 1):

@@ -11,6 +11,7 @@ import pyarrow as pa
 _DIGITS = 4  # significant digits shown; the exact value is kept beside them
 _FIXED = (1e-3, 1e6)  # a column whose magnitudes all lie between these is written without an exponent
 _LONG = 40  # characters of a text that may be broken into lines
+_NAME = 20  # of one that may be broken anywhere on paper, as a path or a tensor is
 _SHOWN_COLUMNS = 8  # of a table that is not known here
 # What is looked at first; the other columns come at the press of a button, and with every copy.
 _FIRST = {
@@ -69,6 +70,23 @@ class PageTable:
     def first(self, most: int) -> "PageTable":
         """The same table with its first rows alone."""
         return self if len(self.rows) <= most else replace(self, rows=self.rows[:most])
+
+    def turned(self, most: int) -> "list[PageTable]":
+        """The same table on its side, as paper has room for it: a row a column, after `most` columns a table anew.
+
+        Args:
+            most: rows of this table that stand side by side; its first column gives their headers.
+        """
+        parts = [self.rows[i : i + most] for i in range(0, len(self.rows), most)]
+        return [
+            PageTable(
+                self.title,
+                [replace(self.columns[0], further=False), *(Column(row[0].text, numeric=True) for row in part)],
+                [[Cell(column.name), *(row[i] for row in part)] for i, column in enumerate(self.columns) if i],
+                len(self.columns) - 1,
+            )
+            for part in parts
+        ]
 
     @property
     def looks(self) -> list[str]:
@@ -169,7 +187,8 @@ def _cell(text: str, exact: str) -> Cell:
 def _look(column: Column, texts: Sequence[str]) -> str:
     if column.numeric:
         return "number"
-    return "word" if any(len(text) > _LONG for text in texts) else "text"
+    longest = max(map(len, texts), default=0)
+    return "word" if longest > _LONG else "text name" if longest > _NAME else "text"
 
 
 def _is_number(kind: pa.DataType) -> bool:

@@ -1,7 +1,10 @@
-"""Texts inside plots. plotly reads tags and entities in them; names from runs are shown as they are."""
+"""Texts inside plots, in which plotly reads tags and entities; names in tables. Those of runs are shown as they are."""
 
 import math
+import re
 from collections.abc import Iterable
+
+from markupsafe import Markup, escape
 
 from fillm.report.figures.data import Axis, Matrix, number
 
@@ -12,6 +15,11 @@ _SHORT_TICK = 16  # characters on a narrow page
 def escaped(text: str) -> str:
     """A text that plotly shows as it is."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("\n", " ")
+
+
+def breakable(text: str) -> Markup:
+    """A name as HTML that may be broken after its underscores and full stops, where lines may be broken at all."""
+    return Markup("<wbr>").join(escape(part) for part in re.split(r"(?<=[_.])(?=.)", text))
 
 
 def shortened(text: str) -> str:

@@ -22,6 +22,7 @@ from fillm.report.page.looks import looks
 from fillm.report.page.overview import cards, lead, run_table
 from fillm.report.page.sections import FigureSection, figure_section
 from fillm.report.page.tables import PageTable, page_table
+from fillm.report.page.texts import breakable
 from fillm.report.runs import Run
 
 LARGEST = 5_000_000  # bytes of a page
@@ -78,6 +79,7 @@ def _page(
              *([("figures", "Figures")] if figures else []), *([("tables", "Tables")] if tables else []),
              ("provenance", "Provenance")]  # fmt: skip
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    environment.filters["breakable"] = breakable
     return environment.from_string(_asset("page.html")).render(
         title=title,
         theme=theme,
