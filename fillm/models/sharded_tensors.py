@@ -27,6 +27,11 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor lies spread over the processes."""
+    return isinstance(tensor, DTensor)
+
+
 def add_up_into_shards(out: DTensor, part: Tensor) -> None:
     """`out += sum over the processes of part`, each keeping its rows; `part`, contiguous, has the shape of `out`."""
     mesh, own = out.device_mesh, out.to_local()
