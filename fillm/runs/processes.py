@@ -4,6 +4,7 @@ Samples are dealt out to the processes and what they say is summed over them wit
 the same weights. The first one alone writes and speaks; an error of any ends all of them, and one tells of it.
 """
 
+import gc
 import os
 import zlib
 from collections.abc import Iterator, Sequence
@@ -202,6 +203,8 @@ class Processes:
     def _disband(self, done: bool) -> None:
         if self.count == 1:
             return
+        # What a sharded model leaves in cycles holds the groups, whose threads must have ended before the interpreter.
+        gc.collect()
         # A group on GPUs is left as it is where a process may be gone: it would be waited for.
         with suppress(RuntimeError):
             torch.distributed.destroy_process_group(None if done or self.device.type == "cpu" else self._words)
