@@ -51,7 +51,13 @@ class Dealing:
         self._behind: list[int] = []  # batches of others since the last meeting
 
     def open(
-        self, of: Sequence[Any], finished: bool, start: int, saves: bool, fallback: dict[str, str]
+        self,
+        of: Sequence[Any],
+        finished: bool,
+        start: int,
+        saves: bool,
+        fallback: dict[str, str],
+        saved: Mapping[str, Tensor],
     ) -> tuple[bool, int, bool]:
         """All processes begin where the first one does, which has loaded what an earlier run has saved.
 
@@ -61,6 +67,7 @@ class Dealing:
             start: number of batches that were done then.
             saves: whether states are saved.
             fallback: tensors without a rule that were met before; those of the first process are added.
+            saved: the state that the first process has read, which a sharded statistic has not loaded yet.
 
         Returns:
             `finished`, `start` and `saves` as the first process has them.
@@ -72,6 +79,8 @@ class Dealing:
         finished, start, saves = self.processes.meet(int(finished), start, int(saves))[0]
         if self.processes.count > 1 and (finished or start):
             fallback |= json.loads(self.processes.tell(json.dumps(fallback))[0])
+            if self._in_step:
+                self._spread(saved)
             self._take_the_lead()
         return bool(finished), start, bool(saves)
 
@@ -123,7 +132,7 @@ class Dealing:
         if self._led:
             self._statistic.follow(self.processes.add_up_in_order(self._statistic.lead()))
 
-    def spread(self, saved: Mapping[str, Tensor]) -> None:
+    def _spread(self, saved: Mapping[str, Tensor]) -> None:
         """Loads a state that the first process has read into the statistic: of sharded tensors each gets its part.
 
         Args:

@@ -138,7 +138,7 @@ class Passes:
         if finished is not None or start:
             capture.fallback |= meta.pop("fallback")  # what was met before has to go on as it began
             losses = tensors.pop("losses")
-            if not in_step:
+            if not in_step:  # a sharded one is loaded by all together
                 statistic.load(tensors)
         if stored is not None:
             start, losses, fallback = stored.resume_point([[chosen[i] for i in members] for members in plan])
@@ -146,9 +146,9 @@ class Passes:
         # A pass too short to be saved is run again on the way to a later one's state, which must not be lost to it.
         saves = folder is not None and (saved is None or saved[0] == stage) and statistic.state() is not None
         dealing = Dealing(self.processes, statistic, in_step)
-        known, start, saves = dealing.open([stage, chosen, plan], finished is not None, start, saves, capture.fallback)
-        if in_step and (known or start):
-            dealing.spread(tensors)
+        known, start, saves = dealing.open(
+            [stage, chosen, plan], finished is not None, start, saves, capture.fallback, tensors
+        )
         if known:
             dealing.close(losses, {})
             self._finish(stage, {**row, **(meta if finished is not None else {})}, losses)

@@ -6,6 +6,8 @@ the same weights. The first one alone writes and speaks; an error of any ends al
 
 import gc
 import os
+import signal
+import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -203,6 +205,8 @@ class Processes:
     def _disband(self, done: bool) -> None:
         if self.count == 1:
             return
+        if not done:
+            _no_longer_stopped()
         # What a sharded model leaves in cycles holds the groups, whose threads must have ended before the interpreter.
         gc.collect()
         # A group on GPUs is left as it is where a process may be gone: it would be waited for.
@@ -262,6 +266,12 @@ class Processes:
 def several_started() -> bool:
     """Whether `torchrun` started this process beside others."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _no_longer_stopped() -> None:
+    """torchrun stops all processes where one is gone: what is to be said of it is not to be replaced by that."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _is_lost_connection(error: Exception) -> bool:
