@@ -1,7 +1,7 @@
 """Are the rules a sharded model's gradient? `verify` for weights that lie spread over the processes.
 
-Every process takes the same two samples, through the rules in one batch and through FSDP2's own autograd one by one, and
-compares the rows that it holds. What differs is refused by name: the exact batch-1 fallback has no place where all
+Every process takes the same two samples, through the rules in one batch and through FSDP2's own autograd one by one,
+and compares the rows that it holds. What differs is refused by name: the exact batch-1 fallback has no place where all
 processes go through the same number of forward passes.
 """
 
@@ -51,8 +51,8 @@ def verify_sharded(capture: ShardedCapture, samples: SampleSet, layout: str = "r
         alone = _compare(capture, samples, position, kept, squares, reached)
         if math.isfinite(alone) and not abs(alone - float(together[row])) <= tolerance * max(1.0, abs(alone)):
             raise ModelError(
-                f"--shard: sample {samples[position].id} has loss {alone:.6g} alone and {float(together[row]):.6g} in a "
-                f"{layout} batch: its samples see each other; leave out --shard"
+                f"--shard: sample {samples[position].id} has loss {alone:.6g} alone and {float(together[row]):.6g} in "
+                f"a {layout} batch: its samples see each other; leave out --shard"
             )
     like = next(iter(capture.parameters.values()))
     squares, reached = sum_in_order(squares, like), sum_in_order(reached, like)

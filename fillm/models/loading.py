@@ -156,6 +156,7 @@ def _require_config(source: str, folder: Path) -> None:
 
 
 def load_config(model: str, trust_remote_code: bool) -> Any:
+    """The configuration of a causal language model with weights in safetensors; `ModelError` for anything else."""
     folder = local_folder(model)
     if folder is not None:
         _require_config(model, folder)

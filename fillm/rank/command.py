@@ -19,7 +19,15 @@ from fillm.config import from_mapping
 from fillm.data import Reading, Row, SampleSet, check_fits_model
 from fillm.data.reading import DataLike, forget_and_retain, skipped_lines
 from fillm.errors import StoreError, UsageError
-from fillm.models import catalogue, check_differentiable, load_model, load_sharded, load_tokenizer, model_fingerprint, select_tensors
+from fillm.models import (
+    catalogue,
+    check_differentiable,
+    load_model,
+    load_sharded,
+    load_tokenizer,
+    model_fingerprint,
+    select_tensors,
+)
 from fillm.rank.config import FORGET_ALONE, WITHOUT_GRADIENTS, RankConfig, check, check_dealt_out, check_sharded
 from fillm.rank.console import Console
 from fillm.rank.default_model import DEFAULT_FORGET, DEFAULT_RETAIN, default_folder, default_model
@@ -112,7 +120,7 @@ def _run(config: RankConfig, processes: Processes, console: Console) -> None:
     check(config)
     if processes.count > 1:
         check_dealt_out(config)
-    if config.shard and not config.dry_run:
+    if config.shard:
         check_sharded(config, processes.count)
     check_inputs_outside(config)
     config = with_sketches_chosen(_with_default_data(config))

@@ -219,8 +219,12 @@ def check_sharded(config: RankConfig, processes: int) -> None:
     Raises:
         UsageError: naming the option.
     """
+    if config.dry_run:
+        raise UsageError("--dry-run plans a whole model in one process and not its shards; leave out --shard")
     if processes == 1:
-        raise UsageError("--shard spreads the model over several processes; start them with torchrun --nproc-per-node N")
+        raise UsageError(
+            "--shard spreads the model over several processes; start them with torchrun --nproc-per-node N"
+        )
     method = config.canonical_method
     refused = [
         (method != "soir", f"--method {method}"),

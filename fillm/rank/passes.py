@@ -229,9 +229,7 @@ class Passes:
         parts = [batch] if self._limit is None else _split(batch, self._limit)
         while True:
             try:
-                losses = torch.cat(
-                    [runs(collate(samples, part, self.layout), samples, observe) for part in parts]
-                )
+                losses = torch.cat([runs(collate(samples, part, self.layout), samples, observe) for part in parts])
                 break
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):

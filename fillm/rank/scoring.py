@@ -87,7 +87,11 @@ def from_update(job: Job, influence: Influence) -> Scores:
     for info in job.scope:
         name, group = info.name, groups.get(info.name)
         # Sharded ones are gathered one at a time, and kept by the process that writes them.
-        v, u, columns = whole(influence.forget_mean[name]), whole(influence.update[name]), influence_columns(influence, name)
+        v, u, columns = (
+            whole(influence.forget_mean[name]),
+            whole(influence.update[name]),
+            influence_columns(influence, name),
+        )
         if config.shard and keep and job.passes.processes.first:
             saved[name] = u.cpu()
         if config.granularity == "head" and group is None:

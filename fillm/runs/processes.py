@@ -269,7 +269,7 @@ def several_started() -> bool:
 
 
 def _no_longer_stopped() -> None:
-    """torchrun stops all processes where one is gone: what is to be said of it is not to be replaced by that."""
+    """Where one process is gone torchrun stops the others: what is to be said of it is not to be replaced by that."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 

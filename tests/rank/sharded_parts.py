@@ -1,4 +1,4 @@
-"""What each process holds of a sharded model and its sums, under torchrun: `-m tests.rank.sharded_parts MODEL OUT.json`.
+"""What each process holds of a sharded model and its sums; under torchrun `-m tests.rank.sharded_parts MODEL OUT.json`.
 
 OUT.json gets, by process, the bytes of the weights and of the accumulators of the retain pass, and of the whole. The
 processes also hold the sharded tensors' own sums against those of whole tensors.

@@ -1,4 +1,4 @@
-"""A model sharded over processes (FSDP2) ranks as a whole one does, and each process holds its part; gloo on the CPU."""
+"""A model sharded over processes (FSDP2) ranks as a whole one, and each process holds its part; gloo on the CPU."""
 
 import json
 from collections.abc import Callable
@@ -41,9 +41,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def started(
-    folders: dict[str, str], forget_file: str, retain_file: str
-) -> Callable[..., list[str]]:
+def started(folders: dict[str, str], forget_file: str, retain_file: str) -> Callable[..., list[str]]:
     """The command line of a run of one family."""
 
     def build(out: Path, family: str, *further: str) -> list[str]:
@@ -134,6 +132,12 @@ def test_an_end_in_the_midst_of_a_batch_is_told_once(fault, line, started, one_t
     assert_same(tmp_path / "run", tmp_path / "whole")
 
 
+def test_a_plan_of_shards_is_not_made(arguments, fails) -> None:
+    assert fails(arguments("--shard", "--dry-run")) == (
+        "--dry-run plans a whole model in one process and not its shards; leave out --shard"
+    )
+
+
 def test_one_process_shards_nothing(arguments, fails) -> None:
     assert fails(arguments("--shard")) == (
         "--shard spreads the model over several processes; start them with torchrun --nproc-per-node N"
@@ -153,5 +157,7 @@ def test_one_process_shards_nothing(arguments, fails) -> None:
 )
 def test_what_is_not_sharded_is_refused_by_name(given) -> None:
     (value,) = given.values()
-    with pytest.raises(UsageError, match=f"--shard does not take --{next(iter(given))}.*{'' if value == 'folder' else value}"):
+    with pytest.raises(
+        UsageError, match=f"--shard does not take --{next(iter(given))}.*{'' if value == 'folder' else value}"
+    ):
         check_sharded(RankConfig(model="m", shard=True, **given), 2)
