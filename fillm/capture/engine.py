@@ -1,6 +1,6 @@
 """One forward and backward over a batch, in which every tensor's per-sample gradients pass by once."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 
@@ -79,6 +79,7 @@ class Capture:
         self.model, self.loss_reduction, self.alone = model, loss_reduction, alone
         every = dict(model.named_parameters())
         self.parameters = {name: every[name] for name in names}
+        self.operands = self.parameters  # what the model computes with: under FSDP2 other tensors than it holds
         self.fallback, self.noise = dict(fallback or {}), dict(noise or {})
         self._experts = fused_experts(model)
         self._scale = FLOAT16_LOSS_SCALE if next(model.parameters()).dtype == torch.float16 else 1.0
@@ -117,7 +118,7 @@ class Capture:
         return torch.cat(losses)
 
     def _run_rules(self, batch: Batch, observe: Observe, loud: dict[int, list[str]]) -> Tensor:
-        covered = {name: p for name, p in self.parameters.items() if name not in self.fallback}
+        covered = {name: p for name, p in self.operands.items() if name not in self.fallback}
         count, uses, pending = len(batch.indices), dict.fromkeys(covered, 0), {}
         forward = True
 
@@ -149,7 +150,7 @@ class Capture:
         rows = RowMap.of(batch)
         rules = Rules(rows, torch.zeros((), device=self.device, requires_grad=True), used, deliver)
 
-        own = {t.untyped_storage().data_ptr() for t in [*self.model.parameters(), *self.model.buffers()]}
+        own = self._storages()
 
         def is_activation(tensor: Tensor) -> bool:
             shaped = tensor.is_floating_point() and tensor.ndim > 1 and rows.holds_tokens(tensor.shape[:-1])
@@ -170,6 +171,10 @@ class Capture:
                 if name not in self.fallback:
                     hand_over(name, combine(parts, count))
         return losses.detach().double().cpu()
+
+    def _storages(self) -> Container[int]:
+        """Addresses of what the model itself holds, which is no activation."""
+        return {t.untyped_storage().data_ptr() for t in [*self.model.parameters(), *self.model.buffers()]}
 
     def _run_fallback(self, batch: Batch, samples: SampleSet, observe: Observe, loud: Mapping[int, list[str]]) -> None:
         always = [name for name in self.parameters if name in self.fallback]

@@ -156,6 +156,8 @@ def norms_and_dots(gradients: PerSampleGradients, v: Tensor) -> tuple[Tensor, Te
 
     The tiles cost what (5) costs and give (4) for nothing, but short samples leave them half empty.
     """
+    if (together := getattr(gradients, "norms_and_dots", None)) is not None:  # with `v` brought in once for both
+        return together(v)
     if not isinstance(gradients, OuterGradients) or gradients.x.device.type != "cpu":
         return gradients.squared_norms(), gradients.dots(v)
     if gradients.x.shape[0] < LEAST_FUSED_TOKENS * (gradients.offsets.numel() - 1):

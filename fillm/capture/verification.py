@@ -64,7 +64,7 @@ def verify(capture: Capture, samples: SampleSet, layout: str = "right") -> Verif
 
 def _check(capture: Capture, samples: SampleSet, layout: str) -> tuple[Verification, dict[str, str], str]:
     """What was found, the tensors that differ and how, and, where losses differ, what shows that samples mix."""
-    chosen = _two_lengths(samples)
+    chosen = two_lengths(samples)
     kept: Kept = {}
 
     def keep(name: str, gradients: PerSampleGradients, positions: Tensor) -> None:
@@ -105,7 +105,7 @@ def _check(capture: Capture, samples: SampleSet, layout: str) -> tuple[Verificat
     return found, differing, apart
 
 
-def _two_lengths(samples: SampleSet) -> list[int]:
+def two_lengths(samples: SampleSet) -> list[int]:
     """The shortest sample and a longer one, a quarter up if there is one: padding and a neighbour for both."""
     order = sorted(range(len(samples)), key=lambda i: (len(samples[i].input_ids), i))
     later = order[max(1, len(order) // 4) :]

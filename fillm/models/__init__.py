@@ -8,6 +8,7 @@ from fillm.models.heads import HeadLayout, head_layout
 from fillm.models.loading import DTYPES, load_model, load_tokenizer, quiet_transformers, resolve_device
 from fillm.models.lora import with_lora
 from fillm.models.selection import select_tensors
+from fillm.models.sharding import load_sharded
 from fillm.models.stored import stored_dtypes
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "check_differentiable",
     "head_layout",
     "load_model",
+    "load_sharded",
     "load_tokenizer",
     "model_fingerprint",
     "quiet_transformers",

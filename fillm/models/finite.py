@@ -2,10 +2,15 @@
 
 from torch import nn
 
+from fillm.models.sharded_tensors import local
+
 
 def spoilt_weight(model: nn.Module) -> str | None:
-    """The name of the first parameter that holds NaN or infinity; None if all are finite."""
-    spoilt = (name for name, weight in model.named_parameters() if not bool(weight.isfinite().all()))
+    """The name of the first parameter that holds NaN or infinity; None if all are finite.
+
+    Of sharded weights only this process's part is looked at: the others need not ask at the same time.
+    """
+    spoilt = (name for name, weight in model.named_parameters() if not bool(local(weight).isfinite().all()))
     return next(spoilt, None)
 
 

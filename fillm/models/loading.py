@@ -85,8 +85,8 @@ def load_model(
     target = resolve_device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise ModelError(f"--dtype {dtype}: give one of {', '.join(DTYPES)} or auto")
-    config = _load_config(model, trust_remote_code)
-    with quiet_transformers(), _explained(model):
+    config = load_config(model, trust_remote_code)
+    with quiet_transformers(), explained(model):
         loaded, report = AutoModelForCausalLM.from_pretrained(
             model,
             config=config,
@@ -124,7 +124,7 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False, option: str 
             raise ModelError(f"--tokenizer {source}: holds no tokenizer (no tokenizer.json); give a folder with one")
         _require_config(source, folder)
         raise ModelError(f"{source}: holds no tokenizer (no tokenizer.json); give --tokenizer")
-    with quiet_transformers(), _explained(source):
+    with quiet_transformers(), explained(source):
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
 
 
@@ -155,7 +155,8 @@ def _require_config(source: str, folder: Path) -> None:
         raise ModelError(f"{source}: no config.json in it{hint}; not a model's folder")
 
 
-def _load_config(model: str, trust_remote_code: bool) -> Any:
+def load_config(model: str, trust_remote_code: bool) -> Any:
+    """The configuration of a causal language model with weights in safetensors; `ModelError` for anything else."""
     folder = local_folder(model)
     if folder is not None:
         _require_config(model, folder)
@@ -163,7 +164,7 @@ def _load_config(model: str, trust_remote_code: bool) -> Any:
             pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
             found = f"only pickled weights ({_some(pickled)}), which are never loaded" if pickled else "no weights"
             raise ModelError(f"{model}: {found}; save the model as model.safetensors")
-    with quiet_transformers(), _explained(model):
+    with quiet_transformers(), explained(model):
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     named = [str(name) for name in getattr(config, "architectures", None) or ()]
     known = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
@@ -181,13 +182,13 @@ def _with_adapter(model: PreTrainedModel, adapter: str) -> Any:
     folder = local_folder(adapter)
     if folder is None:
         # Fetched by name: left to itself, peft falls back to an adapter_model.bin where it finds no safetensors.
-        with quiet_transformers(), _explained(adapter):
+        with quiet_transformers(), explained(adapter):
             folder = Path(huggingface_hub.snapshot_download(adapter, allow_patterns=list(_ADAPTER_FILES)))
     for name in _ADAPTER_FILES:
         if not (folder / name).is_file():
             raise ModelError(f"--adapter {adapter}: no {name} in it; adapters are read from safetensors only")
     try:
-        with quiet_transformers(), _explained(adapter), warnings.catch_warnings():
+        with quiet_transformers(), explained(adapter), warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning)  # peft reads what transformers has deprecated
             warnings.filterwarnings("error", message="Found missing adapter keys")
             wrapped = peft.PeftModel.from_pretrained(model, str(folder), torch_device="cpu")
@@ -215,7 +216,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _explained(source: str) -> Iterator[None]:
+def explained(source: str) -> Iterator[None]:
     """What loading raises, as one line that says what is wrong with `source`."""
     try:
         yield

@@ -14,13 +14,21 @@ import pyarrow as pa
 import torch
 from torch import nn
 
-from fillm.capture import Capture, verify
+from fillm.capture import Capture, ShardedCapture, verify, verify_sharded
 from fillm.config import from_mapping
 from fillm.data import Reading, Row, SampleSet, check_fits_model
 from fillm.data.reading import DataLike, forget_and_retain, skipped_lines
 from fillm.errors import StoreError, UsageError
-from fillm.models import catalogue, check_differentiable, load_model, load_tokenizer, model_fingerprint, select_tensors
-from fillm.rank.config import FORGET_ALONE, WITHOUT_GRADIENTS, RankConfig, check, check_dealt_out
+from fillm.models import (
+    catalogue,
+    check_differentiable,
+    load_model,
+    load_sharded,
+    load_tokenizer,
+    model_fingerprint,
+    select_tensors,
+)
+from fillm.rank.config import FORGET_ALONE, WITHOUT_GRADIENTS, RankConfig, check, check_dealt_out, check_sharded
 from fillm.rank.console import Console
 from fillm.rank.default_model import DEFAULT_FORGET, DEFAULT_RETAIN, default_folder, default_model
 from fillm.rank.methods import Job, Scores, rank
@@ -38,7 +46,7 @@ from fillm.statistics import SketchStore, holds_store, refuse_foreign
 
 # Settings of the command that a function with a model in hand has no use for.
 _COMMAND_ONLY = {
-    "adapter", "dtype", "device", "trust_remote_code", "gradient_checkpointing", "out", "resume", "overwrite",
+    "adapter", "dtype", "device", "trust_remote_code", "gradient_checkpointing", "shard", "out", "resume", "overwrite",
     "dry_run", "checkpoint_seconds", "debug",
 }  # fmt: skip
 # Settings that say where and how a run goes on, not what it computes.
@@ -112,6 +120,8 @@ def _run(config: RankConfig, processes: Processes, console: Console) -> None:
     check(config)
     if processes.count > 1:
         check_dealt_out(config)
+    if config.shard:
+        check_sharded(config, processes.count)
     check_inputs_outside(config)
     config = with_sketches_chosen(_with_default_data(config))
     rows = _read(config, config.forget, config.retain, console)
@@ -131,6 +141,7 @@ def _run(config: RankConfig, processes: Processes, console: Console) -> None:
         sets = _samples(config, tokenizer, rows, console)
         device = config.device if processes.count == 1 else str(processes.device)
         model = _load(config, config.model, config.adapter, device)
+        processes.meet()  # before any process gathers what another may not have
         base = _load(config, config.base_model, None, device) if config.base_model else None
         ranking = _rank(config, model, base, sets, console, folder, processes)
         if folder is not None:
@@ -168,9 +179,14 @@ def _with_default_model(config: RankConfig, processes: Processes, console: Conso
 
 @memory_explained()
 def _load(config: RankConfig, path: str, adapter: str | None, device: str) -> nn.Module:
-    model = load_model(
-        path, adapter=adapter, dtype=config.dtype, device=device, trust_remote_code=config.trust_remote_code
-    )
+    if config.shard:
+        model = load_sharded(
+            path, dtype=config.dtype, device=torch.device(device), trust_remote_code=config.trust_remote_code
+        )
+    else:
+        model = load_model(
+            path, adapter=adapter, dtype=config.dtype, device=device, trust_remote_code=config.trust_remote_code
+        )
     if config.gradient_checkpointing:
         # transformers 5.23 renamed it; both names mean the same.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -227,7 +243,8 @@ def _rank(
     for which, samples in sets.items():
         check_fits_model(samples, model, f"--{which}")
     scope = select_tensors(catalogue(model), config.include, config.exclude)
-    capture = Capture(model, [info.name for info in scope], config.loss_reduction)
+    kind = ShardedCapture if config.shard else Capture
+    capture = kind(model, [info.name for info in scope], config.loss_reduction)
     config, choice = chosen_for_memory(
         config, scope, sum(map(len, sets.values())), len(sets.get("retain", ())),
         lambda: probe(config, capture, scope, sets["forget"], sets["retain"]),
@@ -293,6 +310,9 @@ def _rank(
 def _checks(capture: Capture, sets: dict[str, SampleSet], config: RankConfig, console: Console) -> dict[str, Any]:
     # Of both sets: were one of equal lengths throughout, it would say nothing of the padding that the other gets.
     both = SampleSet([sample for some in sets.values() for sample in some], "both sets")
+    if isinstance(capture, ShardedCapture):
+        found = verify_sharded(capture, both, config.layout)
+        return {"largest_difference_to_autograd": max(found.error.values(), default=0.0)}
     found = verify(capture, both, config.layout)
     if capture.alone:
         console.warn(f"{capture.alone}: samples influence each other; every one runs by itself, exact and slower")

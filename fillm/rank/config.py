@@ -103,6 +103,7 @@ class RankConfig:
         None, "memory for sketches (--compression auto) or exact Gram matrices (default: half of what is free)", "SIZE"
     )
     groups: int = option(1, "process the layers in this many groups (only 1 in this release)", "N")
+    shard: bool = option(False, "spread weights and accumulators over the processes of torchrun (FSDP2)")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
     strict: bool = option(False, "make warnings about the data errors")
     skip_bad_rows: bool = option(False, "leave out rows that cannot be used, counted and listed")
@@ -210,6 +211,33 @@ def check(config: RankConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+
+
+def check_sharded(config: RankConfig, processes: int) -> None:
+    """Refuses what is not computed from weights and sums that lie spread over the processes.
+
+    Raises:
+        UsageError: naming the option.
+    """
+    if config.dry_run:
+        raise UsageError("--dry-run plans a whole model in one process and not its shards; leave out --shard")
+    if processes == 1:
+        raise UsageError(
+            "--shard spreads the model over several processes; start them with torchrun --nproc-per-node N"
+        )
+    method = config.canonical_method
+    refused = [
+        (method != "soir", f"--method {method}"),
+        (config.curvature != "datainf", f"--curvature {config.curvature}"),
+        (config.granularity != "tensor", f"--granularity {config.granularity}"),
+        (config.objective != "forget", f"--objective {config.objective}"),
+        (config.effective_score != "l2", f"--score {config.score}"),
+        (config.adapter is not None, "--adapter"),
+    ]
+    if (given := next((option for no, option in refused if no), None)) is not None:
+        raise UsageError(
+            f"--shard does not take {given}: it ranks whole tensors by the size of soir's update; leave one of them out"
+        )
 
 
 def check_dealt_out(config: RankConfig) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fillm.models.sharded_tensors import into_shards, is_sharded, whole
 from fillm.rank.console import Bar
 from fillm.runs.processes import Processes
 
@@ -35,11 +36,13 @@ class Dealing:
     Args:
         processes: of the run.
         statistic: what the pass feeds. Its `state()` adds up over the processes, but for what `alike` names. If it has
-            `lead` and `follow`, what the first batch fixes is taken over by all.
+            `lead` and `follow`, what the first batch fixes is taken over by all. Its sharded tensors are already
+            the sums: every process has its part of them.
+        in_step: the model is sharded, and the processes meet after every round.
     """
 
-    def __init__(self, processes: Processes, statistic: Any) -> None:
-        self.processes, self._statistic = processes, statistic
+    def __init__(self, processes: Processes, statistic: Any, in_step: bool = False) -> None:
+        self.processes, self._statistic, self._in_step = processes, statistic, in_step
         self._led = processes.count > 1 and hasattr(statistic, "lead")
         self._round = 0
         self._leads_now = False
@@ -48,7 +51,13 @@ class Dealing:
         self._behind: list[int] = []  # batches of others since the last meeting
 
     def open(
-        self, of: Sequence[Any], finished: bool, start: int, saves: bool, fallback: dict[str, str]
+        self,
+        of: Sequence[Any],
+        finished: bool,
+        start: int,
+        saves: bool,
+        fallback: dict[str, str],
+        saved: Mapping[str, Tensor],
     ) -> tuple[bool, int, bool]:
         """All processes begin where the first one does, which has loaded what an earlier run has saved.
 
@@ -58,6 +67,7 @@ class Dealing:
             start: number of batches that were done then.
             saves: whether states are saved.
             fallback: tensors without a rule that were met before; those of the first process are added.
+            saved: the state that the first process has read, which a sharded statistic has not loaded yet.
 
         Returns:
             `finished`, `start` and `saves` as the first process has them.
@@ -69,6 +79,8 @@ class Dealing:
         finished, start, saves = self.processes.meet(int(finished), start, int(saves))[0]
         if self.processes.count > 1 and (finished or start):
             fallback |= json.loads(self.processes.tell(json.dumps(fallback))[0])
+            if self._in_step:
+                self._spread(saved)
             self._take_the_lead()
         return bool(finished), start, bool(saves)
 
@@ -85,7 +97,7 @@ class Dealing:
 
     def due(self, done: bool) -> bool:
         """Whether the processes meet after this round; they do after the last."""
-        return done or self._round >= self._next
+        return done or self._in_step or self._round >= self._next
 
     def meet(
         self, error: BaseException | None, stop: str | None, save: bool, bar: Bar, sizes: Sequence[tuple[int, int]]
@@ -120,6 +132,18 @@ class Dealing:
         if self._led:
             self._statistic.follow(self.processes.add_up_in_order(self._statistic.lead()))
 
+    def _spread(self, saved: Mapping[str, Tensor]) -> None:
+        """Loads a state that the first process has read into the statistic: of sharded tensors each gets its part.
+
+        Args:
+            saved: as `copied_state` made it; in the other processes empty.
+        """
+        state = self._statistic.state()
+        for name, tensor in state.items():
+            if is_sharded(tensor):
+                into_shards(saved.get(name), tensor)
+        self._statistic.load({name: t if is_sharded(t) else saved.get(name, t) for name, t in state.items()})
+
     def copied_state(self, losses: Tensor) -> dict[str, Tensor]:
         """The statistic's state and the losses of all processes, on the CPU of the first; empty in the others."""
         state = {"losses": losses, **self._statistic.state()}
@@ -134,7 +158,11 @@ class Dealing:
                 error = caught
         self.processes.meet(error=error)
         for name, tensor in state.items():
-            if not self._alike(name):
+            if is_sharded(tensor):
+                gathered = whole(tensor)
+                if self.processes.first:
+                    copies[name].copy_(gathered)
+            elif not self._alike(name):
                 self.processes.add_up_into(copies.get(name), tensor)
             elif self.processes.first:
                 copies[name].copy_(tensor)
@@ -147,7 +175,7 @@ class Dealing:
             self.processes.add_up_in_order(losses)
             state = self._statistic.state()
             for name, tensor in state.items():
-                if not self._alike(name):
+                if not self._alike(name) and not is_sharded(tensor):
                     self.processes.add_up_in_order(tensor)
             self._statistic.load(state)
         return heard

@@ -5,15 +5,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from fillm.capture import PerSampleGradients
+from fillm.capture import PerSampleGradients, ShardedCapture
 from fillm.data import Batch, SampleSet, collate, plan_batches
 from fillm.errors import InterruptedRun, NumericsError, OutOfMemoryError
 from fillm.models import spoilt_weight
+from fillm.models.sharded_tensors import is_sharded
 from fillm.rank.console import Console
 from fillm.rank.dealing import Dealing
 from fillm.runs import RunFolder, signals_noted
@@ -124,7 +126,8 @@ class Passes:
         # What keeps its own state would only be held twice, and from two moments.
         folder = self.folder if stored is None else None
         losses = torch.zeros(len(samples), dtype=torch.float64)
-        start, before = 0, 0.0
+        start, before, tensors = 0, 0.0, {}
+        in_step = isinstance(capture, ShardedCapture)
         finished = folder.load_stage(stage) if folder else None
         saved = folder.load_state() if folder and finished is None else None
         if finished is not None:
@@ -135,14 +138,17 @@ class Passes:
         if finished is not None or start:
             capture.fallback |= meta.pop("fallback")  # what was met before has to go on as it began
             losses = tensors.pop("losses")
-            statistic.load(tensors)
+            if not in_step:  # a sharded one is loaded by all together
+                statistic.load(tensors)
         if stored is not None:
             start, losses, fallback = stored.resume_point([[chosen[i] for i in members] for members in plan])
             capture.fallback |= fallback
         # A pass too short to be saved is run again on the way to a later one's state, which must not be lost to it.
         saves = folder is not None and (saved is None or saved[0] == stage) and statistic.state() is not None
-        dealing = Dealing(self.processes, statistic)
-        known, start, saves = dealing.open([stage, chosen, plan], finished is not None, start, saves, capture.fallback)
+        dealing = Dealing(self.processes, statistic, in_step)
+        known, start, saves = dealing.open(
+            [stage, chosen, plan], finished is not None, start, saves, capture.fallback, tensors
+        )
         if known:
             dealing.close(losses, {})
             self._finish(stage, {**row, **(meta if finished is not None else {})}, losses)
@@ -152,6 +158,8 @@ class Passes:
             bar.skip(sum(size for size, _ in sizes[:start]))
             error: Exception | None = None
             for own, cursor in dealing.rounds(start, len(plan)):
+                if own is None and in_step:
+                    self._in_step(capture.idle, samples, statistic.observe)
                 if own is not None and error is None:
                     batch = [chosen[i] for i in plan[own]]
                     try:
@@ -160,6 +168,8 @@ class Passes:
                             stored.end_of_batch(batch, losses[batch], capture.fallback)
                         bar.advance(*sizes[own], loss=float(losses[batch].mean()))
                     except Exception as caught:  # raised where the processes meet
+                        if self.processes.ended:
+                            raise
                         error = caught
                 if not dealing.due(done=cursor == len(plan)):
                     continue
@@ -182,10 +192,14 @@ class Passes:
             capture.fallback |= said["fallback"]
         seconds = round(before + time.monotonic() - begun, 3)
         measured = {"seconds": seconds, "peak_memory_bytes": max(said["peak_memory_bytes"] for said in heard)}
-        if folder is not None and saves and seconds >= self.checkpoint_seconds:
-            folder.save_stage(
-                stage, {"losses": losses, **statistic.state()}, {**measured, "fallback": capture.fallback}
-            )
+        keeps = folder is not None and saves and seconds >= self.checkpoint_seconds
+        if in_step and saves and self.processes.meet(int(keeps))[0][0]:
+            state = dealing.copied_state(losses)  # the first process's: of what is not sharded all have the sum by now
+            state |= {name: t for name, t in statistic.state().items() if not is_sharded(t)} | {"losses": losses}
+        elif keeps:
+            state = {"losses": losses, **statistic.state()}
+        if keeps:
+            folder.save_stage(stage, state, {**measured, "fallback": capture.fallback})
         self._finish(stage, {**row, **measured}, losses)
 
     def _finish(self, stage: str, row: dict[str, Any], losses: Tensor) -> None:
@@ -203,19 +217,19 @@ class Passes:
             nonlocal accumulating
             # Parts of a retried batch are parts of what failed: their samples have all been fed, or none.
             fed, these = done.setdefault(name, set()), positions.tolist()
-            if these[0] in fed:
+            if these and these[0] in fed:
                 return
             accumulating = True
             statistic.observe(name, gradients, positions)
             accumulating = False
             fed.update(these)
 
+        in_step = isinstance(capture, ShardedCapture)
+        runs = partial(self._in_step, capture.run) if in_step else capture.run
         parts = [batch] if self._limit is None else _split(batch, self._limit)
         while True:
             try:
-                losses = torch.cat(
-                    [capture.run(collate(samples, part, self.layout), samples, observe) for part in parts]
-                )
+                losses = torch.cat([runs(collate(samples, part, self.layout), samples, observe) for part in parts])
                 break
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
@@ -243,6 +257,23 @@ class Passes:
             name, position = found
             raise NumericsError(f"the gradient of sample {samples[position].id} with respect to {name} is not finite")
         return losses
+
+    def _in_step(self, part: Callable[..., Any], *given: Any) -> Any:
+        """What all processes go through together: an error in the midst of it ends them at once.
+
+        Batches are not halved where memory runs out: the others would wait for the second half.
+        """
+        try:
+            return part(*given)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                self.processes.abandon(error)
+            self.processes.abandon(
+                OutOfMemoryError(
+                    "out of memory: a sharded model's batches are not halved; give --tokens-per-batch, --max-length or "
+                    "--gradient-checkpointing"
+                )
+            )
 
     @contextmanager
     def stopping(self) -> Iterator[None]:

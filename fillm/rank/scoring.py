@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fillm.capture import Capture
 from fillm.data import SampleSet
 from fillm.models import TensorInfo
+from fillm.models.sharded_tensors import whole
 from fillm.rank.config import RankConfig
 from fillm.rank.passes import Passes
 from fillm.rank.soir import Influence
@@ -81,10 +82,18 @@ def from_update(job: Job, influence: Influence) -> Scores:
         dots = StepDots(influence.update, len(job.retain), groups, element=element)
         job.passes.run("damage", "damage pass", job.capture, job.retain, dots)
     rows: list[dict[str, Any]] = []
-    saved = dict(influence.update)
+    keep = config.save_update or config.granularity != "tensor"
+    saved = {} if config.shard else dict(influence.update)
     for info in job.scope:
         name, group = info.name, groups.get(info.name)
-        v, u, columns = influence.forget_mean[name], influence.update[name], influence_columns(influence, name)
+        # Sharded ones are gathered one at a time, and kept by the process that writes them.
+        v, u, columns = (
+            whole(influence.forget_mean[name]),
+            whole(influence.update[name]),
+            influence_columns(influence, name),
+        )
+        if config.shard and keep and job.passes.processes.first:
+            saved[name] = u.cpu()
         if config.granularity == "head" and group is None:
             continue
         reached = v != 0 if element else sizes(v, group, "l2") > 0
@@ -111,7 +120,6 @@ def from_update(job: Job, influence: Influence) -> Scores:
             rows += unit_rows(info, None, summed[None], None, total, columns)
         else:
             rows += unit_rows(info, group, score.reshape(-1), gain, damage, columns, idle if group else None)
-    keep = config.save_update or config.granularity != "tensor"
     return Scores(rows, saved if keep else {}, influence.visited_again)
 
 

@@ -161,7 +161,7 @@ def _rounding_noise(scalars: dict[str, Scalars]) -> set[str]:
 def _uncertified(out: Influence, moments: RetainMoments, tolerance: float) -> set[str]:
     """Tensors that neither the scalars nor the partial sums certify; narrows the brackets of the others."""
     failed = uncertified({name: (out.low[name], out.high[name]) for name in out.low}, tolerance)
-    for name in failed & set(moments.sums):
+    for name in sorted(failed & set(moments.sums)):  # in one order in all processes, which add up for each
         low, high = moments.partial_bracket(name)
         out.low[name], out.high[name] = max(low, out.low[name]), min(high, out.high[name])
     return uncertified({name: (out.low[name], out.high[name]) for name in out.low}, tolerance)

@@ -4,7 +4,10 @@ Samples are dealt out to the processes and what they say is summed over them wit
 the same weights. The first one alone writes and speaks; an error of any ends all of them, and one tells of it.
 """
 
+import gc
 import os
+import signal
+import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -19,6 +22,7 @@ from fillm.runs.memory import is_out_of_memory
 
 Item = TypeVar("Item")
 _NUMBERS = 4  # that a process may say at a meeting
+_LEFT = "left at once with exit code"  # key on the board
 _BLOCK = 1 << 22  # entries that are added up at a time
 
 
@@ -32,6 +36,7 @@ class Processes:
     Attributes:
         index, count: of this process, and how many there are.
         device: where this process computes.
+        ended: whether the run ends and the others know, or are gone.
 
     Raises:
         UsageError: several processes without the package accelerate, or more than this machine has GPUs.
@@ -40,8 +45,9 @@ class Processes:
     def __init__(self, device: str = "auto", *, alone: bool = False) -> None:
         self._state: Any = None
         self.index, self.count = 0, 1
-        self._ended = False
+        self.ended = False
         self._words: Any = None  # the group in which numbers and texts go round; always on the CPU
+        self._board: Any = None  # where a process that leaves at once says so
         if several_started() and not alone:
             cpu = resolve_device(device).type == "cpu"
             here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -50,7 +56,7 @@ class Processes:
                     f"{here} processes on this machine, which has {torch.cuda.device_count()} CUDA devices: give "
                     "torchrun no more than that, or --device cpu"
                 )
-            self._state = _joined(cpu)
+            self._state, self._board = _joined(cpu)
             self.index, self.count = self._state.process_index, self._state.num_processes
             self.device = self._state.device
             self._words = torch.distributed.new_group(backend="gloo")
@@ -145,7 +151,7 @@ class Processes:
         erring = next((index for index, code in enumerate(codes) if code), None)
         if erring is None:
             return [words[1 : 1 + len(numbers)].tolist() for words in heard]
-        self._ended = True
+        self.ended = True
         if erring == self.index and error is not None:
             raise error
         raise EndedByAnother(codes[erring])
@@ -177,7 +183,7 @@ class Processes:
     def end(self, error: FillmError) -> NoReturn:
         """Ends all processes with an error that all of them know of, once all are here; the first tells of it."""
         self.meet()
-        self._ended = True
+        self.ended = True
         raise error if self.first else EndedByAnother(error.exit_code)
 
     @contextmanager
@@ -190,7 +196,7 @@ class Processes:
                 self.meet()
                 done = True
             except BaseException as error:
-                if not self._ended:
+                if not self.ended:
                     self.meet(error=error)
                 raise
         finally:
@@ -199,6 +205,10 @@ class Processes:
     def _disband(self, done: bool) -> None:
         if self.count == 1:
             return
+        if not done:
+            _no_longer_stopped()
+        # What a sharded model leaves in cycles holds the groups, whose threads must have ended before the interpreter.
+        gc.collect()
         # A group on GPUs is left as it is where a process may be gone: it would be waited for.
         with suppress(RuntimeError):
             torch.distributed.destroy_process_group(None if done or self.device.type == "cpu" else self._words)
@@ -209,11 +219,33 @@ class Processes:
         try:
             yield
         except RuntimeError as error:
-            self._ended = True
+            self.ended = True
             if is_out_of_memory(error):
                 raise
-            lost = InterruptedRun("another process of the run has died; continue with --resume")
-            raise lost if self.first else EndedByAnother(lost.exit_code) from error
+            raise self._why_lost() from error
+
+    def _why_lost(self) -> FillmError:
+        """What to say where another process is gone."""
+        if self._board.check([_LEFT]):
+            return EndedByAnother(int(self._board.get(_LEFT)))
+        lost = InterruptedRun("another process of the run has died; continue with --resume")
+        return lost if self.first else EndedByAnother(lost.exit_code)
+
+    def abandon(self, error: Exception) -> NoReturn:
+        """Ends all processes from the midst of what they compute together, where the others are at no meeting.
+
+        They find this one gone, and on the board that it has told why.
+
+        Raises:
+            Exception: `error`, if it is this process's own and the first.
+            EndedByAnother: another process has one.
+            InterruptedRun: another process has died (in the first; in the others EndedByAnother).
+        """
+        self.ended = True
+        if self._board.check([_LEFT]) or _is_lost_connection(error):
+            raise self._why_lost() from error
+        self._board.set(_LEFT, str(_exit_code(error)))
+        raise error
 
     def decide(self, answer: bool) -> bool:
         """The first process's answer, for all."""
@@ -236,6 +268,18 @@ def several_started() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+def _no_longer_stopped() -> None:
+    """Where one process is gone torchrun stops the others: what is to be said of it is not to be replaced by that."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _is_lost_connection(error: Exception) -> bool:
+    """Whether torch.distributed finds another process gone; gloo says so in the words of a RuntimeError."""
+    told = isinstance(error, RuntimeError) and ("gloo" in str(error) or "Connection " in str(error))
+    return told or isinstance(error, torch.distributed.DistError)
+
+
 def _exit_code(error: BaseException | None) -> int:
     if error is None:
         return 0
@@ -250,4 +294,4 @@ def _joined(cpu: bool) -> Any:
     # What torchrun starts again finds the store of the first time, with the addresses of processes that are gone.
     store, rank, count = next(torch.distributed.rendezvous("env://"))
     store = torch.distributed.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    return PartialState(cpu=cpu, store=store, rank=rank, world_size=count)
+    return PartialState(cpu=cpu, store=store, rank=rank, world_size=count), store

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from fillm.capture import PerSampleGradients
+from fillm.models.sharded_tensors import local, sharded_zeros, sum_in_order
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -16,19 +18,30 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def zeros_like(tensor: Tensor) -> Tensor:
-    """A zeroed accumulator for one tensor, on its device."""
+    """A zeroed accumulator for one tensor, on its device; sharded as the tensor is."""
+    if isinstance(tensor, DTensor):
+        return sharded_zeros(tensor, accumulator_dtype(tensor.dtype))
     return torch.zeros(tensor.shape, dtype=accumulator_dtype(tensor.dtype), device=tensor.device)
 
 
 def squared_norm(tensor: Tensor) -> float:
     """`|tensor|^2` in float64, block by block, so that no float64 copy of the whole is made."""
-    return sum(float(block.double().square().sum()) for block in _blocks(tensor))
+    own = local(tensor)
+    return _summed(tensor, sum(float(block.double().square().sum()) for block in _blocks(own)))
 
 
 def inner(left: Tensor, right: Tensor) -> float:
     """`<left, right>` in float64, block by block."""
-    pairs = zip(_blocks(left), _blocks(right), strict=True)
-    return sum(float((a.double() * b.double()).sum()) for a, b in pairs)
+    pairs = zip(_blocks(local(left)), _blocks(local(right)), strict=True)
+    return _summed(left, sum(float((a.double() * b.double()).sum()) for a, b in pairs))
+
+
+def _summed(tensor: Tensor, own: float) -> float:
+    """One number of this process's part, added up over the processes where `tensor` is sharded."""
+    if not isinstance(tensor, DTensor):
+        return own
+    part = torch.tensor(own, dtype=torch.float64, device=local(tensor).device)
+    return float(sum_in_order(part, tensor))
 
 
 def _blocks(tensor: Tensor) -> Sequence[Tensor]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fillm.capture import PerSampleGradients, norms_and_dots
+from fillm.capture import PerSampleGradients, is_shared, norms_and_dots
 from fillm.statistics.accumulators import first_not_finite, squared_norm, zeros_like
 from fillm.statistics.influence import Scalars
 
@@ -69,7 +69,7 @@ class RetainMoments:
         if self.estimate.get(name, 0.0) == 0.0:
             if self._followed:
                 return  # sums around different estimates would not add up
-            self.estimate[name] = self.damping * float(q.mean()) / self.v[name].numel()
+            self.estimate[name] = self.damping * float(q.mean()) / self.v[name].numel() if len(q) else 0.0
         base = self.estimate[name] + q
         c = torch.where(base > 0, d / base.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
         if self.tolerance is not None and self.v[name].numel() > EXPANSION_NUMEL:
@@ -77,7 +77,7 @@ class RetainMoments:
             cosine = SKIPPED_COSINE * self.tolerance**0.5
             c = torch.where(d.abs() >= cosine * (self.forget_sq_norm[name] * q).sqrt(), c, 0.0)
         self.summed[name][where] = (c != 0).cpu()
-        if not bool(c.any()):
+        if not bool(c.any()) and not is_shared(gradients):  # what several processes add up, none leaves out
             return
         # Higher terms are kept in units of l, so that they neither overflow nor underflow float32.
         for total in self.sums[name]:
@@ -188,7 +188,7 @@ class WeightedSum:
     def observe(self, name: str, gradients: PerSampleGradients, positions: Tensor) -> None:
         """Adds a batch."""
         weights = self.weights[name][positions.cpu()].to(self.total[name].device)
-        if bool(weights.any()):
+        if bool(weights.any()) or is_shared(gradients):
             gradients.add_weighted_(self.total[name], weights, alpha=1.0 / self.count)
 
     def samples(self) -> list[int]:

@@ -2,7 +2,8 @@
 
 `-m tests.rank.several_processes JOBS.json OUT.json`; a job is `{"argv": [...]}`. Its `fault`, one of FAULTS, happens in
 `process` (1) at the n-th `batch` (2) that this takes in a `pass` ("retain pass"), the first time that torchrun starts
-it; `further` arguments go to all but the first process. OUT.json holds, by job, the exit code of every process. Without
+it: `when` the batch begins ("before"), while it hands out gradients ("within") or once it is done ("after");
+`further` arguments go to all but the first process. OUT.json holds, by job, the exit code of every process. Without
 OUT.json the first job alone runs, and the process ends as the command does.
 """
 
@@ -43,6 +44,16 @@ FAULTS: dict[str, Callable[[], None]] = {
 }
 
 
+class Faulty:
+    """A statistic that goes wrong at the first tensor."""
+
+    def __init__(self, fault: str) -> None:
+        self.fault = fault
+
+    def observe(self, *_: Any) -> None:
+        FAULTS[self.fault]()
+
+
 def run(job: dict[str, Any]) -> int:
     """The exit code of one job in this process; of an exception, that of the interpreter."""
     batch, begin, save, now = Passes._batch, Passes.run, RunFolder.save_state, {"label": "", "batches": 0}
@@ -51,11 +62,16 @@ def run(job: dict[str, Any]) -> int:
         now.update(label=label, batches=0)
         begin(self, stage, label, *given, **options)
 
-    def counted(self: Passes, *given: Any) -> torch.Tensor:
+    def counted(self: Passes, capture: Any, samples: Any, members: list[int], statistic: Any) -> torch.Tensor:
         now["batches"] += 1
-        if now["label"] == job.get("pass", "retain pass") and now["batches"] == job.get("batch", 2):
+        due = now["label"] == job.get("pass", "retain pass") and now["batches"] == job.get("batch", 2)
+        when = job.get("when", "before") if due else ""
+        if when == "before":
             FAULTS[job["fault"]]()
-        return batch(self, *given)
+        losses = batch(self, capture, samples, members, Faulty(job["fault"]) if when == "within" else statistic)
+        if when == "after":
+            FAULTS[job["fault"]]()
+        return losses
 
     def full(*_: Any) -> None:
         raise RunFolderError("no space left on the disk")

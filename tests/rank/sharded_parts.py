@@ -1,0 +1,66 @@
+"""What each process holds of a sharded model and its sums; under torchrun `-m tests.rank.sharded_parts MODEL OUT.json`.
+
+OUT.json gets, by process, the bytes of the weights and of the accumulators of the retain pass, and of the whole. The
+processes also hold the sharded tensors' own sums against those of whole tensors.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from fillm.capture import ShardedCapture, ShardedGradients
+from fillm.capture.gradients import DenseGradients
+from fillm.models import load_model, load_sharded, model_fingerprint
+from fillm.models.sharded_tensors import into_shards, local, whole
+from fillm.runs.processes import Processes
+from fillm.statistics import RetainMoments, inner, squared_norm
+from fillm.statistics.accumulators import zeros_like
+
+
+def bytes_of(tensors: list[torch.Tensor]) -> int:
+    """Of what lies in this process."""
+    return sum(local(t).untyped_storage().nbytes() for t in tensors)
+
+
+def check_sums(parameter: torch.Tensor, processes: Processes) -> None:
+    """Sums over the processes, dots and norms are those of whole tensors."""
+    generator = torch.Generator().manual_seed(1)
+    draws = [torch.randn(2, *parameter.shape, generator=generator) for _ in range(processes.count)]
+    own, v = draws[processes.index], torch.randn(parameter.shape, generator=generator)
+    sharded, total = zeros_like(parameter), zeros_like(parameter)
+    into_shards(v if processes.first else None, sharded)
+    assert torch.equal(whole(sharded), v)
+    gradients = ShardedGradients(DenseGradients(own), parameter)
+    torch.testing.assert_close(gradients.dots(sharded), (own.double() * v.double()).flatten(1).sum(1))
+    weights = torch.tensor([2.0, -1.0])
+    if processes.index == processes.count - 1:  # an idle one adds nothing
+        gradients = ShardedGradients(None, parameter)
+    gradients.add_weighted_(total, weights, alpha=0.5)
+    wanted = 0.5 * sum(2.0 * two[0] - two[1] for two in draws[:-1])
+    torch.testing.assert_close(whole(total), wanted)
+    assert abs(squared_norm(total) / float(wanted.double().square().sum()) - 1) < 1e-6
+    assert abs(inner(total, sharded) - float((wanted.double() * v.double()).sum())) < 1e-4
+
+
+if __name__ == "__main__":
+    processes = Processes("cpu")
+    reference = load_model(sys.argv[1], device="cpu")
+    model = load_sharded(sys.argv[1], dtype="float32", device=processes.device)
+    assert model_fingerprint(model) == model_fingerprint(reference)
+    capture = ShardedCapture(model, [name for name, _ in model.named_parameters()])
+    for parameter in capture.parameters.values():
+        check_sums(parameter, processes)
+    v = {name: zeros_like(parameter) for name, parameter in capture.parameters.items()}
+    moments = RetainMoments(v, 14, 0.1, weighted=v)
+    sums = [total for totals in moments.sums.values() for total in totals]
+    weights = [*model.parameters()]
+    said = {"weights": bytes_of(weights), "accumulators": bytes_of([*v.values(), *sums])}
+    said |= {"gathered": sum(tensor.untyped_storage().nbytes() for tensor in capture.operands.values())}
+    said |= {"whole weights": 4 * sum(t.numel() for t in weights)}
+    said |= {"whole accumulators": 4 * sum(t.numel() for t in [*v.values(), *sums])}
+    heard = [json.loads(words) for words in processes.tell(json.dumps(said))]
+    if processes.first:
+        Path(sys.argv[2]).write_text(json.dumps(heard), encoding="utf-8")
+    processes.leave()

@@ -1,0 +1,163 @@
+"""A model sharded over processes (FSDP2) ranks as a whole one, and each process holds its part; gloo on the CPU."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fillm.errors import UsageError
+from fillm.rank.__main__ import main
+from fillm.rank.config import RankConfig, check_sharded
+from tests.families import build_family
+from tests.rank.conftest import word_tokenizer
+from tests.rank.test_several_processes import alone as alone
+from tests.rank.test_several_processes import assert_same, run_jobs, torchrun
+from tests.rank.test_several_processes import command as command
+from tests.rank.test_several_processes import one_thread as one_thread
+
+FAMILIES = ("llama", "llama-tied", "gpt2", "gemma2")
+SETTINGS: dict[str, list[str]] = {
+    "certified": [],
+    "all of them exact": ["--tolerance", "1e-9"],
+    "u": ["--save-update"],
+    "packed": ["--layout", "packed"],
+    "recomputed": ["--gradient-checkpointing", "--save-update"],
+    "mlp alone": ["--include", "mlp", "--save-update"],
+    "one sample a batch": ["--tokens-per-batch", "1", "--save-update"],
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A model folder of each family."""
+    found = {}
+    for family in FAMILIES:
+        folder = tmp_path_factory.mktemp("model") / family
+        build_family(family).save_pretrained(folder)
+        word_tokenizer().save_pretrained(folder)
+        found[family] = str(folder)
+    return found
+
+
+@pytest.fixture(scope="module")
+def started(folders: dict[str, str], forget_file: str, retain_file: str) -> Callable[..., list[str]]:
+    """The command line of a run of one family."""
+
+    def build(out: Path, family: str, *further: str) -> list[str]:
+        given = ["--model", folders[family], "--forget", forget_file, "--retain", retain_file, "--device", "cpu"]
+        return [*given, "--tokens-per-batch", "48", "--out", str(out), *further]
+
+    return build
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
+def test_the_ranking_is_that_of_the_whole_model(processes, started, one_thread, tmp_path) -> None:
+    runs = {f"{family} u": (family, ["--save-update"]) for family in FAMILIES[1:]}
+    runs |= {name: ("llama", further) for name, further in SETTINGS.items()}
+    if processes == 3:
+        runs = {name: runs[name] for name in ("certified", "one sample a batch", "llama-tied u")}
+    jobs = []
+    for name, (family, further) in runs.items():
+        assert main(started(tmp_path / "whole" / name, family, *further)) == 0, name
+        jobs.append({"argv": started(tmp_path / name, family, *further, "--shard")})
+    codes, said = run_jobs(processes, jobs, tmp_path)
+    assert codes == [[0] * processes] * len(jobs), said
+    for name in runs:
+        assert_same(tmp_path / name, tmp_path / "whole" / name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2"])
+def test_each_process_holds_its_part(family, folders, tmp_path) -> None:
+    out = tmp_path / "parts.json"
+    done = torchrun(2, "-m", "tests.rank.sharded_parts", folders[family], str(out))
+    assert done.returncode == 0, done.stderr
+    first, second = json.loads(out.read_text(encoding="utf-8"))
+    for what in ("weights", "accumulators"):
+        assert first[what] + second[what] >= first[f"whole {what}"]
+        assert max(first[what], second[what]) <= 0.51 * first[f"whole {what}"]  # 97 rows are 49 and 48, padded
+    assert first["gathered"] == second["gathered"] == 0  # between two passes no layer is
+
+
+@pytest.mark.slow
+def test_an_end_in_one_process_ends_all_and_resumes(started, one_thread, tmp_path) -> None:
+    further = ["--tokens-per-batch", "1", "--save-update"]
+    assert main(started(tmp_path / "whole", "llama", *further)) == 0
+    always = [*further, "--shard", "--checkpoint-seconds", "1e-9"]
+    jobs = [
+        {"argv": started(tmp_path / "error", "llama", *always), "fault": "error", "when": "after"},
+        {"argv": started(tmp_path / "error", "llama", *always, "--resume")},
+        {"argv": started(tmp_path / "stop", "llama", *always), "fault": "stop"},
+        {"argv": started(tmp_path / "stop", "llama", *always, "--resume")},
+        {"argv": started(tmp_path / "forget", "llama", *always), "fault": "stop", "pass": "forget pass", "batch": 1},
+        {"argv": started(tmp_path / "forget", "llama", *always, "--resume")},
+        {"argv": started(tmp_path / "row", "llama", "--shard", "--granularity", "row")},
+    ]
+    codes, said = run_jobs(2, jobs, tmp_path)
+    assert codes == [[code] * 2 for code in (2, 0, 3, 0, 3, 0, 2)], said
+    told = [line.removeprefix("fillm rank: ") for line in said.splitlines() if line.startswith("fillm rank: ")]
+    assert told == [
+        "the loss of sample 7 is nan",
+        "stopped by a signal to another process in the retain pass; continue with --resume",
+        "stopped by a signal to another process in the forget pass; continue with --resume",
+        "--shard does not take --granularity row: it ranks whole tensors by the size of soir's update; leave one of "
+        "them out",
+    ]
+    for name in ("error", "stop", "forget"):
+        assert_same(tmp_path / name, tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "line"),
+    [
+        ("error", "the loss of sample 7 is nan"),
+        ("kill", "another process of the run has died; continue with --resume"),
+    ],
+)
+def test_an_end_in_the_midst_of_a_batch_is_told_once(fault, line, started, one_thread, tmp_path) -> None:
+    further = ["--tokens-per-batch", "1", "--save-update"]
+    argv = started(tmp_path / "run", "llama", *further, "--shard", "--checkpoint-seconds", "1e-9")
+    jobs = tmp_path / "jobs.json"
+    jobs.write_text(json.dumps([{"argv": argv, "fault": fault, "when": "within", "batch": 3}]), encoding="utf-8")
+    done = torchrun(2, "-m", "tests.rank.several_processes", str(jobs))
+    assert done.returncode != 0
+    told = [said for said in done.stderr.splitlines() if said.startswith("fillm rank: ")]
+    assert told == [f"fillm rank: {line}"], done.stderr
+    codes, said = run_jobs(2, [{"argv": [*argv, "--resume"]}], tmp_path)
+    assert codes == [[0, 0]], said
+    assert main(started(tmp_path / "whole", "llama", *further)) == 0
+    assert_same(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_plan_of_shards_is_not_made(arguments, fails) -> None:
+    assert fails(arguments("--shard", "--dry-run")) == (
+        "--dry-run plans a whole model in one process and not its shards; leave out --shard"
+    )
+
+
+def test_one_process_shards_nothing(arguments, fails) -> None:
+    assert fails(arguments("--shard")) == (
+        "--shard spreads the model over several processes; start them with torchrun --nproc-per-node N"
+    )
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"method": "fisher-ratio"},
+        {"curvature": "diagonal"},
+        {"granularity": "head"},
+        {"objective": "retain"},
+        {"score": "mean-abs"},
+        {"adapter": "folder"},
+    ],
+)
+def test_what_is_not_sharded_is_refused_by_name(given) -> None:
+    (value,) = given.values()
+    with pytest.raises(
+        UsageError, match=f"--shard does not take --{next(iter(given))}.*{'' if value == 'folder' else value}"
+    ):
+        check_sharded(RankConfig(model="m", shard=True, **given), 2)
