@@ -85,7 +85,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             spread = f"{row['ranking_ratio']:.1%} ({row['ranking_ratio_min']:.1%} to {row['ranking_ratio_max']:.1%})"
             print(f"{kind}: {first:.2f} s, from the store {second:.2f} s: {spread}")
     made = dict(zip(("forget", "retain", "other"), map(shown, sets), strict=True))
-    save(given.out, [row | made | {"command": command_line(asked, PROGRAM)} for row in rows])
+    # The sets have columns of their own; the rest of what was asked for, where it is not the default.
+    further = {"compression": given.compression, "sketch_dim": given.sketch_dim, "rounds": given.rounds}
+    told = [
+        f"--{name.replace('_', '-')} {' '.join(value) if isinstance(value, list) else value}"
+        for name, value in further.items()
+        if value != parser.get_default(name)
+    ]
+    save(given.out, [row | made | {"command": " ".join([command_line(asked, PROGRAM), *told])} for row in rows])
     return 0
 
 

@@ -286,7 +286,8 @@ def _exit_code(error: BaseException | None) -> int:
     return InterruptedRun.exit_code if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
 
 
-def _joined(cpu: bool) -> Any:
+def _joined(cpu: bool) -> tuple[Any, Any]:
+    """The state of this process among the others, and the store that all of them read and write."""
     try:
         from accelerate import PartialState
     except ImportError:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fillm.statistics.estimates import BAR, Estimate
-from fillm.statistics.gram import widened
+from fillm.statistics.gram import float64_blocks
 from fillm.statistics.gram_form import InnerProducts
 from fillm.statistics.rounding import ROUNDING
 
@@ -61,7 +61,7 @@ def _rounding_error(products: InnerProducts) -> Tensor:
     variance = torch.zeros((), dtype=torch.float64)
     if products.primal is not None and products.primal[0].dtype == torch.bfloat16:
         (rows, v), signs = products.primal, products.cross.sign()
-        for start, block in widened(rows):
+        for start, block in float64_blocks(rows):
             variance += block.mul_(signs[start : start + len(block)] @ v.T).square_().sum()
     return ROUNDING * variance.sqrt()
 

@@ -71,7 +71,7 @@ class RowsGram:
         columns = right.double().T.contiguous()  # rows along the wide matrix: skinny products are slow the other way
         out = torch.empty(columns.shape[0], len(self.rows), dtype=torch.float64)
         with _few_threads(len(columns)):
-            for start, block in widened(self.rows):
+            for start, block in float64_blocks(self.rows):
                 out[:, start : start + len(block)] = columns @ block.T
         return out.T * self.scale[:, None]
 
@@ -80,7 +80,7 @@ class RowsGram:
         weights = (c.double() * self.scale[:, None]).T.contiguous()
         out = torch.zeros(len(weights), self.rows.shape[1], dtype=torch.float64)
         with _few_threads(len(weights)):
-            for start, block in widened(self.rows):
+            for start, block in float64_blocks(self.rows):
                 out.addmm_(weights[:, start : start + len(block)], block)
         return out.T.contiguous()
 
@@ -88,7 +88,7 @@ class RowsGram:
         """Squared lengths of the rows of `R`, whatever `scale` says: [n], float64."""
         out = torch.empty(len(self.rows), dtype=torch.float64)
         with _few_threads(1):
-            for start, block in widened(self.rows):
+            for start, block in float64_blocks(self.rows):
                 torch.sum(block.square_(), 1, out=out[start : start + len(block)])
         return out
 
@@ -111,7 +111,7 @@ class RowsGram:
         return some @ some.T
 
 
-def widened(rows: Tensor) -> Iterator[tuple[int, Tensor]]:
+def float64_blocks(rows: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Some rows of [n, k] at a time in float64, and where they begin: good until the next, free to be written to."""
     step = max(1, BLOCK_ENTRIES // max(1, rows.shape[1]))
     memory = torch.empty(min(step, len(rows)), rows.shape[1], dtype=torch.float64)

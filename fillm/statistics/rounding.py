@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fillm.statistics.gram import RowsGram, widened
+from fillm.statistics.gram import RowsGram, float64_blocks
 from fillm.statistics.gram_form import InnerProducts, Step, woodbury_step
 
 # Root mean square of the relative error: the distance between neighbours is 2^-7 of the power of two below, and
@@ -25,7 +25,7 @@ def rounding_variance(rows: Tensor, terms: Terms) -> Tensor:
     """`rho^2 sum_ip (g_ip sum_t a_i^t s_p^t)^2`: rows [n, P] -> [m], float64."""
     pairs = [(a * b, s * t) for a, s in terms for b, t in terms]
     out = torch.zeros(terms[0][1].shape[1], dtype=torch.float64)
-    for start, block in widened(rows):
+    for start, block in float64_blocks(rows):
         squares, stop = block.square_(), start + len(block)
         for of_rows, of_columns in pairs:
             out += (of_rows[start:stop] * (squares @ of_columns)).sum(0)

@@ -6,21 +6,18 @@ from pathlib import Path
 import pytest
 
 from benchmarks.end_to_end import bench_processes as bench
-from tests.families import build_family
-from tests.rank.conftest import question_row, word_tokenizer, write_rows
+from tests.rank.conftest import question_row, write_rows
 
 
 @pytest.mark.slow
-def test_a_row_for_every_variant_and_number_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = Path(bench.__file__).resolve().parents[2]
-    monkeypatch.setenv("PYTHONPATH", f"{root}:{root / 'kernels'}")
-    model, out = tmp_path / "llama", tmp_path / "rows.csv"
-    build_family("llama").save_pretrained(model)
-    word_tokenizer().save_pretrained(model)
+def test_a_row_for_every_variant_and_number_of_processes(
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "rows.csv"
     data = ["--forget", write_rows(tmp_path / "forget.jsonl", [question_row(n) for n in range(4)])]
     data += ["--retain", write_rows(tmp_path / "retain.jsonl", [question_row(n) for n in range(20, 30)])]
     monkeypatch.setattr(bench, "VARIANTS", {"certified": []})
-    words = ["--model", str(model), *data, "--tokens-per-batch", "32", "--rounds", "1", "--out", str(out)]
+    words = ["--model", str(small_model), *data, "--tokens-per-batch", "32", "--rounds", "1", "--out", str(out)]
     assert bench.main(words) == 0
     with out.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))

@@ -6,18 +6,24 @@ from pathlib import Path
 import pytest
 
 from benchmarks.end_to_end import bench_store as bench
-from tests.families import build_family
-from tests.rank.conftest import question_row, word_tokenizer, write_rows
+from tests.end_to_end.conftest import ROOT
+from tests.rank.conftest import question_row, write_rows
 
 
 @pytest.mark.slow
-def test_a_row_for_every_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = Path(bench.__file__).resolve().parents[2]
-    monkeypatch.setenv("PYTHONPATH", f"{root}:{root / 'kernels'}")
-    model, out = tmp_path / "llama", tmp_path / "rows.csv"
-    build_family("llama").save_pretrained(model)
-    word_tokenizer().save_pretrained(model)
-    words = ["--model", str(model), "--compression", "countsketch", "oporp", "--sketch-dim", "64", "--rounds", "2"]
+def test_a_row_for_every_kind(small_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "rows.csv"
+    words = [
+        "--model",
+        str(small_model),
+        "--compression",
+        "countsketch",
+        "oporp",
+        "--sketch-dim",
+        "64",
+        "--rounds",
+        "2",
+    ]
     for name, numbers in (("forget", range(4)), ("other", range(4, 8)), ("retain", range(20, 40))):
         rows = [question_row(number) for number in numbers]
         words += [f"--{name}", write_rows(tmp_path / f"{name}.jsonl", rows)]
@@ -25,6 +31,7 @@ def test_a_row_for_every_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with out.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [row["compression"] for row in rows] == ["countsketch", "oporp"]
+    assert rows[0]["command"].endswith("--compression countsketch oporp --sketch-dim 64 --rounds 2")
     for row in rows:
         for what in bench.TIMES:
             least = float(row[f"{what}_second_seconds_min"]) / float(row[f"{what}_first_seconds_max"])
@@ -42,10 +49,9 @@ def test_needs_a_round() -> None:
 
 
 def test_the_page_shows_the_committed_row() -> None:
-    root = Path(bench.__file__).resolve().parents[2]
-    with (root / "benchmarks/results/rank_store_cpu.csv").open(newline="", encoding="utf-8") as file:
+    with (ROOT / "benchmarks/results/rank_store_cpu.csv").open(newline="", encoding="utf-8") as file:
         row = next(csv.DictReader(file))
     first, second = (float(row[f"ranking_{which}_seconds"]) for which in ("first", "second"))
-    page = " ".join((root / "docs/store.md").read_text(encoding="utf-8").split())
+    page = " ".join((ROOT / "docs/store.md").read_text(encoding="utf-8").split())
     assert f"took {first:.1f} s" in page
     assert f"from its store {second:.1f} s, {float(row['ranking_ratio']):.1%}".replace("%", " %") in page
