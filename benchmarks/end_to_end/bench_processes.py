@@ -23,6 +23,7 @@ from benchmarks.end_to_end.results import Row, spread_of
 from benchmarks.end_to_end.settings import BenchConfig, command_line, shown
 from benchmarks.end_to_end.workload import resolve
 from benchmarks.kernels.rows import save
+from fillm.errors import FillmError, UsageError
 from fillm.rank import Ranking
 
 PROGRAM = "python -m benchmarks.end_to_end.bench_processes"
@@ -32,7 +33,12 @@ VARIANTS: Mapping[str, Sequence[str]] = {"certified": [], "update": ["--save-upd
 
 
 def timed(words: Sequence[str], processes: int, out: Path) -> dict[str, float]:
-    """Seconds of one run into `out`, by what of it."""
+    """Seconds of one run into `out`, by what of it.
+
+    Raises:
+        UsageError: with the command's own line, where it refuses what it was given.
+        RuntimeError: with all that it said, where it fails.
+    """
     start = [sys.executable, "-m"]
     if processes > 1:
         start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
@@ -43,7 +49,8 @@ def timed(words: Sequence[str], processes: int, out: Path) -> dict[str, float]:
     )  # fmt: skip
     taken = time.perf_counter() - begun
     if done.returncode:
-        raise RuntimeError(done.stderr)
+        told = [line for line in done.stderr.splitlines() if line.startswith("fillm rank: ")]
+        raise UsageError(told[-1]) if told else RuntimeError(done.stderr)
     record = yaml.safe_load((out / "run.yaml").read_text(encoding="utf-8"))
     return {
         "passes": sum(row["seconds"] for row in record["passes"]),
@@ -97,6 +104,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     if min(given.rounds, *given.processes) < 1:
         parser.error("--rounds and --processes: give at least 1")
+    try:
+        _bench(given)
+    except FillmError as error:
+        parser.exit(error.exit_code, f"{PROGRAM}: {error}\n")
+    return 0
+
+
+def _bench(given: argparse.Namespace) -> None:
     asked = BenchConfig(given.model, forget=given.forget, retain=given.retain, data_root=given.data_root)
     config = resolve(asked, lambda line: print(line, file=sys.stderr, flush=True))
     words = ["--model", str(config.model), "--forget", str(config.forget), "--retain", str(config.retain)]
@@ -117,7 +132,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             for what in TIMES
         )
         print(f"{row['variant']}, {row['processes']} processes: {times}; differs by {row['largest_difference']:.1e}")
-    return 0
 
 
 if __name__ == "__main__":

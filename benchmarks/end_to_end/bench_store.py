@@ -20,6 +20,7 @@ from benchmarks.end_to_end.results import Row, spread_of
 from benchmarks.end_to_end.settings import BenchConfig, command_line, shown
 from benchmarks.end_to_end.workload import resolve
 from benchmarks.kernels.rows import save
+from fillm.errors import FillmError
 
 PROGRAM = "python -m benchmarks.end_to_end.bench_store"
 TIMES = ("ranking", "command")
@@ -69,6 +70,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     if given.rounds < 1:
         parser.error("--rounds: give at least 1")
+    try:
+        _bench(given)
+    except FillmError as error:
+        parser.exit(error.exit_code, f"{PROGRAM}: {error}\n")
+    return 0
+
+
+def _bench(given: argparse.Namespace) -> None:
     asked = BenchConfig(given.model, data_root=given.data_root)
     config = resolve(asked, lambda line: print(line, file=sys.stderr, flush=True))
     defaults = TOFU if config.data_root else FICTIONAL
@@ -85,15 +94,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             spread = f"{row['ranking_ratio']:.1%} ({row['ranking_ratio_min']:.1%} to {row['ranking_ratio_max']:.1%})"
             print(f"{kind}: {first:.2f} s, from the store {second:.2f} s: {spread}")
     made = dict(zip(("forget", "retain", "other"), map(shown, sets), strict=True))
-    # The sets have columns of their own; the rest of what was asked for, where it is not the default.
-    further = {"compression": given.compression, "sketch_dim": given.sketch_dim, "rounds": given.rounds}
-    told = [
-        f"--{name.replace('_', '-')} {' '.join(value) if isinstance(value, list) else value}"
-        for name, value in further.items()
-        if value != parser.get_default(name)
-    ]
-    save(given.out, [row | made | {"command": " ".join([command_line(asked, PROGRAM), *told])} for row in rows])
-    return 0
+    # The sets have columns of their own.
+    told = f"--compression {' '.join(given.compression)} --sketch-dim {given.sketch_dim} --rounds {given.rounds}"
+    save(given.out, [row | made | {"command": f"{command_line(asked, PROGRAM)} {told}"} for row in rows])
 
 
 if __name__ == "__main__":

@@ -42,6 +42,18 @@ def test_a_row_for_every_kind(small_model: Path, tmp_path: Path) -> None:
     assert str(tmp_path) not in out.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
+def test_what_the_command_refuses_is_one_line(small_model: Path, tmp_path: Path, capsys) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [question_row(number) for number in range(4)])
+    words = ["--model", str(small_model), "--forget", rows, "--retain", rows, "--other", rows]
+    with pytest.raises(SystemExit) as error:
+        bench.main([*words, "--compression", "nosuch", "--out", str(tmp_path / "rows.csv")])
+    assert error.value.code == 2
+    said = capsys.readouterr().err
+    assert "--compression: 'nosuch'" in said and said.count("\n") == 1
+    assert not (tmp_path / "rows.csv").exists()
+
+
 def test_needs_a_round() -> None:
     with pytest.raises(SystemExit) as error:
         bench.main(["--rounds", "0"])
