@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import GPTNeoXConfig, MistralConfig, PretrainedConfig
+from transformers import GPTNeoXConfig, MistralConfig, Olmo2Config, PhiConfig, PretrainedConfig
 
 from benchmarks.compression.workloads import FAMILIES as STUDIED
 from benchmarks.compression.workloads import family_config
@@ -19,7 +19,7 @@ from fillm.finetune.architectures import new_model
 from fillm.models import load_model, load_tokenizer
 from fillm.rank.default_model import cache_folder
 
-FAMILIES = (*STUDIED, "mistral", "gpt_neox")
+FAMILIES = (*STUDIED, "mistral", "gpt_neox", "olmo2", "phi")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,4 +104,12 @@ def config_of(family: str, hidden: int, layers: int, vocab: int) -> PretrainedCo
         return MistralConfig(vocab_size=vocab, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=4,
                              num_key_value_heads=2, intermediate_size=hidden * 11 // 4, max_position_embeddings=1024,
                              sliding_window=None, tie_word_embeddings=False)  # fmt: skip
+    if family == "phi":
+        return PhiConfig(vocab_size=vocab, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=4,
+                         intermediate_size=4 * hidden, max_position_embeddings=1024, embd_pdrop=0.0,
+                         resid_pdrop=0.0, attention_dropout=0.0)  # fmt: skip
+    if family == "olmo2":
+        return Olmo2Config(vocab_size=vocab, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=4,
+                           num_key_value_heads=4, intermediate_size=hidden * 11 // 4, max_position_embeddings=1024,
+                           tie_word_embeddings=False)  # fmt: skip
     return family_config(family, hidden, layers, vocab)

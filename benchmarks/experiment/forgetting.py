@@ -23,6 +23,7 @@ KEY = ("choice", "loss")
 WHOLE = "whole model"
 LOSSES = ("ga", "grad-diff")
 ALONE = " without retain term"  # after a loss that has one
+BY_SOPHIA = " by sophia"  # after a loss, where the optimiser is not AdamW
 DEFAULTS: Mapping[str, Any] = {
     "losses": list(LOSSES), "batch_size": 20, "max_steps": 60, "eval_every": 2, "eval_retain": 80
 }  # fmt: skip
@@ -63,7 +64,10 @@ def records(
 
 def _best_of_rates(config: UnlearningConfig, case: Case, mask: Mask, loss: str) -> Record:
     tried: dict[float, Record] = {}
-    name, options = loss.removesuffix(ALONE), {"alpha": 0.0} if loss.endswith(ALONE) else {}
+    name, options = loss, dict[str, Any]()
+    for suffix, option in ((BY_SOPHIA, {"optimizer": "sophia"}), (ALONE, {"alpha": 0.0})):
+        if name.endswith(suffix):
+            name, options = name.removesuffix(suffix), options | option
     while (rate := next_rate(tried)) is not None:
         tried[rate] = unlearned(config, case, "", mask, name, rate, **options)
     runs = list(tried.values())

@@ -118,7 +118,7 @@ def runs(
 
 
 def unlearned(
-    config: UnlearningConfig, one: Recited, choice: str, mask: Mask, loss: str, rate: float, **options: float
+    config: UnlearningConfig, one: Recited, choice: str, mask: Mask, loss: str, rate: float, **options: Any
 ) -> Record:
     """One unlearning, up to the higher level; the model comes back as it was.
 
@@ -129,7 +129,7 @@ def unlearned(
         mask: what may change.
         loss: as `--loss` of `fillm.unlearn`.
         rate: the peak rate.
-        options: of the loss.
+        options: of the loss, and other settings of `fillm.unlearn_model`.
 
     Returns:
         Losses before and after and at the levels, steps, and what was selected.
@@ -167,9 +167,7 @@ def losses_after(
     }
 
 
-def _run(
-    config: UnlearningConfig, one: Recited, mask: Mask, loss: str, rate: float, stop: bool, **options: float
-) -> Any:
+def _run(config: UnlearningConfig, one: Recited, mask: Mask, loss: str, rate: float, stop: bool, **options: Any) -> Any:
     parameters = dict(one.model.named_parameters())
     before = {name: parameters[name].detach().clone() for name in mask}
     forget, retain = ([row.fields for row in one.rows[name]] for name in ("forget", "retain"))

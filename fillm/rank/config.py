@@ -41,6 +41,8 @@ _OPTIONS_OF = {
     "path_weight": ("path",),
     "path_rise": ("path",),
     "path_points": ("path",),
+    "path_rounds": ("path",),
+    "path_keep": ("path",),
 }
 _WOODBURY_TOO = ("woodbury", "soir-per-sample")
 FORGET_ALONE = ("saliency", "gradient")  # methods that do not look at the retain set
@@ -98,6 +100,8 @@ class RankConfig:
     path_weight: float = option(3.0, "how many times damage counts against gain (path)", "X")
     path_rise: float = option(1.0, "rise of the forget loss up to which the step is followed, in nats (path)", "X")
     path_points: int = option(4, "points of the midpoint rule, a pass over each set at each (path)", "N")
+    path_rounds: int = option(1, "leave weights out and follow the others anew so many times (path, element)", "N")
+    path_keep: float = option(0.1, "fraction of the weights that is to be selected after --path-rounds", "X")
     store: str | None = option(None, "folder of a sketch store to build, to add to, or to rank from", "DIR")
     memory: str | None = option(
         None, "memory for sketches (--compression auto) or exact Gram matrices (default: half of what is free)", "SIZE"
@@ -200,6 +204,12 @@ def check(config: RankConfig) -> None:
         raise UsageError("--resume continues a run and --overwrite replaces it: give one")
     if method == "path" and config.dtype in ("bfloat16", "float16") and config.adapter is None:
         raise UsageError(f"--method path moves weights by less than {config.dtype} can tell apart; use --dtype float32")
+    if config.path_rounds != 1 and config.granularity != "element":
+        raise UsageError(f"--path-rounds {config.path_rounds} leaves out single weights; use --granularity element")
+    if config.path_rounds == 1 and config.path_keep != RankConfig.path_keep:
+        raise UsageError(f"--path-keep {config.path_keep} has no effect without --path-rounds; leave it out")
+    if not 0 < config.path_keep < 1:
+        raise UsageError(f"--path-keep must be between 0 and 1, not {config.path_keep}")
     for name in ("damping", "tolerance", "mu", "path_weight", "path_rise", "checkpoint_seconds"):
         value = getattr(config, name)
         if not 0 < value < math.inf:
@@ -207,7 +217,7 @@ def check(config: RankConfig) -> None:
             raise UsageError(f"--{name.replace('_', '-')} must be {needed}, not {value}")
     if not 1e-12 <= config.damping <= 1e12:
         raise UsageError(f"--damping must be between 1e-12 and 1e12, not {config.damping}")
-    for name in ("num_forget", "num_retain", "tokens_per_batch", "max_length", "path_points"):
+    for name in ("num_forget", "num_retain", "tokens_per_batch", "max_length", "path_points", "path_rounds"):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {value}")

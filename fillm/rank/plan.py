@@ -100,7 +100,7 @@ def plan(
         elif config.canonical_method == "soir" and not (config.needs_update or config.sketched):
             notes.append("a pass over what the bracket does not certify comes on top")
         elif config.canonical_method == "path":
-            notes.append(f"the search of the step's length takes at most {MOST_LENGTHS} passes, mostly fewer")
+            notes.append(f"the search of a step's length takes at most {MOST_LENGTHS} passes, mostly fewer")
     if program_bytes:
         memory["program"] = program_bytes
     return Plan(len(scope), sum(info.numel for info in scope), tuple(passes), memory, rate, tuple(notes))
@@ -157,7 +157,8 @@ def _accumulators(
         return {"mean absolute forget gradient": plain}
     if config.canonical_method == "path":
         signs = sum(info.numel for info in scope)
-        return {"contributions of the weights": plain, "weights as they came": plain, "signs of the step": signs}
+        out = {"contributions of the weights": plain, "weights as they came": plain, "signs of the step": signs}
+        return out | ({"scores of what is left out, and its round": plain + signs} if config.path_rounds > 1 else {})
     if config.canonical_method == "fisher-ratio":
         return {"diagonal Fisher of the forget set": plain, "diagonal Fisher of the retain set": plain}
     out = {"mean forget gradient v": plain}

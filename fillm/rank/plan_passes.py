@@ -53,7 +53,7 @@ def passes_of(config: RankConfig) -> list[MethodPass]:
     if method in FORGET_ALONE:
         return out
     if method == "path":
-        return [*out, *_along_the_step(config.path_points)]
+        return [*out, *_along_the_step(config.path_points, config.path_rounds)]
     certified = method == "soir" and config.curvature == "datainf"
     out.append(MethodPass("retain pass", "retain", 2 if certified else 1, certified))
     if config.objective != "forget":
@@ -61,13 +61,17 @@ def passes_of(config: RankConfig) -> list[MethodPass]:
     return out
 
 
-def _along_the_step(points: int) -> list[MethodPass]:
+def _along_the_step(points: int, rounds: int) -> list[MethodPass]:
+    lengths, places = rounds * MOST_LENGTHS, rounds * points
+    ends = (
+        "retain pass at the end of the step" if rounds == 1 else f"retain passes at the ends of the steps, {rounds} x"
+    )
     return [
         MethodPass("retain pass, forward", "retain", forward=True),
-        MethodPass(f"search of the length, {MOST_LENGTHS} x forward", "forget", times=MOST_LENGTHS, forward=True),
-        MethodPass(f"forget passes along the step, {points} x", "forget", 1, times=points),
-        MethodPass(f"retain passes along the step, {points} x", "retain", 1, times=points),
-        MethodPass("retain pass at the end of the step, forward", "retain", forward=True),
+        MethodPass(f"search of the length, {lengths} x forward", "forget", times=lengths, forward=True),
+        MethodPass(f"forget passes along the step, {places} x", "forget", 1, times=places),
+        MethodPass(f"retain passes along the step, {places} x", "retain", 1, times=places),
+        MethodPass(f"{ends}, forward", "retain", times=rounds, forward=True),
     ]
 
 

@@ -30,6 +30,7 @@ FILES = ["heatmap.png", "ranking.csv", "ranking.parquet", "run.yaml", "samples.p
 RESULTS = ["ranking.csv", "ranking.parquet", "samples.parquet", "update.safetensors"]
 
 PATH = ["--method", "path", "--granularity", "element", "--path-rise", "0.1", "--path-points", "2"]
+ROUNDS = [*PATH, "--path-rounds", "2"]
 
 
 def names(folder):
@@ -110,7 +111,7 @@ def test_sample_losses_are_the_models_own(arguments, tmp_path, model_folder, for
         assert row["loss"] == pytest.approx(expected[row["id"]][1], rel=1e-5), row["id"]
 
 
-@pytest.mark.parametrize("further", [[], ["--save-update", "--objective", "retain"], ["--granularity", "row"], PATH])
+@pytest.mark.parametrize("further", [[], ["--save-update", "--objective", "retain"], ["--granularity", "row"], ROUNDS])
 def test_a_record_replays_to_the_same_bytes(arguments, tmp_path, further):
     first = tmp_path / "run"
     assert main(arguments(*further)) == 0
@@ -184,7 +185,7 @@ KINDS = {
     "update": ["--save-update"],
     "retain": ["--objective", "retain", "--save-update"],
     "sum": ["--method", "soir-sum"],
-    "path": PATH,
+    "path": ROUNDS,
 }
 
 

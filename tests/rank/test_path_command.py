@@ -48,6 +48,38 @@ def test_a_dry_run_tells_the_passes_of_the_run(arguments, capsys, tmp_path):
     assert record["path"]["lengths_tried"] <= 18
 
 
+@pytest.mark.usefixtures("nothing_drawn")
+def test_rounds_are_recorded_told_and_planned(arguments, capsys, tmp_path):
+    command = arguments(*COMMAND, "--path-rounds", "2", "--path-keep", "0.25")
+    assert main([*command, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert main(command) == 0
+    record = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text(encoding="utf-8"))
+    rounds = record["path"]["rounds"]
+    stages = [one["pass"] for one in record["passes"]]
+    expected = ["forget", "retain"]
+    for prefix, one in zip(("", "round-2-"), rounds, strict=True):
+        search = [f"length-{n + 1}" for n in range(one["lengths_tried"])]
+        own = [*search, "forget-1", "retain-1", "forget-2", "retain-2", "retain-end"]
+        expected += [prefix + stage for stage in own]
+    assert stages == expected
+    told = [line for line in capsys.readouterr().err.splitlines() if "at a change of" in line]
+    assert [line.partition(",")[0] for line in told] == ["round 1 of 2", "round 2 of 2"]
+    total = sum(row["numel"] for row in Ranking.load(tmp_path / "run"))
+    assert rounds[1]["weights_moved"] == total // 2 and Ranking.load(tmp_path / "run").select(0.25).count == total // 4
+    done = {one["pass"]: (one["samples"], one["tokens"], one["batches"]) for one in record["passes"]}
+    lines = {
+        "forget passes along the step, 4 x": ["forget-1", "forget-2", "round-2-forget-1", "round-2-forget-2"],
+        "retain passes at the ends of the steps, 2 x, forward": ["retain-end", "round-2-retain-end"],
+        "search of the length, 36 x forward": 36 * ["length-1"],
+    }
+    for label, parts in lines.items():
+        found = re.search(rf"^{label} +(\d+) samples, ([\d,]+) tokens, (\d+) batches$", out, re.MULTILINE)
+        planned = tuple(int(part.replace(",", "")) for part in found.groups())
+        assert planned == tuple(sum(sizes) for sizes in zip(*(done[stage] for stage in parts), strict=True)), label
+    assert "scores of what is left out, and its round" in out
+
+
 @pytest.mark.parametrize(
     ("further", "said"),
     [
@@ -64,6 +96,11 @@ def test_a_dry_run_tells_the_passes_of_the_run(arguments, capsys, tmp_path):
         (["--method", "path", "--path-rise", "0"], "--path-rise must be above 0, not 0.0"),
         (["--method", "path", "--path-weight", "nan"], "--path-weight must be above 0, not nan"),
         (["--method", "path", "--path-points", "0"], "--path-points must be at least 1, not 0"),
+        (["--method", "path", "--path-rounds", "2"], "--path-rounds 2 leaves out single weights; use --granularity el"),
+        (["--method", "path", "--path-keep", "0.2"], "--path-keep 0.2 has no effect without --path-rounds; leave it"),
+        ([*COMMAND, "--path-rounds", "0"], "--path-rounds must be at least 1, not 0"),
+        ([*COMMAND, "--path-rounds", "2", "--path-keep", "1"], "--path-keep must be between 0 and 1, not 1.0"),
+        (["--path-rounds", "8"], "--path-rounds 8 has no effect: it is a choice of --method path, not of soir"),
         (["--path-points", "8"], "--path-points 8 has no effect: it is a choice of --method path, not of soir"),
         (["--method", "saliency", "--path-rise", "2"], "--path-rise 2.0 has no effect: it is a choice of --method"),
     ],

@@ -96,6 +96,9 @@ def test_passes_along_the_step_and_forward_alone():
     weights = sum(info.numel for info in catalogue(model))
     kept = [value for name, value in planned.memory.items() if name.endswith(("weights", "they came", "step"))]
     assert kept == [4 * weights, 4 * weights, 4 * weights, weights]
+    rounds = plan(model, catalogue(model), SETS, dataclasses.replace(config, path_rounds=5), rate=1.0)
+    assert rounds.passes[0] == forget and [one.samples for one in rounds.passes[2:]] == [5 * 54, 45, 75, 25]
+    assert rounds.memory["scores of what is left out, and its round"] == 5 * weights
 
 
 def test_products_and_ghost_norms_by_hand():

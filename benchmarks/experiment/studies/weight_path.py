@@ -68,14 +68,17 @@ def path_mask(rankings: Rankings, path: str, fraction: float, along: Mapping[str
 
     Args:
         rankings: of the model.
-        path: what is taken, `weights` or `rows`, and how many times the damage counts (`weights, 3`).
+        path: what is taken, `weights`, `rows`, or weights in so many `rounds N`, and how many times the damage counts
+            (`weights, 3`).
         fraction: of the MLP and attention weights.
         along: how the step is followed, settings of `fillm.rank`.
     """
     what, _, times = path.partition(", ")
     given = {"method": "path", "granularity": "element", "path_weight": float(times), **along}
+    if what.startswith("rounds "):
+        given |= {"path_rounds": int(what.removeprefix("rounds ")), "path_keep": fraction}
     ranking = rankings.of(given)
-    if what == "weights":
+    if what != "rows":
         return ranking.select(fraction)
     scores = {name: ranking.updates[f"scores/{name}"] for name in ranking.names}
     return Mask.from_bool(best_weights(by_row(scores), fraction))
