@@ -47,15 +47,6 @@ def test_every_experiment_names_a_study_and_settings_that_it_takes(name):
     assert len(set(plan.seeds)) == len(plan.seeds) >= 3
 
 
-def test_the_confirmation_shares_nothing_with_the_search():
-    one, other = (
-        read_plan(ExperimentConfig(experiment=(name,)), FAMILIES) for name in ("objective_search", "objective_confirm")
-    )
-    assert not set(one.families) & set(other.families) and not set(one.seeds) & set(other.seeds)
-    assert not set(one.data.values()) & set(other.data.values())
-    assert one.settings == other.settings and len(other.families) >= 2 and len(other.seeds) >= 5
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
