@@ -54,7 +54,7 @@ def frontier(runs: Sequence[Run]) -> FigureData | None:
         if found:
             panels += [replace(found[0], new_row=True), *found[1:]]
             captions.append(words)
-            widest = max(widest, len(found))
+            widest = max(widest, _longest_row(found))
         if source is metric_panels and any(series.hollow for panel in found for series in panel.series):
             captions.append(_HOLLOW)
         if any(series.x_low is not None for panel in found for series in panel.series):
@@ -63,3 +63,9 @@ def frontier(runs: Sequence[Run]) -> FigureData | None:
         return None
     caption = " ".join([*captions, *bars])
     return FigureData("frontier", "Forgetting against keeping", caption, tuple(panels), columns=min(3, widest))
+
+
+def _longest_row(panels: Sequence[Panel]) -> int:
+    """Panels side by side, if there is room for all that begin no line of their own."""
+    firsts = [i for i, panel in enumerate(panels) if panel.new_row or i == 0]
+    return max(end - start for start, end in zip(firsts, [*firsts[1:], len(panels)], strict=True))

@@ -18,6 +18,7 @@ _MEANING = (
     "draws of one size are one value a model. Where some never got there, the mean is of the others and flatters the "
     "mask."
 )
+_COLUMNS = "Level: the forget loss; never: how often a mask did not reach it."
 _READING = "Further left is better; the dashed line is the whole model."
 
 
@@ -41,7 +42,7 @@ def study_damage(runs: Sequence[Run]) -> list[FigureData]:
 def _figures(study: MaskStudy, stem: str, masks: Sequence[str], found: Found) -> list[FigureData]:
     panels = tuple(_panel(study, loss, masks, found) for loss in study.losses)
     claim = claim_of(study.run)
-    told, left = (" ".join(filter(None, parts)) for parts in ((_MEANING, claim), (_MEANING, _READING, claim)))
+    told, left = (" ".join(filter(None, parts)) for parts in ((_MEANING, _COLUMNS, claim), (_MEANING, _READING, claim)))
     title = f"Damage at equal forgetting: {study.title}"
     return [
         FigureData(f"{stem}_damage", title, left, panels, columns=min(3, len(panels))),
@@ -78,9 +79,9 @@ def _models(study: MaskStudy, loss: str, mask: str, damage: Interval, never: int
 
 def _table(study: MaskStudy, masks: Sequence[str], found: Found) -> Table:
     columns = (
-        Column("mask", numeric=False), Column("loss, forget loss reached", "nats a token", numeric=False),
-        Column("damage over the whole model's", "ratio"), Column("95 % low"), Column("95 % high"),
-        Column("models"), Column("never got there"),
+        Column("mask", numeric=False), Column("loss, level", "nats a token", numeric=False),
+        Column("damage", "ratio"), Column("95 % low"), Column("95 % high"),
+        Column("models"), Column("never"),
     )  # fmt: skip
     rows: list[tuple[Cell, ...]] = []
     for (loss, mask, i), (damage, never) in found.items():
