@@ -1,5 +1,7 @@
 """The sections of studies in a real browser: drawn, pointed at, sorted and filtered, with nothing in the console."""
 
+from pathlib import Path
+
 import pytest
 
 from fillm.evaluate.reference import ITSELF
@@ -96,3 +98,13 @@ def test_the_rows_of_a_study_stand_under_its_title_and_sort(page):
     choice.locator("button").click()
     shown = column(page, f"{ROWS} .table", "choice")
     assert len(shown) == 18 and shown == sorted(shown)
+
+
+@pytest.mark.parametrize("width", [380, 1280])
+def test_long_names_of_masks_and_wide_intervals_find_their_room(browser, tmp_path, width):
+    runs = load_runs([Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "unlearning.csv"])
+    write_page(tmp_path / "masks.html", runs, figures_of(runs), "Masks")
+    with opened(browser, (tmp_path / "masks.html").as_uri(), width=width) as shown:
+        assert shown.evaluate("document.documentElement.scrollWidth") == width
+        names = shown.locator("#figure-1-plot-1 .ytick text").all_text_contents()
+        assert ("soir --…ade-off" if width == 380 else "soir --objective trade-off") in names

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from fillm.report.figures.data import FigureData, Panel
+from fillm.report.figures.data import FigureData, Panel, abreast
 from fillm.report.figures.frontier_of_metrics import metric_panels
 from fillm.report.figures.frontier_of_quality import quality_panels
 from fillm.report.figures.frontier_of_runs import loss_panels
@@ -62,7 +62,7 @@ def frontier(runs: Sequence[Run]) -> FigureData | None:
     if not panels:
         return None
     caption = " ".join([*captions, *bars])
-    return FigureData("frontier", "Forgetting against keeping", caption, tuple(panels), columns=min(3, widest))
+    return FigureData("frontier", "Forgetting against keeping", caption, tuple(panels), columns=abreast(panels, widest))
 
 
 def _longest_row(panels: Sequence[Panel]) -> int:

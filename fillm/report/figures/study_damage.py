@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fillm.report.figures.damage import LEVELS, WHOLE, against_whole, merged
-from fillm.report.figures.data import Axis, Cell, Column, FigureData, Level, Panel, Series, Table
+from fillm.report.figures.data import Axis, Cell, Column, FigureData, Level, Panel, Series, Table, abreast
 from fillm.report.figures.intervals import Interval
 from fillm.report.figures.mask_studies import MaskStudy, mask_studies
 from fillm.report.figures.study_names import claim_of, stems
@@ -45,7 +45,7 @@ def _figures(study: MaskStudy, stem: str, masks: Sequence[str], found: Found) ->
     told, left = (" ".join(filter(None, parts)) for parts in ((_MEANING, _COLUMNS, claim), (_MEANING, _READING, claim)))
     title = f"Damage at equal forgetting: {study.title}"
     return [
-        FigureData(f"{stem}_damage", title, left, panels, columns=min(3, len(panels))),
+        FigureData(f"{stem}_damage", title, left, panels, columns=abreast(panels, len(panels))),
         FigureData(f"{stem}_damage_table", f"{title}, in numbers", told, table=_table(study, masks, found)),
     ]
 

@@ -9,7 +9,7 @@ import numpy as np
 from fillm.report.figures.data import Axis, Level, Panel, Series, number
 from fillm.report.page.matrices import group_lines, grouped, matrix_traces
 from fillm.report.page.scales import Placing
-from fillm.report.page.texts import escaped, last_part, plain, said, shortened
+from fillm.report.page.texts import SHORT_TICK, escaped, last_part, plain, said, shortened
 
 _ROW = 22  # pixels of a row of a matrix
 _MOST_WHOLE = 12  # ticks at every whole number
@@ -60,6 +60,8 @@ def panel_plot(panel: Panel) -> dict[str, Any]:
     if not any(np.isfinite(np.asarray(series.x) + np.asarray(series.y)).any() for series in panel.series):
         layout["annotations"].append({"text": "nothing to show", "showarrow": False, "xref": "paper", "yref": "paper",
                                       "x": 0.5, "y": 0.5})  # fmt: skip
+    if panel.y.categories:
+        layout["meta"] = {"short": [escaped(shortened(name, SHORT_TICK)) for name in panel.y.categories]}
     height = max(_HEIGHT, _ROW * len(panel.y.categories) + 80 + _TOOLS)
     return {"traces": traces, "layout": {**layout, "height": height}, "height": height}
 
@@ -86,6 +88,7 @@ def _axis(axis: Axis, placing: Placing, values: np.ndarray, line: int) -> dict[s
                  "ticktext": [escaped(shortened(name)) for name in axis.categories], "showgrid": False,
                  "zeroline": False, "minallowed": -0.5, "maxallowed": count - 0.5}  # fmt: skip
         return told
+    told["tickangle"] = 0  # numbers that turn and turn back never find their margin in a narrow plot
     if axis.reverse:
         told["autorange"] = "reversed"
     if axis.scale == "log":
