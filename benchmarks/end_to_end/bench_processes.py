@@ -8,22 +8,18 @@ in all. A machine with fewer free cores than processes, or one that does somethi
 """
 
 import argparse
-import os
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from benchmarks.end_to_end.commands import free_cores, timed_command
 from benchmarks.end_to_end.results import Row, spread_of
 from benchmarks.end_to_end.settings import BenchConfig, command_line, shown
 from benchmarks.end_to_end.workload import resolve
 from benchmarks.kernels.rows import save
-from fillm.errors import FillmError, UsageError
+from fillm.errors import FillmError
 from fillm.rank import Ranking
 
 PROGRAM = "python -m benchmarks.end_to_end.bench_processes"
@@ -36,22 +32,9 @@ def timed(words: Sequence[str], processes: int, out: Path) -> dict[str, float]:
     """Seconds of one run into `out`, by what of it.
 
     Raises:
-        UsageError: with the command's own line, where it refuses what it was given.
-        RuntimeError: with all that it said, where it fails.
+        UsageError, RuntimeError: as `timed_command`.
     """
-    start = [sys.executable, "-m"]
-    if processes > 1:
-        start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
-    begun = time.perf_counter()
-    done = subprocess.run(
-        [*start, "fillm.rank", *words, "--out", str(out), "--overwrite"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    taken = time.perf_counter() - begun
-    if done.returncode:
-        told = [line for line in done.stderr.splitlines() if line.startswith("fillm rank: ")]
-        raise UsageError(told[-1]) if told else RuntimeError(done.stderr)
-    record = yaml.safe_load((out / "run.yaml").read_text(encoding="utf-8"))
+    taken, record = timed_command("rank", words, out, threads=1, processes=processes)
     return {
         "passes": sum(row["seconds"] for row in record["passes"]),
         "ranking": record["seconds"],
@@ -120,9 +103,7 @@ def _bench(given: argparse.Namespace) -> None:
     counts = [1, *sorted({*given.processes} - {1})]
     with tempfile.TemporaryDirectory() as folder:
         rows = interleave([*words, "--device", "cpu"], counts, given.rounds, Path(folder))
-    # Not the cores of the machine: those that this process may use.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    made = {"cores": cores, "forget": shown(config.forget), "retain": shown(config.retain)}
+    made = {"cores": free_cores(), "forget": shown(config.forget), "retain": shown(config.retain)}
     made["command"] = f"{command_line(asked, PROGRAM)} --processes {' '.join(map(str, counts[1:]))}".strip()
     save(given.out, [row | made for row in rows])
     for row in rows:

@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from benchmarks.experiment.intervals import Interval
+from fillm.report.figures.intervals import Interval
 from fillm.report.theme import LIGHT
 
 

@@ -1,18 +1,16 @@
 """What keeping costs at equal forgetting: the part that the studies of masks share."""
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from benchmarks.experiment.case import Case
-from benchmarks.experiment.intervals import Interval, interval
 from benchmarks.experiment.results import Record
 from benchmarks.unlearning.results import best
 from benchmarks.unlearning.settings import UnlearningConfig
 from benchmarks.unlearning.study import AT_LEVELS, FORGET_LEVELS, next_rate, unlearned
 from fillm.masks import Mask
+from fillm.report.figures.damage import against_whole, merged
+from fillm.report.figures.intervals import Interval
 from fillm.unlearn.masked_optimizer import mask_digest
 
 COLUMNS = (
@@ -20,7 +18,6 @@ COLUMNS = (
     *FORGET_LEVELS, *AT_LEVELS, "rates",
 )  # fmt: skip
 KEY = ("choice", "loss")
-WHOLE = "whole model"
 LOSSES = ("ga", "grad-diff")
 ALONE = " without retain term"  # after a loss that has one
 BY_SOPHIA = " by sophia"  # after a loss, where the optimiser is not AdamW
@@ -75,32 +72,6 @@ def _best_of_rates(config: UnlearningConfig, case: Case, mask: Mask, loss: str) 
     return {**runs[0], **at_levels, "rates": " ".join(f"{rate:g}" for rate in sorted(tried))}
 
 
-def damage(row: Record, column: str = AT_LEVELS[0]) -> float:
-    """Nats a token that the retain set lost until the forget loss had reached a level."""
-    return float(row[column]) - float(row["retain_start"])
-
-
-def against_whole(rows: Sequence[Record], choice: str, loss: str, column: str = AT_LEVELS[0]) -> tuple[Interval, int]:
-    """A choice's damage over that of the whole model in the same models: geometric mean, and how many never got there.
-
-    Draws of one model (`random 0`, `random 1`, ...) are one value, their geometric mean. A damage below a thousandth of
-    a nat counts as that. Models whose whole never got there are left out. Those where the choice never did are in the
-    count alone, so that a mean beside a count flatters the choice.
-    """
-    whole = {_case(row): damage(row, column) for row in rows if row["choice"] == WHOLE and row["loss"] == loss}
-    of_models: dict[Any, list[float]] = {}
-    never = 0
-    for row in rows:
-        if merged(row["choice"]) != choice or row["loss"] != loss or math.isnan(whole.get(_case(row), math.nan)):
-            continue
-        ratio = max(damage(row, column), 1e-3) / max(whole[_case(row)], 1e-3)
-        if math.isnan(ratio):
-            never += 1
-        else:
-            of_models.setdefault(_case(row), []).append(math.log(ratio))
-    return interval([math.exp(float(np.mean(logs))) for logs in of_models.values()], geometric=True), never
-
-
 def at_both_levels(rows: Sequence[Record], choice: str, loss: str) -> list[tuple[str, Interval]]:
     """A choice's damage over that of the whole model at the two forget losses, as a figure names them."""
     levels = [rows[0][column] for column in FORGET_LEVELS]
@@ -108,15 +79,6 @@ def at_both_levels(rows: Sequence[Record], choice: str, loss: str) -> list[tuple
         (f"at forget loss {level:g}", against_whole(rows, choice, loss, column)[0])
         for column, level in zip(AT_LEVELS, levels, strict=True)
     ]
-
-
-def merged(choice: str) -> str:
-    """Draws of one kind have one name."""
-    return "random" if choice.startswith("random ") else choice
-
-
-def _case(row: Record) -> tuple[Any, Any]:
-    return row["family"], row["seed"]
 
 
 def table(rows: Sequence[Record], title: str) -> str:

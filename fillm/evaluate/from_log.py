@@ -17,7 +17,7 @@ import torch
 from fillm.errors import DataError
 from fillm.evaluate.config import FREE_ON_RESUME, EvaluateConfig
 from fillm.evaluate.metric import Outcome
-from fillm.evaluate.reference import COMPARED
+from fillm.evaluate.reference import COMPARED, LOG_ITSELF
 from fillm.evaluate.results import EvaluateResult, merged, noted, write_result
 from fillm.evaluate.row_sets import FORGET, REAL_AUTHORS, RETAIN, WORLD_FACTS
 from fillm.evaluate.tofu import FORMS, SetScores, add_probability, add_rouge, add_truth_ratio
@@ -37,7 +37,6 @@ _RECALL = "rougeL_recall"
 _NUMBERS = ("avg_gt_loss", "avg_paraphrased_loss", _RECALL)
 _LISTS = ("average_perturb_loss",)
 _NO_REFERENCE = "compares with the retain model: give its log as --reference-log"
-_ITSELF = "compares the log with itself, which says nothing of forgetting"
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ def score_log(log: Log, reference: Log | None, config: EvaluateConfig) -> Evalua
     _forget_quality(outcome, log, reference, config)
     result = merged([outcome], log.keys)
     with_itself = reference is not None and reference.fingerprint == log.fingerprint
-    return noted(result, COMPARED, _ITSELF) if with_itself else result
+    return noted(result, COMPARED, LOG_ITSELF) if with_itself else result
 
 
 def _forget_quality(outcome: Outcome, log: Log, reference: Log | None, config: EvaluateConfig) -> None:

@@ -20,9 +20,21 @@ from fillm.runs import RUN_RECORD
 # Figures that compare with the reference run.
 COMPARED = ("forget_quality", "forget_quality_ks_statistic", "mia_reference_auc", "mia_reference_auc_error",
             "privacy_leakage")  # fmt: skip
-ITSELF = "compares the model with itself, which says nothing of forgetting"
+_OF_NOTHING = "with itself, which says nothing of forgetting"
+ITSELF, LOG_ITSELF = f"compares the model {_OF_NOTHING}", f"compares the log {_OF_NOTHING}"
 _SPLIT = ("benchmark", "forget")
 _SHAPES = ("num_forget", "seed", "template", "max_length")  # what makes other tokens of the same split
+
+
+def compared_with_itself(summary: Mapping[str, Any], name: str) -> bool:
+    """Whether a figure of a `summary.json` is noted to compare what was evaluated with itself.
+
+    Args:
+        summary: with `notes`.
+        name: of the figure.
+    """
+    notes = summary.get("notes")
+    return isinstance(notes, Mapping) and notes.get(name) in (ITSELF, LOG_ITSELF)
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def run(config: ReportConfig, tell: Any = None) -> list[FigureData]:
     tell = tell or (lambda line: print(line, file=sys.stderr, flush=True))
     check(config)
     check_inputs_outside(config)
-    runs = load_runs(config.runs)
+    runs = load_runs(config.runs, tell)
     figures = figures_of(runs)
     if not figures:
         raise UsageError(f"{', '.join(run.name for run in runs)}: nothing to draw of these runs alone; give more runs")

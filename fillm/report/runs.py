@@ -3,33 +3,25 @@
 import json
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet as pq
 import yaml
 
 import fillm
 from fillm.errors import RunFolderError, UsageError
+from fillm.report.result_files import REMEDY, experiment_of, made_by, read_result, results_in
 from fillm.runs import RUN_RECORD
 from fillm.runs.state_files import check_file
 
 Command = Literal["rank", "unlearn", "evaluate", "finetune", "compression", "experiment"]
 
-_REMEDY = "make the run again, or copy it again from where it is whole"
-# Result files of benchmarks are known by columns that no other table has.
-_RESULT_FILES: tuple[tuple[Command, frozenset[str]], ...] = (
-    ("compression", frozenset({"workload", "method", "kind", "k", "store_bytes"})),
-    ("experiment", frozenset({"seed", "choice", "loss", "forget_end", "retain_end"})),
-    ("experiment", frozenset({"seed", "choice", "loss", "forget_quality", "model_utility"})),
-)
 _SUMMARIES = {"unlearn": "verification.json", "evaluate": "summary.json"}
 _UNSEEN, _JOINERS = ("Cc", "Cf", "Cs"), "\u200c\u200d"  # joiners belong to words and to emoji
-_NULLS = ["", "nan", "NaN"]  # how a number that is not there is written in a CSV
 
 
 @dataclass(frozen=True)
@@ -40,7 +32,8 @@ class Run:
         path: its folder, or its result file.
         name: the folder's name, or the file's stem; `load_runs` makes it the only one of its kind.
         command: what made it.
-        record: `run.yaml`; of a result file, what its metadata or its last columns say of how it was made.
+        record: `run.yaml`; of a result file, what its metadata or its last columns say of how it was made (`made`), and
+            title, claim and source of the experiment that it is of, where they are known (`study`).
         tables: every Parquet file of the folder by its stem (`ranking`, `samples`, `log`, `rows`, ...), or the one
             table of a result file.
         summary: of `rank`, `ranking` of the record; of `unlearn`, `verification.json`; of `evaluate`, `summary.json`;
@@ -59,6 +52,11 @@ class Run:
         """The settings of the record, empty for a result file."""
         return self.record.get("settings") or {}
 
+    @property
+    def study(self) -> dict[str, str]:
+        """Of the experiment: `title`, `claim`, `source`; empty where nothing tells them."""
+        return self.record.get("study") or {}
+
     def place_of(self, named: str) -> Path:
         """Where a path of its settings leads.
 
@@ -76,8 +74,12 @@ class Run:
         return (self.record.get("fingerprints") or {}).get(of)
 
 
-def load_runs(paths: Sequence[str | Path]) -> list[Run]:
+def load_runs(paths: Sequence[str | Path], say: Callable[[str], None] = lambda line: None) -> list[Run]:
     """Every run once, in the order given, under names that tell them apart.
+
+    Args:
+        paths: run folders, result files, and folders of result files, which stand for those in them that are known.
+        say: told what a folder has beside these.
 
     Raises:
         UsageError: if there is none.
@@ -85,7 +87,8 @@ def load_runs(paths: Sequence[str | Path]) -> list[Run]:
     """
     if not paths:
         raise UsageError("give at least one run folder or result file")
-    runs = [load_run(path) for path in dict.fromkeys(Path(path).expanduser().resolve() for path in paths)]
+    given = [Path(path).expanduser().resolve() for path in paths]
+    runs = [load_run(path) for path in dict.fromkeys(one for path in given for one in _results(path, say))]
     for depth in range(2, 1 + max(len(run.path.parts) for run in runs)):
         names = [run.name for run in runs]
         runs = [
@@ -93,6 +96,16 @@ def load_runs(paths: Sequence[str | Path]) -> list[Run]:
             for run in runs
         ]
     return runs
+
+
+def _results(path: Path, say: Callable[[str], None]) -> list[Path]:
+    """The known result files of a folder that is no run; any other path itself."""
+    if not path.is_dir() or (path / RUN_RECORD).exists():
+        return [path]
+    known, others = results_in(path)
+    if known and others:
+        say(f"{path}: left out {', '.join(others)}, of no study that can be reported")
+    return known or [path]
 
 
 def load_run(path: str | Path) -> Run:
@@ -110,7 +123,7 @@ def load_run(path: str | Path) -> Run:
     tables = {file.stem: _table(file, record) for file in sorted(path.glob("*.parquet"))}
     needed = {"rank": "ranking", "unlearn": "log", "evaluate": "rows", "finetune": "log"}.get(command)
     if needed is not None and needed not in tables and not _scored_from_log(command, record):
-        raise RunFolderError(f"{path / needed}.parquet: missing; {_REMEDY}")
+        raise RunFolderError(f"{path / needed}.parquet: missing; {REMEDY}")
     return Run(path, _visible(path.name), command, record, tables, summary)
 
 
@@ -128,12 +141,13 @@ def _record(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         if folder.name.endswith(".partial") or folder.with_name(folder.name + ".partial").is_dir():
             raise RunFolderError(f"{folder}: the run is not finished; continue it with --resume")
-        where = f"no {RUN_RECORD} in it; give the folder of a finished run" if folder.is_dir() else "no such folder"
-        raise RunFolderError(f"{folder}: {where}")
+        if not folder.is_dir():
+            raise RunFolderError(f"{folder}: no such folder")
+        raise RunFolderError(f"{folder}: no {RUN_RECORD} in it; give the folder of a finished run, or of result files")
     try:
         record = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RunFolderError(f"{path}: damaged ({' '.join(str(error).split())}); {_REMEDY}") from None
+        raise RunFolderError(f"{path}: damaged ({' '.join(str(error).split())}); {REMEDY}") from None
     if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
         raise RunFolderError(f"{path}: not the record of a run; give a folder that a command of fillm wrote")
     versions = record.get("versions")
@@ -173,7 +187,7 @@ def _summary(folder: Path, command: Command, record: Mapping[str, Any]) -> dict[
         if not isinstance(summary, dict):
             raise ValueError("not a mapping")
     except (OSError, ValueError) as error:
-        raise RunFolderError(f"{path}: damaged ({' '.join(str(error).split())}); {_REMEDY}") from None
+        raise RunFolderError(f"{path}: damaged ({' '.join(str(error).split())}); {REMEDY}") from None
     return summary
 
 
@@ -181,11 +195,11 @@ def _table(path: Path, record: Mapping[str, Any]) -> pa.Table:
     """A Parquet file, checked against the checksum of the record where there is one."""
     entry = (record.get("files") or {}).get(path.name)
     if isinstance(entry, dict) and {"sha256", "bytes"} <= set(entry):
-        check_file(path, entry["sha256"], entry["bytes"], _REMEDY)
+        check_file(path, entry["sha256"], entry["bytes"], REMEDY)
     try:
         return pq.read_table(path, page_checksum_verification=True)
     except (pa.ArrowException, OSError, UnicodeError) as error:
-        raise RunFolderError(f"{path}: damaged ({' '.join(str(error).split())}); {_REMEDY}") from None
+        raise RunFolderError(f"{path}: damaged ({' '.join(str(error).split())}); {REMEDY}") from None
 
 
 def _scored_from_log(command: Command, record: Mapping[str, Any]) -> bool:
@@ -194,28 +208,9 @@ def _scored_from_log(command: Command, record: Mapping[str, Any]) -> bool:
 
 
 def _result_file(path: Path) -> Run:
-    try:
-        if path.suffix == ".parquet":
-            table = pq.read_table(path, page_checksum_verification=True)
-        elif path.suffix == ".csv":
-            options = pa.csv.ConvertOptions(null_values=_NULLS, strings_can_be_null=True)
-            table = pa.csv.read_csv(path, pa.csv.ReadOptions(use_threads=False), convert_options=options)
-        else:
-            raise RunFolderError(f"{path}: give a run folder, or a .parquet or .csv file of results")
-    except (pa.ArrowException, OSError, UnicodeError) as error:
-        raise RunFolderError(f"{path}: cannot be read ({' '.join(str(error).split())}); {_REMEDY}") from None
-    known = [command for command, columns in _RESULT_FILES if columns <= set(table.column_names)]
-    if not known:
-        raise RunFolderError(
-            f"{path}: the results of no benchmark that can be reported (compression, unlearning, forget_quality)"
-        )
-    if table.num_rows == 0:
-        raise RunFolderError(f"{path}: has no rows; let its benchmark finish")
-    metadata = table.schema.metadata or {}
-    made = {key.decode(): value.decode() for key, value in metadata.items() if key != b"ARROW:schema"}
-    for column in ("cpu", "commit", "date", "command"):
-        if column in table.column_names and column not in made:
-            made[column] = str(table[column][0].as_py())
-    return Run(
-        path, _visible(path.stem), known[0], {"made": made}, {path.stem: table.replace_schema_metadata(None)}, {}
-    )
+    kind, table = read_result(path)
+    record: dict[str, Any] = {"made": made_by(table)}
+    if kind.command == "experiment" and (told := experiment_of(path)):
+        record["study"] = told
+    tables = {path.stem: table.replace_schema_metadata(None)}
+    return Run(path, _visible(path.stem), kind.command, record, tables, {})

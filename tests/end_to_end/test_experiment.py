@@ -7,19 +7,21 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from scipy.stats import t
 
 from benchmarks.experiment import __main__ as command
 from benchmarks.experiment import forgetting, probe
 from benchmarks.experiment.case import FAMILIES, Case, cases
-from benchmarks.experiment.intervals import interval
 from benchmarks.experiment.rankings import counts, spearman, top_overlap
 from benchmarks.experiment.results import Rows, read
 from benchmarks.experiment.settings import ExperimentConfig, experiments, read_plan
 from benchmarks.experiment.studies import layer_robustness, layer_spread, parameter_shift
-from benchmarks.experiment.studies.objective_search import cheapest, one_name
+from benchmarks.experiment.studies.objective_search import cheapest
 from benchmarks.unlearning.study import losses_after
 from fillm.models import load_model
 from fillm.rank.path_step import FIRST_LENGTH
+from fillm.report.figures.damage import WHOLE, against_whole, merged
+from fillm.report.figures.intervals import interval, student_t
 
 QUICK = ExperimentConfig(experiment=("layer_robustness",), quick=True)
 
@@ -105,6 +107,11 @@ def test_an_interval_is_students():
     assert str(interval([0.5])) == "0.5" and str(interval([])) == "-"
 
 
+def test_students_t_is_that_of_scipy():
+    degrees = [*range(1, 40), 99, 100, 1000]
+    np.testing.assert_allclose([student_t(n) for n in degrees], t.ppf(0.975, degrees), rtol=1e-12)
+
+
 def row(choice, seed, retain, loss="ga"):
     return {
         "family": "llama", "seed": seed, "choice": choice, "loss": loss, "retain_start": 0.1, "retain_at_low": retain,
@@ -114,15 +121,15 @@ def row(choice, seed, retain, loss="ga"):
 
 def test_damage_is_compared_within_a_model_and_draws_are_one_value():
     rows = [row("whole model", 0, 0.3), row("whole model", 1, 0.5), row("soir top", 0, 0.2), row("soir top", 1, 0.9)]
-    found, never = forgetting.against_whole(rows, "soir top", "ga")
+    found, never = against_whole(rows, "soir top", "ga")
     assert (found.count, never) == (2, 0) and found.mean == pytest.approx(math.sqrt(0.5 * 2.0), rel=1e-12)
     draws = [row("random 0", 0, 0.2), row("random 1", 0, 0.9), row("random 2", 0, math.nan)]
-    found, never = forgetting.against_whole([*rows, *draws], "random", "ga")
+    found, never = against_whole([*rows, *draws], "random", "ga")
     assert (found.count, never) == (1, 1) and found.mean == pytest.approx(math.sqrt(0.5 * 4.0), rel=1e-12)
-    found, never = forgetting.against_whole(rows, "soir top", "ga", "retain_at_high")
+    found, never = against_whole(rows, "soir top", "ga", "retain_at_high")
     assert (found.count, never) == (0, 0)  # the whole model never got there: no measure of a part
     assert "| soir top | 1 (" in forgetting.table(rows, "x")
-    assert one_name("random 2, 0.1") == "random, 0.1" and one_name("soir top, 0.1") == "soir top, 0.1"
+    assert merged("random 2, 0.1") == "random, 0.1" and merged("random: top 0.1") == "random: top 0.1"
 
 
 def test_the_cheapest_tensors_fill_a_budget_in_order():
@@ -190,12 +197,12 @@ def test_a_step_that_raises_the_forget_loss_is_found_and_undone(case):
 def test_masks_cover_every_matrix_once_by_layer_and_once_by_kind(case):
     found = layer_robustness.masks(case)
     layers = [mask for name, mask in found.items() if name.startswith("layer ")]
-    kinds = [mask for name, mask in found.items() if not name.startswith("layer ") and name != forgetting.WHOLE]
+    kinds = [mask for name, mask in found.items() if not name.startswith("layer ") and name != WHOLE]
     for parts in (layers, kinds):
         names = [name for mask in parts for name in mask]
         assert len(names) == len(set(names))
     assert {name for mask in layers for name in mask} == {name for mask in kinds for name in mask}
-    assert len(found[forgetting.WHOLE]) == len(dict(case.model.named_parameters()))
+    assert len(found[WHOLE]) == len(dict(case.model.named_parameters()))
 
 
 def test_shifts_are_lengths_of_what_training_changed(case):

@@ -1,6 +1,8 @@
 """Small run folders, as the commands write them, made by hand."""
 
+import csv
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +77,42 @@ def compression(path: Path, rows: list[dict[str, Any]]) -> Path:
     names = dict.fromkeys(name for row in rows for name in row)
     pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in names}), path)
     return path
+
+
+def result_file(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """The CSV of a study; what is not a number is written as the benchmarks write it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def masked(choice: str, seed: int, low: float, high: float = math.nan, loss: str = "ga", **others: Any) -> dict:
+    """A row of a study of masks: the retain loss at both levels of the forget loss, 0.1 before."""
+    return {
+        "family": "llama", "seed": seed, "choice": choice, "loss": loss, "retain_start": 0.1,
+        "forget_low": 1.0, "forget_high": 2.0, "retain_at_low": low, "retain_at_high": high, **others,
+    }  # fmt: skip
+
+
+def experiments(folder: Path) -> Path:
+    """Two studies as `python -m benchmarks.experiment` leaves them, with the file that says what one is about."""
+    seeds = range(3)
+    masks = [masked(name, seed, low + 0.1 * seed, 2.0 * low + 0.1 * seed, loss)
+             for loss in ("ga", "npo") for seed in seeds
+             for name, low in (("whole model", 0.5), ("soir top, 0.1", 0.75), ("random 0, 0.1", 0.4))]  # fmt: skip
+    made = {"commit": "0123", "command": "python -m benchmarks.experiment which_mask"}
+    result_file(folder / "results" / "experiments" / "which_mask.csv", [{**row, **made} for row in masks])
+    places = [(-1, "embed"), *((layer, kind) for layer in (0, 1) for kind in ("mlp", "attn"))]
+    shifts = [
+        {"family": "llama", "seed": seed, "tensor": f"h.{layer}.{kind}", "kind": kind, "layer": layer,
+         "relative_shift": 1.0 + seed + layer}
+        for seed in seeds for layer, kind in places
+    ]  # fmt: skip
+    result_file(folder / "results" / "experiments" / "moved.csv", shifts)
+    told = {"study": "x", "title": "Which mask keeps most", "claim": "The top is <b>best</b>.", "source": "A paper."}
+    (folder / "experiments").mkdir()
+    (folder / "experiments" / "which_mask.yaml").write_text(yaml.safe_dump(told), encoding="utf-8")
+    return folder / "results" / "experiments"

@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fillm.evaluate.reference import ITSELF, LOG_ITSELF
+from fillm.report.drawing import draw
 from fillm.report.figures import figures_of, number
 from fillm.report.figures.compression_curves import compression_curves, compression_workloads
 from fillm.report.figures.frontier import frontier
@@ -18,6 +20,7 @@ from fillm.report.figures.rank_agreement import rank_agreement, spearman
 from fillm.report.figures.score_heatmap import score_heatmap
 from fillm.report.figures.training_curves import training_curves
 from fillm.report.runs import load_runs
+from fillm.report.theme import LIGHT
 from tests.report import run_folders
 
 
@@ -239,64 +242,41 @@ def test_a_forget_quality_of_nothing_has_a_linear_axis(tmp_path):
     assert panel.x.scale == "linear" and panel.series[0].x[0] == 0.0
 
 
+@pytest.mark.parametrize("note", [ITSELF, LOG_ITSELF])
+def test_a_model_that_was_compared_with_itself_is_marked(tmp_path, note):
+    own = {"forget_quality": 1.0, "model_utility": 0.5, "notes": {"forget_quality": note}}
+    other = {"forget_quality": 0.1, "model_utility": 0.4, "notes": {"forget_quality": "of 3 rows"}}
+    data = frontier(load_runs([run_folders.evaluate(tmp_path / n, told) for n, told in (("a", own), ("b", other))]))
+    assert [(series.name, series.hollow) for series in data.panels[0].series] == [
+        ("a (compared with itself)", True),
+        ("b", False),
+    ]
+    assert "A hollow marker is a model that was compared with itself" in data.caption
+    drawn = tmp_path / "f.svg"
+    draw(data, drawn, LIGHT)
+    assert (
+        ">a (compared with itself)<" in drawn.read_text()
+        and "hollow" not in frontier(load_runs([run_folders.evaluate(tmp_path / "c", other)])).caption
+    )
+
+
+def test_of_repeats_those_that_were_compared_with_themselves_are_counted(tmp_path):
+    folders = []
+    for seed in range(2):
+        run_folders.unlearn(tmp_path / f"u{seed}", [(0, 1.0, 1.0), (1, 2.0, 1.0)], (2.0, 1.0), seed=seed)
+        (tmp_path / f"u{seed}" / "model").mkdir()
+        told = {"forget_quality": 1.0, "model_utility": 0.5, "notes": {"forget_quality": ITSELF} if seed else {}}
+        folders.append(run_folders.evaluate(tmp_path / f"e{seed}", told, model=str(tmp_path / f"u{seed}" / "model")))
+    ((series,),) = (panel.series for panel in frontier(load_runs(folders)).panels)
+    assert series.hollow and series.name == "npo, top:0.1, 2 runs (1 of them compared with itself)"
+
+
 def test_every_score_of_knowundo_has_a_panel(tmp_path):
     summary = {
         f"{what}_success_{score}": 0.25 for what in ("unlearn", "retention") for score in ("probability", "rouge")
     }
     panels = frontier(load_runs([run_folders.evaluate(tmp_path / "e", summary)])).panels
     assert [panel.x.label for panel in panels] == ["unlearn success, probability", "unlearn success, rouge"]
-
-
-def test_the_study_of_masks_takes_the_best_rate_of_every_model(tmp_path):
-    path = tmp_path / "unlearning.csv"
-    lines = [
-        "seed,choice,loss,lr,steps,forget_end,retain_end,forget_low,forget_high,retain_at_low,retain_at_high",
-        "0,whole model,ga,0.1,60,9,9,1,2,0.5,1.0",
-        "0,whole model,ga,0.2,20,9,9,1,2,0.25,nan",
-        "0,whole model,ga,0.4,2,9,9,1,2,0.01,0.02",  # too coarse: a lower rate was tried
-        "1,whole model,ga,0.1,2,9,9,1,2,0.75,2.0",
-        "0,random 0,ga,0.1,60,9,9,1,2,1.0,nan",
-        "0,random 1,ga,0.1,60,9,9,1,2,2.0,nan",
-        "0,soir top,npo,0.1,60,9,9,1,2,3.0,4.0",
-    ]
-    path.write_text("\n".join(lines) + "\n")
-    data = frontier(load_runs([path]))
-    first, second = data.panels
-    assert (first.title, second.title, data.columns) == ("ga", "npo", 2)
-    assert first.y.categories == ("whole model", "random", "soir top")
-    low, high = first.series
-    np.testing.assert_allclose(low.x, [0.5, 1.5, math.nan])
-    np.testing.assert_allclose(low.x_high - low.x, [stdev([0.25, 0.75]), stdev([1.0, 2.0]), math.nan])
-    np.testing.assert_allclose(high.x, [1.5, math.nan, math.nan])
-    assert (low.name, high.name) == ("at a forget loss of 1", "at a forget loss of 2")
-    assert high.labels[1] == "random: 0 of 2 got there" and first.levels[0].value == 1.5
-    np.testing.assert_allclose(second.series[1].x, [math.nan, math.nan, 4.0])
-    assert second.levels == ()
-
-
-def test_the_comparison_with_the_retain_only_model_is_a_panel_a_loss(tmp_path):
-    path = tmp_path / "forget_quality.csv"
-    lines = [
-        "seed,choice,loss,lr,forget_quality,model_utility",
-        "0,full model,none,nan,1e-10,0.9",
-        "0,retain-only model,none,nan,1,0.8",
-        "0,whole model,ga,0.1,1e-2,0.5",
-        "1,whole model,ga,0.1,1e-4,0.7",
-        "0,random 0,ga,0.1,1e-6,0.4",
-        "0,whole model,npo,0.1,0,0.3",
-    ]
-    path.write_text("\n".join(lines) + "\n")
-    data = frontier(load_runs([path]))
-    first, second = data.panels
-    assert (first.title, second.title) == ("ga", "npo")
-    assert [series.name for series in first.series] == ["full model", "whole model", "random"]
-    assert [series.hollow for series in first.series] == [True, False, False]
-    whole, bar = first.series[1], stdev([math.log(1e-2), math.log(1e-4)])
-    np.testing.assert_allclose([*whole.x, *whole.y], [1e-3, 0.6])
-    np.testing.assert_allclose([*whole.x_low, *whole.x_high], [1e-3 * math.exp(-bar), 1e-3 * math.exp(bar)])
-    np.testing.assert_allclose(whole.y_high - whole.y, stdev([0.5, 0.7]))
-    assert first.series[2].x_low is None and first.x.scale == "log"
-    assert second.x.scale == "linear" and [series.style for series in second.series] == [0, 1]  # 0 has no logarithm
 
 
 def test_metrics_are_a_row_a_run_with_reasons_said_once(tmp_path):

@@ -1,15 +1,8 @@
-"""The page in a real browser: everything is pressed, and nothing may fail in the console or be asked of a network.
-
-Skipped where there is no Chromium, unless FILLM_REQUIRE_BROWSER=1, with which that is a failure.
-"""
+"""The page in a real browser: everything is pressed, and nothing may fail in the console or be asked of a network."""
 
 import csv
 import io
-import os
 import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -18,10 +11,9 @@ from fillm.report.figures import figures_of
 from fillm.report.page import write_page
 from fillm.report.runs import load_runs
 from tests.report import run_folders
+from tests.report.browsing import NEEDS_BROWSER, column, opened, until
 from tests.report.page_example import HOSTILE, example_figures, example_runs, ranking_table
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-REQUIRED = os.environ.get("FILLM_REQUIRE_BROWSER") == "1"
 SOIR = ".table:has([aria-label='Ranking of soir'])"
 # What a page puts into the clipboard, which a browser without a screen does not have.
 CLIPBOARD = (
@@ -31,9 +23,7 @@ CLIPBOARD = (
 INK = "getComputedStyle(document.querySelector('#figure-2-plot-1 .xtick text')).fill"
 WHOLE = "[...document.querySelectorAll('.scroll')].every((e) => e.scrollHeight <= e.clientHeight + 1)"
 
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None and not REQUIRED, reason="no chromium, chromium-browser or google-chrome on PATH"
-)
+pytestmark = NEEDS_BROWSER
 
 
 @pytest.fixture(scope="module")
@@ -44,65 +34,10 @@ def address(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    assert CHROMIUM, "FILLM_REQUIRE_BROWSER=1, but no chromium, chromium-browser or google-chrome on PATH"
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield started
-        started.close()
-
-
-@contextmanager
-def opened(browser, address, script: str = "", width: int = 1280, expected: int = 0, **how) -> Iterator:
-    """A page that is ready, in a context of its own; at the end, nothing may have gone wrong but what is `expected`."""
-    context = browser.new_context(viewport={"width": width, "height": 900}, **how)
-    page, wrong = context.new_page(), []
-    page.set_default_timeout(30_000)
-    page.on("console", lambda message: wrong.append(f"console {message.type}: {message.text}"))
-    page.on("pageerror", lambda error: wrong.append(f"error: {error}"))
-    page.on("request", lambda request: wrong.append(f"request: {request.url[:200]}") if not own(request.url) else None)
-    page.on("requestfailed", lambda request: wrong.append(f"failed: {request.url[:200]}"))
-    page.on("dialog", lambda dialog: wrong.append(f"dialog: {dialog.message}"))
-    if script:
-        page.add_init_script(script)
-
-    def own(url: str) -> bool:
-        return url == address or url.startswith(("data:", "blob:"))
-
-    page.goto(address)
-    if how.get("java_script_enabled", True):
-        page.wait_for_selector("html[data-ready]", state="attached")
-    yield page
-    context.close()
-    assert len(wrong) == expected, wrong
-
-
-@pytest.fixture(scope="module")
 def shared(browser, address):
     """One page for all tests that touch different parts of it."""
     with opened(browser, address, script=CLIPBOARD) as page:
         yield page
-
-
-def until(page, expression):
-    """Waits for an expression to become true; playwright's own way is an eval, which the page's policy forbids."""
-    for _ in range(600):
-        if page.evaluate(expression):
-            return
-        page.wait_for_timeout(50)
-    raise AssertionError(f"never true: {expression}")
-
-
-def column(page, table, name):
-    """Exact values of the rows that are shown."""
-    script = """(holder, name) => {
-      const at = [...holder.querySelectorAll('th')].findIndex((head) => head.dataset.name === name);
-      return [...holder.querySelectorAll('tbody tr')].filter((row) => !row.hidden)
-        .map((row) => row.cells[at].dataset.v ?? row.cells[at].textContent);
-    }"""
-    return page.locator(table).evaluate(script, name)
 
 
 def test_every_figure_is_drawn_and_names_stay_names(shared):

@@ -41,11 +41,44 @@ def test_result_files_are_runs(tmp_path):
     rows = [{"workload": "w", "method": "soir", "kind": "oporp", "k": 4, "store_bytes": 8}]
     found = load_run(run_folders.compression(tmp_path / "compression.parquet", rows))
     assert (found.command, found.name, found.tables["compression"].to_pylist()) == ("compression", "compression", rows)
-    path = tmp_path / "unlearning.csv"
-    path.write_text("seed,choice,loss,forget_end,retain_end,commit\n0,whole,ga,1.5,nan,abc\n")
+    path = run_folders.result_file(tmp_path / "masks.csv", [{**run_folders.masked("top", 0, 0.5), "commit": "012"}])
     found = load_run(path)
-    assert found.command == "experiment" and found.record == {"made": {"commit": "abc"}}
-    assert found.tables["unlearning"]["retain_end"].to_pylist() == [None]
+    assert found.command == "experiment" and found.record == {"made": {"commit": "012"}} and found.study == {}
+    assert found.tables["masks"]["retain_at_high"].to_pylist() == [None]
+
+
+def test_a_family_called_by_a_number_is_a_name_all_the_same(tmp_path):
+    path = run_folders.result_file(tmp_path / "masks.csv", [run_folders.masked("top", 0, 0.5, family="7")])
+    assert load_run(path).tables["masks"]["family"].to_pylist() == ["7"]
+
+
+def test_an_experiment_knows_what_it_is_about(tmp_path):
+    folder = run_folders.experiments(tmp_path)
+    study = load_run(folder / "which_mask.csv").study
+    assert study == {"title": "Which mask keeps most", "claim": "The top is <b>best</b>.", "source": "A paper."}
+    assert load_run(folder / "moved.csv").study == {}
+    (folder / "moved.yaml").write_text("study: y\ntitle: Beside it\nclaim:\n")
+    assert load_run(folder / "moved.csv").study == {"title": "Beside it"}
+    for text in ("a: [", "- 1\n", "title: of no study\n", "\0"):
+        (folder / "moved.yaml").write_text(text)
+        assert load_run(folder / "moved.csv").study == {}
+
+
+def test_a_folder_of_results_stands_for_those_that_are_known(tmp_path):
+    folder, said = run_folders.experiments(tmp_path), []
+    rows = [{"workload": "w", "method": "soir", "kind": "oporp", "k": 4, "store_bytes": 8}]
+    run_folders.result_file(folder / "compression.csv", rows)
+    run_folders.compression(folder / "compression.parquet", rows)
+    (folder / "kernel_cpu.csv").write_text("op,milliseconds\nx,1\n")
+    (folder / "which_mask.png").write_bytes(b"")
+    runs = load_runs([folder], said.append)
+    assert [run.path.name for run in runs] == ["compression.parquet", "moved.csv", "which_mask.csv"]
+    assert said == [f"{folder}: left out kernel_cpu.csv, of no study that can be reported"]
+    assert [run.name for run in load_runs([folder / "moved.csv", folder])][:2] == ["moved", "compression"]
+    for path in (*folder.glob("*.csv"), folder / "compression.parquet"):
+        path.unlink()
+    with pytest.raises(RunFolderError, match=r"no run.yaml in it; give the folder of a finished run, or of result"):
+        load_runs([folder])
 
 
 def test_names_tell_runs_apart_and_a_run_counts_once(tmp_path):
@@ -128,20 +161,28 @@ def test_a_damaged_summary_is_refused(tmp_path):
             load_run(folder)
 
 
+HEADER = "family,seed,choice,loss,retain_start,forget_low,forget_high,retain_at_low,retain_at_high\n"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", b"x", "give a run folder, or a .parquet or .csv file"),
-        ("a.csv", b"x,y\n1,2\n", "the results of no benchmark"),
-        ("a.csv", b"", "cannot be read"),
-        ("a.parquet", b"x", "cannot be read"),
-        ("a.csv", b"seed,choice,loss,forget_end,retain_end\n", "has no rows"),
+        ("a.txt", "x", "give a run folder, or a .parquet or .csv file"),
+        ("a.csv", "x,y\n1,2\n", r"not the results of a study .*; known are .*masks \(family, choice, loss, seed, "),
+        ("a.csv", "", "cannot be read"),
+        ("a.csv", "a,b\n1,2,3\n", "cannot be read"),
+        ("a.parquet", "x", "cannot be read"),
+        ("a.csv", HEADER, "has no rows"),
+        ("a.csv", HEADER + "llama,0,top,ga,0.1,1,2,much,3\n", "column retain_at_low holds string, not numbers"),
+        ("a.csv", HEADER + "llama,0,top,ga,0.1,1,2,1,3\nllama,1,,ga,0.1,1,2,1,3\n", "row 2 has no choice"),
+        ("a.csv", HEADER + "llama,0,top,ga,,1,2,1,3\nllama,0,top,ga,0.1,1,2,1,3\n", "row 1 has no retain_start"),
     ],
 )
 def test_a_file_that_is_no_result_is_refused(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(RunFolderError, match=message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(RunFolderError, match=message) as caught:
         load_run(tmp_path / name)
+    assert "\n" not in str(caught.value)
 
 
 def test_nothing_there(tmp_path):

@@ -7,12 +7,12 @@ from typing import Any
 from benchmarks.experiment import forgetting
 from benchmarks.experiment.case import Case
 from benchmarks.experiment.figure import dots, panels, save
-from benchmarks.experiment.forgetting import WHOLE, against_whole
 from benchmarks.experiment.rankings import Rankings
 from benchmarks.experiment.results import Record
 from benchmarks.unlearning.study import AT_LEVELS
 from fillm.masks import Mask
 from fillm.models import catalogue
+from fillm.report.figures.damage import WHOLE, against_whole
 
 KEY = ("choice", "loss")
 COLUMNS = (*forgetting.COLUMNS, "method", "low", "high")

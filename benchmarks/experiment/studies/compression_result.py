@@ -7,12 +7,12 @@ from typing import Any
 from benchmarks.experiment import forgetting
 from benchmarks.experiment.case import Case
 from benchmarks.experiment.figure import dots, panels, save
-from benchmarks.experiment.forgetting import WHOLE, against_whole
-from benchmarks.experiment.intervals import interval
 from benchmarks.experiment.rankings import Rankings, spearman, top_overlap
 from benchmarks.experiment.results import Record, finite
 from fillm.masks import Mask
 from fillm.models import catalogue
+from fillm.report.figures.damage import WHOLE, against_whole
+from fillm.report.figures.intervals import interval
 
 KEY = ("choice", "loss")
 COLUMNS = (*forgetting.COLUMNS, "compression", "sketch_dim", "damping_dimension", "spearman", "top_overlap")

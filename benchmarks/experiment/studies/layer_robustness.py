@@ -8,13 +8,14 @@ from typing import Any
 from benchmarks.experiment import forgetting
 from benchmarks.experiment.case import Case
 from benchmarks.experiment.figure import dots, panels, save
-from benchmarks.experiment.forgetting import WHOLE, at_both_levels
-from benchmarks.experiment.intervals import Interval, interval
+from benchmarks.experiment.forgetting import at_both_levels
 from benchmarks.experiment.results import Record, finite
 from benchmarks.unlearning.settings import SCOPE
 from benchmarks.unlearning.study import losses_after
 from fillm.masks import Mask
 from fillm.models import TensorInfo, catalogue, select_tensors
+from fillm.report.figures.damage import WHOLE
+from fillm.report.figures.intervals import Interval, interval
 
 KEY = ("choice", "loss")
 COLUMNS = (*forgetting.COLUMNS, "fixed_rate", "fixed_steps", "forget_after_fixed", "retain_after_fixed")

@@ -10,10 +10,10 @@ import numpy as np
 from benchmarks.experiment import forgetting
 from benchmarks.experiment.case import Case
 from benchmarks.experiment.figure import dots, panels, save
-from benchmarks.experiment.intervals import Interval, interval
 from benchmarks.experiment.results import Record
 from benchmarks.experiment.studies.layer_robustness import masks
 from benchmarks.unlearning.study import losses_after
+from fillm.report.figures.intervals import Interval, interval
 
 KEY = ("layer", "loss", "steps")
 COLUMNS = ("layer", "loss", "rate", "steps", "forget_start", "retain_start", "forget_end", "retain_end")

@@ -7,13 +7,14 @@ from typing import Any
 from benchmarks.experiment import forgetting
 from benchmarks.experiment.case import Case
 from benchmarks.experiment.figure import dots, panels, save
-from benchmarks.experiment.forgetting import WHOLE, at_both_levels, merged
+from benchmarks.experiment.forgetting import at_both_levels
 from benchmarks.experiment.probe import step_costs
 from benchmarks.experiment.rankings import Rankings
 from benchmarks.experiment.results import Record
 from benchmarks.unlearning.settings import SCOPE
 from fillm.masks import Mask
 from fillm.models import TensorInfo, catalogue, select_tensors
+from fillm.report.figures.damage import WHOLE, merged
 
 KEY = ("choice", "loss")
 COLUMNS = (*forgetting.COLUMNS, "ranking", "fraction")
@@ -71,28 +72,18 @@ def cheapest(costs: Mapping[str, float], scope: Sequence[TensorInfo], fraction: 
     return chosen
 
 
-def one_name(choice: str) -> str:
-    """Draws of one budget have one name."""
-    return "random, " + choice.partition(", ")[2] if choice.startswith("random ") else choice
-
-
-def _renamed(records: Sequence[Record]) -> list[Record]:
-    return [{**row, "choice": one_name(row["choice"])} for row in records]
-
-
 def summary(records: Sequence[Record]) -> str:
     """Damage over the whole model's, by choice, loss and level."""
-    return forgetting.table(_renamed(records), "masks")
+    return forgetting.table(records, "masks")
 
 
 def draw(records: Sequence[Record], path: Path) -> None:
     """A row a choice, a panel a loss."""
-    rows = _renamed(records)
-    losses = list(dict.fromkeys(row["loss"] for row in rows))
-    choices = [merged(name) for name in dict.fromkeys(row["choice"] for row in rows) if name != WHOLE]
+    losses = list(dict.fromkeys(row["loss"] for row in records))
+    choices = [name for name in dict.fromkeys(merged(row["choice"]) for row in records) if name != WHOLE]
     figure, axes = panels(losses, 1.8 + 3.2 * len(losses), 1.0 + 0.24 * len(choices), share_y=True)
     for one, loss in zip(axes, losses, strict=True):
-        shown = {choice: at_both_levels(rows, choice, loss) for choice in choices}
+        shown = {choice: at_both_levels(records, choice, loss) for choice in choices}
         dots(one, shown, "retain damage over that of the whole model (ratio)")
         one.axvline(1.0, color="black", linewidth=0.8, linestyle="--")
         one.axvline(1 / 3, color="black", linewidth=0.8, linestyle=":")

@@ -6,9 +6,9 @@ from typing import Any
 
 from benchmarks.experiment.case import Case
 from benchmarks.experiment.figure import dots, panels, save
-from benchmarks.experiment.intervals import Interval, interval
 from benchmarks.experiment.results import Record
 from fillm.models import catalogue, load_model
+from fillm.report.figures.intervals import Interval, interval
 
 KEY = ("tensor",)
 COLUMNS = ("tensor", "kind", "layer", "numel", "shift", "relative_shift")

@@ -6,9 +6,9 @@ from typing import Any
 
 from benchmarks.experiment.case import Case
 from benchmarks.experiment.figure import lines, panels, save
-from benchmarks.experiment.intervals import Interval, interval
 from benchmarks.experiment.rankings import Rankings, counts, spearman, top_overlap
 from benchmarks.experiment.results import Record, finite
+from fillm.report.figures.intervals import Interval, interval
 
 KEY = ("retain_samples", "scope", "one", "other")
 COLUMNS = (*KEY, "parameters", "tensors", "spearman", "top_overlap", "median_ratio")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.experiment import forgetting
 from benchmarks.experiment.case import Case
-from benchmarks.experiment.forgetting import ALONE, WHOLE
+from benchmarks.experiment.forgetting import ALONE
 from benchmarks.experiment.rankings import Rankings
 from benchmarks.experiment.results import Record
 from benchmarks.experiment.studies import objective_search
@@ -21,6 +21,7 @@ from benchmarks.experiment.studies.objective_search import RANKINGS
 from benchmarks.unlearning.settings import SCOPE
 from fillm.masks import Mask
 from fillm.models import catalogue, select_tensors
+from fillm.report.figures.damage import WHOLE
 
 QUICK_RISE = 0.01  # nats; a model that knows nothing cannot forget much
 KEY = ("choice", "loss")

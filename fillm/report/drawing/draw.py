@@ -2,6 +2,7 @@
 
 import math
 import os
+import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from typing import IO, Any
 
 from fillm.errors import UsageError
 from fillm.report.drawing.panels import draw_panel, panel_size, special_cells
-from fillm.report.drawing.table import draw_table
+from fillm.report.drawing.table import TITLE_CHARACTER, draw_table
 from fillm.report.figures.data import FigureData, Panel
 from fillm.report.theme import Theme
 
@@ -85,8 +86,9 @@ def _figure(data: FigureData, theme: Theme) -> Any:
     handles = _handles(data, theme)
     across, deep = _legend_grid([handle.get_label() for handle in handles], sum(widths))
     legend = 0.17 * deep + 0.15 if handles else 0.0
-    title = 0.4
-    figure = Figure(figsize=(sum(widths), sum(heights) + legend + title), layout="constrained")
+    title = textwrap.wrap(data.title, int((sum(widths) - 0.2) / TITLE_CHARACTER))
+    above = 0.2 + 0.2 * max(1, len(title))
+    figure = Figure(figsize=(sum(widths), sum(heights) + legend + above), layout="constrained")
     FigureCanvasAgg(figure)
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08, wspace=0.02, hspace=0.03)
     axes = figure.subplots(len(grid), columns, squeeze=False, width_ratios=widths, height_ratios=heights)
@@ -96,7 +98,7 @@ def _figure(data: FigureData, theme: Theme) -> Any:
                 draw_panel(grid[i][j], one, theme)
             else:
                 one.set_axis_off()
-    figure.suptitle(data.title, fontsize=11, fontweight="bold", x=0.01, ha="left")
+    figure.suptitle("\n".join(title), fontsize=11, fontweight="bold", x=0.01, ha="left")
     if handles:
         figure.legend(handles=handles, loc="outside lower left", ncols=across, fontsize=_LEGEND_FONT, frameon=False)
     return figure

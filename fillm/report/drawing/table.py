@@ -6,6 +6,7 @@ from typing import Any
 from fillm.report.figures.data import WIDEST_TABLE, Table, number
 from fillm.report.theme import Theme
 
+TITLE_CHARACTER = 0.105  # inches, of the title above a picture
 _CHARACTER = 0.068  # inches
 _LINE = 0.17
 _ROW = 0.24
@@ -23,7 +24,7 @@ def draw_table(title: str, table: Table, theme: Theme) -> Any:
         _CHARACTER * max(*(len(line) for line in heads[i]), *(len(row[i]) for row in body), 4) + 0.25
         for i in range(len(head))
     ]
-    width = max(sum(widths) + 0.3, 4.0)
+    width = max(sum(widths) + 0.3, TITLE_CHARACTER * len(title) + 0.3, 4.0)
     notes = [line for note in table.notes for line in textwrap.wrap(note, int(width / 0.06), subsequent_indent="   ")]
     top = 0.45
     deep = _LINE * max(map(len, heads)) + 0.15

@@ -9,12 +9,14 @@ from fillm.report.figures.metric_table import metric_table
 from fillm.report.figures.parameter_shift import parameter_shift
 from fillm.report.figures.rank_agreement import rank_agreement
 from fillm.report.figures.score_heatmap import score_heatmap
+from fillm.report.figures.study_damage import study_damage
+from fillm.report.figures.study_means import study_means
 from fillm.report.figures.training_curves import training_curves
 from fillm.report.runs import Run
 
 __all__ = [
-    "FIGURES", "Axis", "Cell", "Column", "FigureData", "Level", "Matrix", "Panel", "Series", "Table", "figures_of",
-    "number",
+    "FIGURES", "STUDIES", "Axis", "Cell", "Column", "FigureData", "Level", "Matrix", "Panel", "Series", "Table",
+    "figures_of", "number",
 ]  # fmt: skip
 
 FIGURES: tuple[Callable[[Sequence[Run]], FigureData | None], ...] = (
@@ -27,8 +29,10 @@ FIGURES: tuple[Callable[[Sequence[Run]], FigureData | None], ...] = (
     compression_curves,
     compression_workloads,
 )
+STUDIES: tuple[Callable[[Sequence[Run]], list[FigureData]], ...] = (study_damage, study_means)  # some for every study
 
 
 def figures_of(runs: Sequence[Run]) -> list[FigureData]:
     """Every figure that the runs have something for."""
-    return [data for figure in FIGURES if (data := figure(runs)) is not None]
+    found = [data for figure in FIGURES if (data := figure(runs)) is not None]
+    return found + [data for figures in STUDIES for data in figures(runs)]

@@ -1,5 +1,6 @@
 """What a figure shows, as plain numbers: matplotlib and plotly draw from the same of these."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -167,6 +168,11 @@ class FigureData:
             for series in panel.series:
                 found.setdefault(series.name, series)
         return found
+
+
+def abreast(panels: Sequence[Panel], most: int) -> int:
+    """Panels in a row of a grid: three, two where names of categories down take half of the width, or `most`."""
+    return min(most, 2 if any(panel.y.categories for panel in panels) else 3)
 
 
 def number(value: Cell, digits: int = 4) -> str:

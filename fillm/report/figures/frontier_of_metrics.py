@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from fillm.errors import RunFolderError
+from fillm.evaluate.reference import compared_with_itself
 from fillm.report.figures.data import Axis, Panel, Series
 from fillm.report.figures.frontier_of_runs import unlearning_labels
 from fillm.report.figures.repeats import centre_and_ends, repeats
@@ -15,12 +16,14 @@ _UTILITY = Axis("Model Utility"), "model_utility"
 _QUALITY = Axis("Forget Quality (p-value)", scale="log"), "forget_quality"
 # What is forgotten is less probable: the axis is turned, so that forgotten is to the right.
 _PROBABILITY = Axis("probability of the forget set's answers", reverse=True), "forget_probability"
+ITSELF = "compared with itself"  # as a legend says it, of a hollow marker
 _UNLEARNED, _RETAINED = "unlearn_success_", "retention_success_"
 
 
 def metric_panels(runs: Sequence[Run]) -> list[Panel]:
     """A panel for every pair of metrics that some evaluation has: TOFU's, with Forget Quality or without it the
-    probability, and every score of KnowUnDo.
+    probability, and every score of KnowUnDo. A model that was compared with itself has a hollow marker, and its name
+    says so.
     """
     evaluated = [run for run in runs if run.command == "evaluate"]
     quality = any(_number(run, _QUALITY[1]) is not None for run in evaluated)
@@ -68,7 +71,14 @@ def _series(runs: Sequence[Run], of_forget: str, of_keep: str, logarithmic: bool
             if len(names) > 1:
                 ends |= {f"{axis}_low": np.array([low]), f"{axis}_high": np.array([high])}
         name = f"{label}, {len(names)} runs" if len(names) > 1 else label
-        series.append(Series(name, *centres, style, **ends, labels=(", ".join(names),)))
+        itself = [
+            one
+            for one in names
+            if any(compared_with_itself(by_name[one].summary, metric) for metric in (of_forget, of_keep))
+        ]
+        if itself:
+            name += f" ({'' if len(itself) == len(names) else f'{len(itself)} of them '}{ITSELF})"
+        series.append(Series(name, *centres, style, **ends, hollow=bool(itself), labels=(", ".join(names),)))
     return series
 
 

@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
+from fillm.report.figures.damage import by_model, merged, model_of
 from fillm.report.figures.data import Axis, Panel, Series
-from fillm.report.figures.frontier_of_study import merged
-from fillm.report.figures.repeats import centre_and_ends
+from fillm.report.figures.frontier_of_study import over_models
+from fillm.report.result_files import rows_of
 from fillm.report.runs import Run
 
-_COLUMNS = {"choice", "loss", "forget_quality", "model_utility"}
 _NO_LOSS = "none"  # of the models that nothing was unlearned in
 _JUDGE = "retain-only model"  # a Forget Quality of 1 by definition
 
@@ -22,10 +22,8 @@ def quality_panels(runs: Sequence[Run]) -> list[Panel]:
     """
     rows = [
         row
-        for run in runs
-        for table in run.tables.values()
-        if run.command == "experiment" and set(table.column_names) >= _COLUMNS
-        for row in table.to_pylist()
+        for _, rows in rows_of(runs, "quality")
+        for row in rows
         if (row["choice"], row["loss"]) != (_JUDGE, _NO_LOSS)
     ]
     losses = [loss for loss in dict.fromkeys(row["loss"] for row in rows) if loss != _NO_LOSS]
@@ -40,12 +38,13 @@ def _panel(rows: Sequence[dict[str, Any]], loss: str, choices: Sequence[str]) ->
         some = [row for row in rows if merged(row["choice"]) == choice]
         if not some:
             continue
-        x, *of_x = centre_and_ends([float(row["forget_quality"]) for row in some], logarithmic)
-        y, *of_y = centre_and_ends([float(row["model_utility"]) for row in some], logarithmic=False)
-        x_low, x_high, y_low, y_high = (None if len(some) == 1 else np.array([end]) for end in (*of_x, *of_y))
+        x, y = (
+            over_models(by_model((model_of(row), float(row[name])) for row in some), geometric)
+            for name, geometric in (("forget_quality", logarithmic), ("model_utility", False))
+        )
+        ends = (None if x.count == 1 else np.array([end]) for end in (x.low, x.high, y.low, y.high))
         untouched = some[0]["loss"] == _NO_LOSS
-        place = np.array([x]), np.array([y])
-        series.append(Series(choice, *place, style, x_low, x_high, y_low, y_high, hollow=untouched))
+        series.append(Series(choice, np.array([x.mean]), np.array([y.mean]), style, *ends, hollow=untouched))
     return Panel(
         title=loss,
         x=Axis("Forget Quality (p-value)", scale="log" if logarithmic else "linear"),

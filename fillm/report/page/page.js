@@ -146,7 +146,7 @@
     const hidden = new Set(all(".legend [aria-pressed=false]", section).map((entry) => entry.dataset.name));
     const drawing = all(".plot", section).map((plot) => {
       const { traces, layout: wide } = data(plot.dataset.of); // parsed anew: plotly writes into what it is given
-      const layout = tightened(wide, traces[0]?.type === "heatmap");
+      const layout = tightened(wide);
       const beside = 7 * Math.max(...(layout.yaxis.ticktext ?? [""]).map((text) => text.length)) + (narrow.matches ? 60 : 100);
       const room = plot.clientWidth - beside;
       const cell = room / Math.max((layout.xaxis.ticktext ?? [""]).length, 1); // pixels
@@ -160,9 +160,9 @@
     return Promise.all(drawing);
   }
 
-  // On a telephone the names of tensors would leave no room for the cells.
-  function tightened(layout, ofCells) {
-    if (!ofCells || !narrow.matches) return layout;
+  // On a telephone the names of tensors or masks would leave no room for the cells or points.
+  function tightened(layout) {
+    if (!layout.meta?.short || !narrow.matches) return layout;
     Object.assign(layout.yaxis, { ticktext: layout.meta.short, tickfont: { size: 10 } });
     delete layout.yaxis.title;
     return layout;

@@ -9,7 +9,7 @@ import numpy as np
 from fillm.report.figures.data import Axis, Level, Panel, Series, number
 from fillm.report.page.matrices import group_lines, grouped, matrix_traces
 from fillm.report.page.scales import Placing
-from fillm.report.page.texts import escaped, last_part, plain, said, shortened
+from fillm.report.page.texts import SHORT_TICK, escaped, last_part, plain, said, shortened
 
 _ROW = 22  # pixels of a row of a matrix
 _MOST_WHOLE = 12  # ticks at every whole number
@@ -17,6 +17,7 @@ _SPOKEN = 500  # points of a series that each say everything when pointed at; of
 _MARKERS = 40  # on a line
 _TOOLS = 32  # pixels above a plot, for the buttons that would else lie on it
 _LINE = 38  # characters of an axis's title that a telephone has room for
+_SHORT_LINE = 24  # beside which names of categories take the width
 _HEIGHT = 380  # pixels of a panel of series
 
 
@@ -40,8 +41,8 @@ def panel_plot(panel: Panel) -> dict[str, Any]:
     }
     levels = [level for level in panel.levels if _has_place(level, placings)]
     layout: dict[str, Any] = {
-        "xaxis": _axis(panel.x, placings["x"], values["x"]),
-        "yaxis": _axis(panel.y, placings["y"], values["y"]),
+        "xaxis": _axis(panel.x, placings["x"], values["x"], _SHORT_LINE if panel.y.categories else _LINE),
+        "yaxis": _axis(panel.y, placings["y"], values["y"], _LINE),
         "margin": {"l": 8, "r": 8, "t": _TOOLS, "b": 8},
         "hovermode": "closest",
         "showlegend": False,
@@ -59,6 +60,8 @@ def panel_plot(panel: Panel) -> dict[str, Any]:
     if not any(np.isfinite(np.asarray(series.x) + np.asarray(series.y)).any() for series in panel.series):
         layout["annotations"].append({"text": "nothing to show", "showarrow": False, "xref": "paper", "yref": "paper",
                                       "x": 0.5, "y": 0.5})  # fmt: skip
+    if panel.y.categories:
+        layout["meta"] = {"short": [escaped(shortened(name, SHORT_TICK)) for name in panel.y.categories]}
     height = max(_HEIGHT, _ROW * len(panel.y.categories) + 80 + _TOOLS)
     return {"traces": traces, "layout": {**layout, "height": height}, "height": height}
 
@@ -75,8 +78,8 @@ def _values(panel: Panel, axis: str) -> np.ndarray:
     return values[np.isfinite(values)]
 
 
-def _axis(axis: Axis, placing: Placing, values: np.ndarray) -> dict[str, Any]:
-    title = "<br>".join(map(escaped, textwrap.wrap(axis.text, _LINE)))
+def _axis(axis: Axis, placing: Placing, values: np.ndarray, line: int) -> dict[str, Any]:
+    title = "<br>".join(map(escaped, textwrap.wrap(axis.text, line)))
     told: dict[str, Any] = {"title": {"text": title, "standoff": 8}, "automargin": True}
     if axis.scale == "category":
         count = len(axis.categories)
@@ -85,6 +88,7 @@ def _axis(axis: Axis, placing: Placing, values: np.ndarray) -> dict[str, Any]:
                  "ticktext": [escaped(shortened(name)) for name in axis.categories], "showgrid": False,
                  "zeroline": False, "minallowed": -0.5, "maxallowed": count - 0.5}  # fmt: skip
         return told
+    told["tickangle"] = 0  # numbers that turn and turn back never find their margin in a narrow plot
     if axis.reverse:
         told["autorange"] = "reversed"
     if axis.scale == "log":
@@ -179,7 +183,8 @@ def _line_label(level: Level, placings: dict[str, Placing]) -> dict[str, Any]:
     # Annotations, unlike shapes, are placed by the logarithm.
     if placings[across].scale == "log":
         place = math.log10(place)
-    return {"text": escaped(level.label), "showarrow": False, f"{along}ref": "paper", along: 1 if along == "x" else 0,
+    # At the end of a line across, above one upright, where no point is.
+    return {"text": escaped(level.label), "showarrow": False, f"{along}ref": "paper", along: 1,
             f"{across}ref": across, across: place, "yanchor": "bottom",
             "xanchor": "right" if along == "x" else "left", "font": {"size": 11}}  # fmt: skip
 

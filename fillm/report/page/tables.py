@@ -59,6 +59,7 @@ class PageTable:
         rows: cells in the order of the columns.
         total: rows there are, of which `rows` may be the first ones.
         source: the file that holds them all, empty if there is none.
+        about: what has to be known of them, a sentence or more above the rows, or empty.
     """
 
     title: str
@@ -66,6 +67,7 @@ class PageTable:
     rows: list[list[Cell]]
     total: int
     source: str = ""
+    about: str = ""
 
     def first(self, most: int) -> "PageTable":
         """The same table with its first rows alone."""

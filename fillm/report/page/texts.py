@@ -9,7 +9,7 @@ from markupsafe import Markup, escape
 from fillm.report.figures.data import Axis, Matrix, number
 
 _LONGEST_TICK = 33  # characters; what is pointed at says the whole name
-_SHORT_TICK = 16  # characters on a narrow page
+SHORT_TICK = 16  # characters on a narrow page
 
 
 def escaped(text: str) -> str:
@@ -22,16 +22,16 @@ def breakable(text: str) -> Markup:
     return Markup("<wbr>").join(escape(part) for part in re.split(r"(?<=[_.])(?=.)", text))
 
 
-def shortened(text: str) -> str:
-    """A text without its middle where it is longer than a plot has room for beside an axis."""
-    half = (_LONGEST_TICK - 1) // 2
-    return text if len(text) <= _LONGEST_TICK else f"{text[:half]}…{text[-half:]}"
+def shortened(text: str, most: int = _LONGEST_TICK) -> str:
+    """A text without its middle where it is longer than a plot has room for beside an axis, `most` characters."""
+    half = (most - 1) // 2
+    return text if len(text) <= most else f"{text[:half]}…{text[-half:]}"
 
 
 def last_part(text: str) -> str:
     """The last part of a tensor's name, for a narrow page."""
     text = text.removesuffix(".weight")
-    return text if len(text) <= _SHORT_TICK else f"…{text[1 - _SHORT_TICK :]}"
+    return text if len(text) <= SHORT_TICK else f"…{text[1 - SHORT_TICK :]}"
 
 
 def said(axis: Axis, value: float) -> str:

@@ -18,6 +18,7 @@ import fillm
 from fillm.config import to_yaml
 from fillm.errors import UsageError
 from fillm.report.figures.data import FigureData
+from fillm.report.figures.study_names import claim_of
 from fillm.report.page.looks import looks
 from fillm.report.page.overview import cards, lead, run_table
 from fillm.report.page.sections import FigureSection, figure_section
@@ -28,6 +29,7 @@ from fillm.report.runs import Run
 LARGEST = 5_000_000  # bytes of a page
 # Rows of a table, tried in this order until the page is small enough.
 _MOST_ROWS = (1000, 400, 150, 50, 15)
+_LEAST_ROWS = 150  # of a table that is a figure
 _LONGEST_RECORD = 20_000  # characters of a run.yaml
 _TITLES = {"ranking": "Ranking", "samples": "Samples", "log": "Log", "rows": "Rows", "per_sample": "Scores by sample"}
 _NOT_SHOWN = ("tensors",)  # for programs
@@ -93,7 +95,7 @@ def _page(
         parts=[{"id": name, "title": text} for name, text in parts],
         cards=shown,
         runs=run_table(runs),
-        figures=[replace(figure, table=figure.table.first(most)) for figure in figures],
+        figures=[replace(one, table=one.table.first(most if one.plots else max(most, _LEAST_ROWS))) for one in figures],
         tables=tables,
         provenance=[{"name": run.name, "command": run.command, "record": _record(run)} for run in runs],
     )
@@ -136,7 +138,10 @@ def _tables(runs: Sequence[Run], most: int) -> list[PageTable]:
             title = f"{_TITLES[name]} of {run.name}" if name in _TITLES else run.name if name == run.path.stem else (
                 f"{name} of {run.name}")  # fmt: skip
             source = run.path.name if run.path.is_file() else f"{name}.parquet"
-            found.append(page_table(table, title, most, name, source))
+            if "title" in run.study:
+                title = f"{run.study['title']} ({title})"
+            shown = page_table(table, title, most, name, source)
+            found.append(replace(shown, about=claim_of(run)))
     return found
 
 

@@ -1,0 +1,47 @@
+"""Commands of fillm as processes of their own, timed from outside."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fillm.errors import UsageError
+
+
+def timed_command(name: str, words: Sequence[str], out: Path, threads: int, processes: int = 1) -> tuple[float, Any]:
+    """One run of `fillm.NAME` into `out`, which is replaced: its seconds from start to end, and its `run.yaml`.
+
+    Args:
+        name: of the command, such as `rank`.
+        words: its flags but `--out`.
+        out: the run folder.
+        threads: of each process.
+        processes: more than one are started by torchrun.
+
+    Raises:
+        UsageError: with the command's own line, where it refuses what it was given.
+        RuntimeError: with all that it said, where it fails.
+    """
+    start = [sys.executable, "-m"]
+    if processes > 1:
+        start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    begun = time.perf_counter()
+    done = subprocess.run(
+        [*start, f"fillm.{name}", *words, "--out", str(out), "--overwrite"],
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    taken = time.perf_counter() - begun
+    if done.returncode:
+        told = [line for line in done.stderr.splitlines() if line.startswith(f"fillm {name}: ")]
+        raise UsageError(told[-1]) if told else RuntimeError(done.stderr)
+    return taken, yaml.safe_load((out / "run.yaml").read_text(encoding="utf-8"))
+
+
+def free_cores() -> int:
+    """Not the cores of the machine: those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
