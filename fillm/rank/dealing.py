@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fillm.models.sharded_tensors import into_shards, is_sharded, whole
-from fillm.rank.console import Bar
+from fillm.rank.console import Progress
 from fillm.runs.processes import Processes
 
 MEETING_SECONDS = 1.0  # between two meetings, where a round does not take longer
@@ -100,7 +100,12 @@ class Dealing:
         return done or self._in_step or self._round >= self._next
 
     def meet(
-        self, error: BaseException | None, stop: str | None, save: bool, bar: Bar, sizes: Sequence[tuple[int, int]]
+        self,
+        error: BaseException | None,
+        stop: str | None,
+        save: bool,
+        bar: Progress | None,
+        sizes: Sequence[tuple[int, int]],
     ) -> tuple[str | None, bool]:
         """Waits for the others, and agrees with them.
 
@@ -121,7 +126,7 @@ class Dealing:
         self._met, self._met_round = time.monotonic(), self._round
         if self._leads_now:  # at once: what fails on one side only has to fail where all look up next, at a meeting
             self._take_the_lead()
-        for batch in self._behind:
+        for batch in self._behind if bar is not None else ():
             bar.advance(*sizes[batch])
         self._behind.clear()
         told = any(words[0] for words in heard)

@@ -186,6 +186,21 @@ class Processes:
         self.ended = True
         raise error if self.first else EndedByAnother(error.exit_code)
 
+    def outlive(self, error: FillmError) -> str:
+        """Goes on after an error that all processes have heard of at a meeting.
+
+        Args:
+            error: what it was raised as in this one.
+
+        Returns:
+            What it says, the same in all.
+        """
+        if self.count == 1:
+            return str(error)
+        self.ended = False
+        said = self.tell("" if isinstance(error, EndedByAnother) else str(error))
+        return next(text for text in said if text)
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """Around the work: what ends one process ends the others at their next meeting, and all leave at once."""
