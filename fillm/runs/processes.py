@@ -72,14 +72,10 @@ class Processes:
         """What of `items` is this process's to do."""
         return list(items[self.index :: self.count])
 
-    def add_up(self, tensor: Tensor) -> Tensor:
-        """The sum of a tensor over the processes, in place."""
-        if self.count > 1:
-            torch.distributed.all_reduce(tensor)
-        return tensor
-
     def add_up_in_order(self, tensor: Tensor) -> Tensor:
-        """The same, in the order of the processes and therefore with the same bits whenever they arrive.
+        """The sum of a tensor over the processes, in place.
+
+        It is taken in their order and therefore has the same bits whenever they arrive, in all of them.
 
         Args:
             tensor: on any device, of the same shape and type in every process; of booleans it is the union. What is
@@ -261,21 +257,6 @@ class Processes:
             raise self._why_lost() from error
         self._board.set(_LEFT, str(_exit_code(error)))
         raise error
-
-    def decide(self, answer: bool) -> bool:
-        """The first process's answer, for all."""
-        return bool(self.add_up(torch.tensor([float(answer and self.first)], device=self.device)).item())
-
-    def wait(self) -> None:
-        """Until all processes are here."""
-        if self.count > 1:
-            self._state.wait_for_everyone()
-
-    def leave(self) -> None:
-        """The work is done, in all of them."""
-        self.wait()
-        if self.count > 1:
-            self._state.destroy_process_group()
 
 
 def several_started() -> bool:

@@ -18,12 +18,17 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from fillm.errors import NumericsError, RunFolderError
+
 ROOT = Path(__file__).resolve().parents[2]
 HOOKS = {
     "batch of answers": "fillm.evaluate.halving.Halving.run",
     "generation of a batch": "fillm.evaluate.generate._continued",
     "gradient of a batch": "fillm.evaluate.gradient_norm.SquaredNorms.observe",
     "gradient of a step": "fillm.unlearn.gradients.StepGradients._accumulate",
+    "forming of a step": "fillm.unlearn.gradients.StepGradients.form",
+    "curvature of a step": "fillm.unlearn.sophia.sampled_gradients",
+    "recording a batch": "fillm.unlearn.reference.record",
     "keeping a pass": "fillm.runs.RunFolder.save_stage",
     "saving a state": "fillm.runs.RunFolder.save_state",
     "finishing": "fillm.runs.RunFolder.finish",
@@ -67,7 +72,7 @@ def run(job: Mapping[str, Any]) -> int:
         nonlocal calls
         calls += 1
         if calls == job.get("at", 2):
-            FAULTS[job["fault"]]()
+            FAULTS[job["fault"]](given)
         return real(*given, **options)
 
     again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
@@ -80,28 +85,22 @@ def run(job: Mapping[str, Any]) -> int:
         return 1
 
 
-def _refuse() -> None:
-    from fillm.errors import NumericsError
-
-    raise NumericsError("a number is nan")
+def _raise(error: Exception) -> None:
+    raise error
 
 
-def _fill_the_disk() -> None:
-    from fillm.errors import RunFolderError
-
-    raise RunFolderError("no space left on the disk")
-
-
-def _break() -> None:
-    raise ZeroDivisionError("a fault of ours")
+def _drift(given: tuple[Any, ...]) -> None:
+    """A weight of this process alone changes, as by a fault of its memory."""
+    next(iter(given[0].parameters.values())).data.view(-1)[0] += 0.5
 
 
-FAULTS: dict[str, Callable[[], None]] = {
-    "error": _refuse,
-    "disk": _fill_the_disk,
-    "bug": _break,
-    "stop": lambda: os.kill(os.getpid(), signal.SIGTERM),
-    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+FAULTS: dict[str, Callable[[tuple[Any, ...]], None]] = {
+    "error": lambda given: _raise(NumericsError("a number is nan")),
+    "disk": lambda given: _raise(RunFolderError("no space left on the disk")),
+    "bug": lambda given: _raise(ZeroDivisionError("a fault of ours")),
+    "drift": _drift,
+    "stop": lambda given: os.kill(os.getpid(), signal.SIGTERM),
+    "kill": lambda given: os.kill(os.getpid(), signal.SIGKILL),
 }
 
 
