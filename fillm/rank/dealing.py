@@ -39,10 +39,15 @@ class Dealing:
             `lead` and `follow`, what the first batch fixes is taken over by all. Its sharded tensors are already
             the sums: every process has its part of them.
         in_step: the model is sharded, and the processes meet after every round.
+        every_round: they do so for another reason.
+
+    Attributes:
+        turn: the batches of the round in hand, in the order of the processes that do them.
     """
 
-    def __init__(self, processes: Processes, statistic: Any, in_step: bool = False) -> None:
+    def __init__(self, processes: Processes, statistic: Any, in_step: bool = False, every_round: bool = False) -> None:
         self.processes, self._statistic, self._in_step = processes, statistic, in_step
+        self._every_round, self.turn = in_step or every_round, []
         self._led = processes.count > 1 and hasattr(statistic, "lead")
         self._round = 0
         self._leads_now = False
@@ -89,7 +94,7 @@ class Dealing:
         self._leads_now = start == 0
         for members in rounds(start, count, self.processes.count, self._led):
             forwards = self._round % 2 == 0
-            turn = list(members if forwards else reversed(members))
+            self.turn = turn = list(members if forwards else reversed(members))
             self._round += 1
             own = turn[self.processes.index] if self.processes.index < len(turn) else None
             self._behind += [batch for batch in turn if batch != own]
@@ -97,7 +102,7 @@ class Dealing:
 
     def due(self, done: bool) -> bool:
         """Whether the processes meet after this round; they do after the last."""
-        return done or self._in_step or self._round >= self._next
+        return done or self._every_round or self._round >= self._next
 
     def meet(
         self,

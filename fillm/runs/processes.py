@@ -165,6 +165,25 @@ class Processes:
             torch.distributed.all_gather(heard, said, group=self._words)
         return [bytes(words[:length].tolist()).decode() for words, length in zip(heard, lengths, strict=True)]
 
+    def give(self, data: Tensor) -> None:
+        """Hands bytes to the first process, which takes them.
+
+        Args:
+            data: [bytes] uint8, on the CPU.
+        """
+        with self._talking():
+            torch.distributed.send(torch.tensor([data.numel()]), 0, group=self._words)
+            torch.distributed.send(data, 0, group=self._words)
+
+    def take(self, process: int) -> Tensor:
+        """What another process gives to this one, the first."""
+        size = torch.zeros(1, dtype=torch.int64)
+        with self._talking():
+            torch.distributed.recv(size, process, group=self._words)
+            data = torch.empty(int(size), dtype=torch.uint8)
+            torch.distributed.recv(data, process, group=self._words)
+        return data
+
     def agree(self, on: str) -> None:
         """Holds what all processes have to have alike against each other.
 

@@ -21,6 +21,7 @@ from unittest import mock
 from fillm.errors import NumericsError, RunFolderError
 
 ROOT = Path(__file__).resolve().parents[2]
+BLOCK_SAMPLES = 3  # of a store: several blocks of a few samples
 HOOKS = {
     "batch of answers": "fillm.evaluate.halving.Halving.run",
     "generation of a batch": "fillm.evaluate.generate._continued",
@@ -30,6 +31,8 @@ HOOKS = {
     "curvature of a step": "fillm.unlearn.sophia.sampled_gradients",
     "recording a batch": "fillm.unlearn.reference.record",
     "keeping a pass": "fillm.runs.RunFolder.save_stage",
+    "gradients of a batch": "fillm.rank.passes.Passes._batch",
+    "storing a block": "fillm.statistics.StoredSketches._store_block",
     "saving a state": "fillm.runs.RunFolder.save_state",
     "finishing": "fillm.runs.RunFolder.finish",
 }
@@ -108,9 +111,12 @@ def _main(given: str, told: str | None) -> None:
     import torch
 
     from fillm.config import leave
-    from fillm.rank import dealing
+    from fillm.rank import dealing, ranking_files
     from fillm.runs import processes
+    from fillm.statistics import store_writer
 
+    ranking_files.score_heatmap = lambda *given, **options: None
+    store_writer.BLOCK_SAMPLES = BLOCK_SAMPLES
     torch.set_num_threads(1)
     processes._BLOCK = 1000  # several to a tensor, and one that is not full
     dealing.MEETING_SECONDS = 0.0
