@@ -64,8 +64,7 @@ class Deal:
 
     def share(self, tensors: Mapping[str, Tensor]) -> None:
         """Gives every process what each has of some tensors, zeros where it has nothing, in place; all are here."""
-        for tensor in tensors.values():
-            self.processes.add_up_in_order(tensor)
+        self.processes.add_up_all(tensors.values())
 
     def known(self, found: bool) -> bool:
         """Whether the first process, which alone has the run's folder, has found something there; all meet."""

@@ -182,11 +182,9 @@ class Dealing:
         """Adds up losses and state, so that every process has the whole; what all of them say."""
         heard = [json.loads(words) for words in self.processes.tell(json.dumps(said))]
         if self.processes.count > 1:
-            self.processes.add_up_in_order(losses)
             state = self._statistic.state()
-            for name, tensor in state.items():
-                if not self._alike(name) and not is_sharded(tensor):
-                    self.processes.add_up_in_order(tensor)
+            own = [t for name, t in state.items() if not self._alike(name) and not is_sharded(t)]
+            self.processes.add_up_all([losses, *own])
             self._statistic.load(state)
         return heard
 

@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn, TypeVar
 
@@ -84,6 +84,29 @@ class Processes:
         for block, total in self._block_sums(tensor):
             block.copy_(total)
         return tensor
+
+    def add_up_all(self, tensors: Iterable[Tensor]) -> None:
+        """`add_up_in_order` of many tensors, with the same bits: those of a type and device go round together.
+
+        A collective takes its time however little it carries, and of most tensors a statistic has a few numbers.
+        """
+        alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        for tensor in tensors if self.count > 1 else ():
+            if tensor.numel() >= _BLOCK:
+                self.add_up_in_order(tensor)
+                continue
+            some = alike.setdefault((tensor.dtype, tensor.device), [])
+            if sum(one.numel() for one in some) + tensor.numel() > _BLOCK:
+                self._add_up_joined(some)
+                some.clear()
+            some.append(tensor)
+        for some in alike.values():
+            self._add_up_joined(some)
+
+    def _add_up_joined(self, tensors: Sequence[Tensor]) -> None:
+        joined = self.add_up_in_order(torch.cat([tensor.reshape(-1) for tensor in tensors]))
+        for tensor, part in zip(tensors, joined.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(part.view(tensor.shape))
 
     def add_up_into(self, out: Tensor | None, tensor: Tensor) -> None:
         """The same into `out`, of the same shape and type on any device, which the first process alone gives."""

@@ -83,9 +83,8 @@ class StepGradients:
         except Exception as caught:  # raised where all processes are: they would wait for this one's gradients
             error = caught
         self._processes.meet(error=error)
-        for parameter in self.parameters.values():
-            self._processes.add_up_in_order(parameter.grad)
-        of_forget, of_retain = self._processes.add_up_in_order(sums).tolist()
+        self._processes.add_up_all([*(parameter.grad for parameter in self.parameters.values()), sums])
+        of_forget, of_retain = sums.tolist()
         return of_forget, of_retain
 
     def _own(self, forget: Sequence[int], retain: Sequence[int], step: int, message: Callable[[str], None]) -> Tensor:
