@@ -1,7 +1,8 @@
 """One length-bucketed pass over all answers that any metric asks for: what the model thinks of every token of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -11,11 +12,14 @@ from fillm.capture import frozen
 from fillm.capture.losses import answer_logits, answer_offsets, row_blocks
 from fillm.data import SampleSet, collate, plan_batches
 from fillm.errors import NumericsError
-from fillm.evaluate.halving import Halving, Progress
+from fillm.evaluate.dealing import Deal
+from fillm.evaluate.halving import Halving
 from fillm.models.finite import not_finite
+from fillm.rank.console import Progress
 
 # Of a token this unlikely the probability is 0 in float32 and float64 alike: it adds nothing to a mean under p.
 _LEAST_LOG_PROB = -800.0
+_INTEGERS, _NUMBERS, _MOMENTS = ("token_ids", "predicted"), ("log_probs",), ("mean_log_probs", "std_log_probs")
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,35 @@ class AnswerTokens:
         return -float(self.log_probs.mean())
 
 
+def columns_of(answers: Mapping[int, AnswerTokens], counts: Sequence[int], moments: bool) -> dict[str, Tensor]:
+    """All answers one after another, a tensor a field.
+
+    Args:
+        answers: by position; those that are not there have zeros.
+        counts: tokens of every answer, N together.
+        moments: whether the answers have those over the vocabulary.
+
+    Returns:
+        [N] int64 or float64, by the names of the fields.
+    """
+    total = sum(counts)
+    columns = {name: torch.zeros(total, dtype=torch.int64) for name in _INTEGERS}
+    numbers = _NUMBERS + _MOMENTS if moments else _NUMBERS
+    columns |= {name: torch.zeros(total, dtype=torch.float64) for name in numbers}
+    for position, (begin, end) in enumerate(pairwise(accumulate(counts, initial=0))):
+        if position in answers:
+            for name, column in columns.items():
+                column[begin:end] = torch.from_numpy(getattr(answers[position], name))
+    return columns
+
+
+def answers_of(columns: Mapping[str, Tensor], counts: Sequence[int]) -> list[AnswerTokens]:
+    """The answers that `columns_of` put one after another."""
+    arrays = {name: column.numpy() for name, column in columns.items()}
+    spans = pairwise(accumulate(counts, initial=0))
+    return [AnswerTokens(**{name: array[begin:end] for name, array in arrays.items()}) for begin, end in spans]
+
+
 def token_pass(
     model: nn.Module,
     samples: SampleSet,
@@ -51,6 +84,7 @@ def token_pass(
     vocabulary_moments: bool = False,
     progress: Progress | None = None,
     notice: Callable[[str], None] | None = None,
+    deal: Deal | None = None,
 ) -> list[AnswerTokens]:
     """What a model thinks of every answer token of a set.
 
@@ -65,6 +99,7 @@ def token_pass(
         vocabulary_moments: compute `mean_log_probs` and `std_log_probs` too.
         progress: told of every batch.
         notice: told when batches are halved for want of memory.
+        deal: of the batches to several processes, which all get the whole result.
 
     Returns:
         One entry a sample, in the order of `samples`.
@@ -91,10 +126,21 @@ def token_pass(
             loss = sum(found[position].loss for position in part) / len(part)
             progress.advance(len(part), sum(lengths[position] for position in part), loss)
 
-    halving = Halving(notice)
+    halving, deal = Halving(notice), deal or Deal()
+    plan = plan_batches(lengths, tokens_per_batch, max_samples=batch_size)
     with frozen(model), torch.no_grad():
-        for members in plan_batches(lengths, tokens_per_batch, max_samples=batch_size):
-            halving.run(members, work, lengths.__getitem__)
+        deal.run(
+            samples.source,
+            plan,
+            lambda members: halving.run(members, work, lengths.__getitem__),
+            progress,
+            lambda members: sum(lengths[position] for position in members),
+        )
+    if deal.processes.count > 1:
+        counts = [sample.num_counted for sample in samples]
+        columns = columns_of(found, counts, vocabulary_moments)
+        deal.share(columns)
+        return answers_of(columns, counts)
     return [found[position] for position in range(len(samples))]
 
 

@@ -1,7 +1,10 @@
 """Evaluation from start to end: rows, model, passes, metrics, run folder."""
 
+import io
+import json
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,8 @@ from torch import nn
 from fillm.config import from_mapping
 from fillm.data import Row
 from fillm.errors import UsageError
-from fillm.evaluate.config import COMMAND_ONLY, FREE_ON_RESUME, EvaluateConfig, resolved
+from fillm.evaluate.config import COMMAND_ONLY, FREE_ON_RESUME, EvaluateConfig, check_dealt_out, resolved
+from fillm.evaluate.dealing import Deal
 from fillm.evaluate.evidence import Evidence, gather, prepare
 from fillm.evaluate.general import general_metric
 from fillm.evaluate.metric import Metric, Needs, Outcome
@@ -22,27 +26,46 @@ from fillm.evaluate.row_sets import read_rows, row_sets
 from fillm.models import load_model, load_tokenizer, model_fingerprint
 from fillm.rank.console import Console
 from fillm.rank.passes import memory_explained, peak_memory
-from fillm.runs import RunFolder, check_inputs_outside, run_identity, run_record
+from fillm.runs import RunFolder, check_inputs_outside, run_identity, run_record, signals_noted
+from fillm.runs.processes import Processes, several_started
 
 
 def run(config: EvaluateConfig) -> None:
     """What `python -m fillm.evaluate` does."""
-    config, console = resolved(config), Console()
+    processes = Processes(config.device) if several_started() else Processes(alone=True)
+    with processes.together():
+        console = Console() if processes.first else Console(io.StringIO(), io.StringIO())
+        _run(config, processes, console)
+
+
+def _run(config: EvaluateConfig, processes: Processes, console: Console) -> None:
+    config = resolved(config)
+    if processes.count > 1:
+        check_dealt_out(config)
     check_inputs_outside(config)
     if config.from_log is not None:
         from fillm.evaluate.from_log import run_from_log
 
-        _tell(run_from_log(config, console), config, console)
+        if processes.first:
+            _tell(run_from_log(config, console), config, console)
         return
     evidence, metrics, needs = _prepared(config, None, console)
     if config.dry_run:
         for line in _plan_lines(evidence, needs):
             console.say(line)
         return
-    with RunFolder(config.out, overwrite=config.overwrite, resume=config.resume, notice=console.note) as folder:
-        model = _load(config)
-        result, record = _evaluated(evidence, metrics, needs, model, folder)
-        folder.finish(lambda path: write_result(result, path, record))
+    folder = None
+    if processes.first:  # and nobody else: the others save nothing and have nothing to read
+        folder = RunFolder(config.out, overwrite=config.overwrite, resume=config.resume, notice=console.note)
+    with folder or nullcontext():
+        processes.meet()  # what is wrong with the folder ends all of them before a model is loaded
+        model = _load(config, config.device if processes.count == 1 else str(processes.device))
+        # A signal acts at once where nobody waits; several processes end at their next meeting.
+        with signals_noted() if processes.count > 1 else nullcontext(lambda: None) as interrupted:
+            evidence.deal = Deal(processes, interrupted)
+            result, record = _evaluated(evidence, metrics, needs, model, folder)
+            if folder is not None:
+                folder.finish(lambda path: write_result(result, path, record))
     _tell(result, config, console)
 
 
@@ -117,12 +140,12 @@ def _prepared(config: EvaluateConfig, tokenizer: Any, console: Console) -> tuple
 
 
 @memory_explained()
-def _load(config: EvaluateConfig) -> nn.Module:
+def _load(config: EvaluateConfig, device: str) -> nn.Module:
     return load_model(
         str(config.model),
         adapter=config.adapter,
         dtype=config.dtype,
-        device=config.device,
+        device=device,
         trust_remote_code=config.trust_remote_code,
     )
 
@@ -134,12 +157,13 @@ def _evaluated(
     config, begun = evidence.config, time.monotonic()
     device = next(model.parameters()).device
     record: dict[str, Any] = {}
-    reference, fingerprint = evidence.reference, ""
-    if folder is not None or reference is not None:
+    reference, fingerprint, processes = evidence.reference, "", evidence.deal.processes
+    if folder is not None or reference is not None or processes.count > 1:
         fingerprint = model_fingerprint(model)
     with_itself = reference is not None and reference.is_of(fingerprint)
+    prints = {"model": fingerprint, **_fingerprints(evidence)}
+    processes.agree(json.dumps(prints))
     if folder is not None:
-        prints = {"model": fingerprint, **_fingerprints(evidence)}
         # The order of a sum depends on the device and on the number of threads, and with it the last bits.
         machine = {"device": device.type, "threads": str(torch.get_num_threads())}
         folder.check_identity({**run_identity(config, prints, FREE_ON_RESUME), **machine})
@@ -152,7 +176,10 @@ def _evaluated(
     result = merged(outcomes, ids)
     if with_itself:
         result = noted(result, COMPARED, ITSELF)
-    measured = {"seconds": round(time.monotonic() - begun, 3), "peak_memory_bytes": peak_memory(device)}
+    peak = max(own for (own,) in processes.meet(peak_memory(device)))
+    measured = {
+        "processes": processes.count, "seconds": round(time.monotonic() - begun, 3), "peak_memory_bytes": peak
+    }  # fmt: skip
     return result, {**record, **measured, "result": result.summary, "notes": result.notes}
 
 

@@ -11,6 +11,7 @@ from fillm.data import Row, Sample, SampleSet, check_fits_model
 from fillm.evaluate.answer_tokens import AnswerTokens, token_pass
 from fillm.evaluate.answers import RowAnswers, question_and_answer, tokenize_answers
 from fillm.evaluate.config import DEFAULT_BATCH_SIZE, EvaluateConfig
+from fillm.evaluate.dealing import Deal
 from fillm.evaluate.generate import greedy_answers
 from fillm.evaluate.metric import ANSWER, PARAPHRASE, PERTURBED, Needs
 from fillm.evaluate.reference import Reference
@@ -38,6 +39,7 @@ class Evidence:
         model: for metrics that need more than all this.
         tokenizer: likewise.
         console: for the progress of their own passes.
+        deal: of all passes to the processes of the run.
     """
 
     config: EvaluateConfig
@@ -50,6 +52,7 @@ class Evidence:
     model: nn.Module | None = None
     tokenizer: "PreTrainedTokenizerBase | None" = None
     console: Console = field(default_factory=Console.silent)
+    deal: Deal = field(default_factory=Deal)
 
     def answers(self, row_set: str) -> list[AnswerTokens]:
         """Of each row's answer."""
@@ -113,7 +116,7 @@ def gather(evidence: Evidence, needs: Needs, model: nn.Module, folder: RunFolder
         evidence: as `prepare` made it; is filled.
         needs: of all metrics together.
         model: on its device.
-        folder: of the run; None in the Python API without `out`.
+        folder: of the run; None in the Python API without `out`, and in other processes than the first.
 
     Raises:
         DataError: rows that the model cannot take.
@@ -152,9 +155,11 @@ def _score(
                 vocabulary_moments=moments,
                 progress=bar,
                 notice=evidence.console.warn,
+                deal=evidence.deal,
             )
 
-    found = kept_answers(folder, "answers-moments" if moments else "answers", run)
+    counts = [sample.num_counted for sample in unique]
+    found = kept_answers(folder, "answers-moments" if moments else "answers", counts, moments, run, evidence.deal)
     every = iter([found[place[sample.input_ids, sample.labels]] for sample in samples])
     return {pair: [next(every) for _ in evidence.samples_of[pair].samples] for pair in pairs}
 
@@ -172,6 +177,7 @@ def _generate(evidence: Evidence, name: str, folder: RunFolder | None) -> list[s
                 batch_size=evidence.config.batch_size or DEFAULT_BATCH_SIZE,
                 progress=bar,
                 notice=evidence.console.warn,
+                deal=evidence.deal,
             )
 
-    return kept_texts(folder, f"generated-{name}", run)
+    return kept_texts(folder, f"generated-{name}", run, evidence.deal)

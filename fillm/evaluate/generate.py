@@ -1,6 +1,6 @@
 """Greedy answers to prompts, many at a time."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +10,11 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from fillm.capture import frozen
 from fillm.errors import DataError, NumericsError, UsageError
-from fillm.evaluate.halving import Halving, Progress
+from fillm.evaluate.dealing import Deal
+from fillm.evaluate.halving import Halving
 from fillm.models import quiet_transformers
 from fillm.models.finite import not_finite
+from fillm.rank.console import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,6 +49,7 @@ def greedy_answers(
     batch_size: int,
     progress: Progress | None = None,
     notice: Callable[[str], None] | None = None,
+    deal: Deal | None = None,
 ) -> list[str]:
     """What a model answers when it always takes the likeliest token.
 
@@ -64,6 +67,7 @@ def greedy_answers(
             model's own products, where two tokens are as good as equally likely.
         progress: told of every prompt that has its answer, with the tokens of the answer.
         notice: told when batches are halved for want of memory.
+        deal: of the batches to several processes, which all get all answers.
 
     Returns:
         The answers in the order of the prompts, without special tokens and without blanks at their ends.
@@ -82,7 +86,8 @@ def greedy_answers(
     room = _room(base, prompts, max_new_tokens)
     stops = _stops(base, tokenizer)
     answers: list[list[int]] = [[] for _ in prompts]
-    pending, halving, total = list(range(len(prompts))), Halving(notice), _FIRST_TOKENS
+    pending, halving, total, deal = list(range(len(prompts))), Halving(notice), _FIRST_TOKENS, deal or Deal()
+    own: set[int] = set()  # what this process has worked on in the turn at hand
 
     def text(position: int) -> list[int]:
         return [*prompts[position], *answers[position]]
@@ -95,6 +100,13 @@ def greedy_answers(
             raise NumericsError(not_finite(base, f"a logit of prompt {part[int(spoilt.rows.int().argmax())] + 1}"))
         for position, more in zip(part, grown, strict=True):
             answers[position] += more
+        own.update(part)
+        tell_of(part)
+
+    def halved(batch: Sequence[int]) -> None:
+        halving.run(batch, work, lambda i: len(text(i)))
+
+    def tell_of(part: Iterable[int]) -> None:
         if progress is not None:
             over = [i for i in part if _ended(answers[i], room[i], stops)]
             progress.advance(len(over), sum(len(answers[i]) for i in over))
@@ -105,12 +117,29 @@ def greedy_answers(
             turn = sorted((i for i in pending if len(answers[i]) < total), key=lambda i: (-len(text(i)), i))
             if not turn:
                 total *= _GROWTH
-            for begin in range(0, len(turn), batch_size):
-                halving.run(turn[begin : begin + batch_size], work, lambda i: len(text(i)))
+            batches = [turn[begin : begin + batch_size] for begin in range(0, len(turn), batch_size)]
+            own.clear()
+            deal.run("generation", batches, halved, None, len)
+            if deal.processes.count > 1 and turn:
+                _share(deal, turn, answers, own)
+                tell_of(i for i in turn if i not in own)
             pending = [i for i in pending if not _ended(answers[i], room[i], stops)]
     ids = [answer[:-1] if answer[-1] in stops else answer for answer in answers]
     texts = [tokenizer.decode(one, skip_special_tokens=True, clean_up_tokenization_spaces=False) for one in ids]
     return [one.strip() for one in texts]
+
+
+def _share(deal: Deal, turn: Sequence[int], answers: list[list[int]], own: Collection[int]) -> None:
+    """Gives every process the answers of a turn as those have them that worked on them."""
+    lengths = torch.tensor([len(answers[i]) if i in own else 0 for i in turn])
+    deal.share({"lengths": lengths})
+    tokens = torch.zeros(len(turn), int(lengths.max()), dtype=torch.int64)
+    for row, i in enumerate(turn):
+        if i in own:
+            tokens[row, : len(answers[i])] = torch.tensor(answers[i])
+    deal.share({"tokens": tokens})
+    for row, (i, length) in enumerate(zip(turn, lengths.tolist(), strict=True)):
+        answers[i] = tokens[row, :length].tolist()
 
 
 def _room(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[int]:

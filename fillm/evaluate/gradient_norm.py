@@ -70,11 +70,15 @@ def gradient_norms(
         NumericsError: names the sample whose loss or gradient is not finite.
         UsageError: a pattern that matches no tensor.
     """
-    check_differentiable(model)
-    names = [info.name for info in select_tensors(catalogue(model), include, exclude)]
-    capture = Capture(model, names)
-    verify(capture, SampleSet([sample for samples in sets.values() for sample in samples], "all sets"), passes.layout)
-    found = {}
+    error, found = None, {}
+    try:
+        check_differentiable(model)
+        capture = Capture(model, [info.name for info in select_tensors(catalogue(model), include, exclude)])
+        both = SampleSet([sample for samples in sets.values() for sample in samples], "all sets")
+        verify(capture, both, passes.layout)
+    except Exception as caught:  # raised where all processes are, so that none goes on without the others
+        error = caught
+    passes.processes.meet(error=error)
     for which, samples in sets.items():
         norms = SquaredNorms(len(samples))
         passes.run(f"gradient-norm-{which}", f"gradient norms, {which}", capture, samples, norms)

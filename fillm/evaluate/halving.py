@@ -1,19 +1,11 @@
 """Batches that are cut in half when memory runs out."""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import torch
 
 from fillm.errors import OutOfMemoryError
 from fillm.runs.memory import is_out_of_memory
-
-
-class Progress(Protocol):
-    """What is told of every batch; a bar of `fillm.rank.console` is one."""
-
-    def advance(self, samples: int, tokens: int, loss: float | None = None) -> None:
-        """Counts a batch: its samples, its tokens, and its mean loss to be shown."""
 
 
 class Halving:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fillm.data import shared_rows
-from fillm.errors import FillmError, InterruptedRun
+from fillm.errors import FillmError
 from fillm.evaluate.answer_tokens import AnswerTokens
 from fillm.evaluate.gradient_norm import gradient_norms
 from fillm.evaluate.membership import (
@@ -141,16 +141,17 @@ def _min_k_plus_plus(evidence: "Evidence") -> Scores:
 
 
 def _gradient_norm(evidence: "Evidence") -> Scores:
-    config = evidence.config
-    passes = Passes(evidence.console, tokens_per_batch=config.tokens_per_batch)
+    config, processes = evidence.config, evidence.deal.processes
+    passes = Passes(evidence.console, tokens_per_batch=config.tokens_per_batch, processes=processes)
+    sets = {which: evidence.samples(which) for which in PAIR}
     try:
-        found = gradient_norms(
-            evidence.model, {which: evidence.samples(which) for which in PAIR}, passes, include=config.gradient_include
-        )
-    except InterruptedRun:
-        raise
-    except FillmError as error:  # the other figures are worth having without this one
-        raise _Missing(str(error)) from None
+        with passes.stopping():
+            found = gradient_norms(evidence.model, sets, passes, include=config.gradient_include)
+    except FillmError as error:
+        if error.exit_code != FillmError.exit_code:  # of an interruption, or a fault in another process
+            raise
+        # The other figures are worth having without this one.
+        raise _Missing(processes.outlive(error)) from None
     return {which: norms.tolist() for which, norms in found.items()}
 
 

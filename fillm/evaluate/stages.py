@@ -1,48 +1,55 @@
 """What a finished pass found, kept in the run folder, so that an interrupted run does not make it again."""
 
+import json
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 
-from fillm.evaluate.answer_tokens import AnswerTokens
+from fillm.evaluate.answer_tokens import AnswerTokens, answers_of, columns_of
+from fillm.evaluate.dealing import Deal
 from fillm.runs import RunFolder
 
-_COLUMNS = ("token_ids", "log_probs", "predicted")
-_MOMENTS = ("mean_log_probs", "std_log_probs")
 
-
-def kept_answers(folder: RunFolder | None, stage: str, run: Callable[[], list[AnswerTokens]]) -> list[AnswerTokens]:
-    """What the stage found before, or what `run` finds now.
+def kept_answers(
+    folder: RunFolder | None,
+    stage: str,
+    counts: Sequence[int],
+    moments: bool,
+    run: Callable[[], list[AnswerTokens]],
+    deal: Deal,
+) -> list[AnswerTokens]:
+    """What the stage found before, or what `run` finds now; the same in all processes.
 
     Args:
-        folder: of the run; None keeps nothing.
+        folder: of the run; None keeps nothing, and in other processes than the first.
         stage: its name in the folder.
+        counts: tokens of every answer.
+        moments: whether the answers have those over the vocabulary.
         run: makes the pass.
+        deal: of the run.
 
     Raises:
         RunFolderError: what was kept is damaged, or the disk refuses.
     """
     found = None if folder is None else folder.load_stage(stage)
-    if found is not None:
-        columns = {name: tensor.numpy() for name, tensor in found[0].items()}
-        ends = columns.pop("ends").tolist()
-        spans = [slice(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
-        return [AnswerTokens(**{name: column[span] for name, column in columns.items()}) for span in spans]
+    if deal.known(found is not None):
+        columns = columns_of({}, counts, moments)
+        for name, column in columns.items() if found is not None else ():
+            column.copy_(found[0][name])
+        deal.share(columns)
+        return answers_of(columns, counts)
     answers = run()
     if folder is not None:
-        names = _COLUMNS if answers[0].mean_log_probs is None else _COLUMNS + _MOMENTS
-        tensors = {name: torch.from_numpy(np.concatenate([getattr(one, name) for one in answers])) for name in names}
-        tensors["ends"] = torch.tensor([len(one.token_ids) for one in answers]).cumsum(0)
-        folder.save_stage(stage, tensors, {})
+        tensors = columns_of(dict(enumerate(answers)), counts, moments)
+        folder.save_stage(stage, {**tensors, "ends": torch.tensor(counts).cumsum(0)}, {})
     return answers
 
 
-def kept_texts(folder: RunFolder | None, stage: str, run: Callable[[], list[str]]) -> Sequence[str]:
+def kept_texts(folder: RunFolder | None, stage: str, run: Callable[[], list[str]], deal: Deal) -> Sequence[str]:
     """As `kept_answers`, of texts."""
     found = None if folder is None else folder.load_stage(stage)
-    if found is not None:
-        return list(found[1]["texts"])
+    if deal.known(found is not None):
+        return list(json.loads(deal.processes.tell(json.dumps(found[1]["texts"] if found is not None else []))[0]))
     texts = run()
     if folder is not None:
         folder.save_stage(stage, {"count": torch.tensor([len(texts)])}, {"texts": list(texts)})

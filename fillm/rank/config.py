@@ -243,6 +243,8 @@ def check_sharded(config: RankConfig, processes: int) -> None:
         (config.objective != "forget", f"--objective {config.objective}"),
         (config.effective_score != "l2", f"--score {config.score}"),
         (config.adapter is not None, "--adapter"),
+        (config.compression != "none", f"--compression {config.compression}"),
+        (config.store is not None, "--store"),
     ]
     if (given := next((option for no, option in refused if no), None)) is not None:
         raise UsageError(
@@ -256,13 +258,11 @@ def check_dealt_out(config: RankConfig) -> None:
     Raises:
         UsageError: naming the option.
     """
-    alone = [
-        (config.store is not None, "--store"),
-        (config.compression != "none", f"--compression {config.compression}"),
-        (config.curvature == "woodbury", "--curvature woodbury"),
-        (config.exact_gram, f"--method {config.canonical_method}"),
-    ]
-    if (given := next((option for refused, option in alone if refused), None)) is not None:
-        raise UsageError(f"{given} takes one process: inner products of samples are not dealt out; leave out torchrun")
+    if config.exact_gram:
+        given = "--curvature woodbury" if config.curvature == "woodbury" else f"--method {config.canonical_method}"
+        raise UsageError(
+            f"{given} takes one process: exact inner products of samples are not dealt out; leave out torchrun, or "
+            "give --compression"
+        )
     if config.canonical_method == "path":
         raise UsageError("--method path takes one process: the search of its step is not dealt out; leave out torchrun")

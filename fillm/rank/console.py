@@ -5,12 +5,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from fillm.statistics import relative_width
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+    from rich.progress import Progress as LiveProgress
+    from rich.progress import TaskID
 
     from fillm.rank.ranking import Ranking
 
@@ -19,11 +20,18 @@ _LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal
 _LEFT_ALIGNED = ("name", "kind", "note")
 
 
+class Progress(Protocol):
+    """What is told of every batch; a `Bar` is one."""
+
+    def advance(self, samples: int, tokens: int, loss: float | None = None) -> None:
+        """Counts a batch: its samples, its tokens, and its mean loss to be shown."""
+
+
 class Bar:
     """The progress of one pass."""
 
     def __init__(
-        self, console: "Console", label: str, total: int, live: "Progress | None", task: "TaskID | None"
+        self, console: "Console", label: str, total: int, live: "LiveProgress | None", task: "TaskID | None"
     ) -> None:
         self._console, self._label, self._total, self._live, self._task = console, label, total, live, task
         self._begun = self._last_line = console.clock()
@@ -93,7 +101,7 @@ class Console:
     ) -> None:
         self._stdout, self._stderr, self.clock, self.quiet = stdout, stderr, clock, quiet
         self._said: set[str] = set()
-        self._live: Progress | None = None
+        self._live: LiveProgress | None = None
 
     @classmethod
     def silent(cls) -> "Console":

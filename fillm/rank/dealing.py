@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fillm.models.sharded_tensors import into_shards, is_sharded, whole
-from fillm.rank.console import Bar
+from fillm.rank.console import Progress
 from fillm.runs.processes import Processes
 
 MEETING_SECONDS = 1.0  # between two meetings, where a round does not take longer
@@ -39,10 +39,15 @@ class Dealing:
             `lead` and `follow`, what the first batch fixes is taken over by all. Its sharded tensors are already
             the sums: every process has its part of them.
         in_step: the model is sharded, and the processes meet after every round.
+        every_round: they do so for another reason.
+
+    Attributes:
+        turn: the batches of the round in hand, in the order of the processes that do them.
     """
 
-    def __init__(self, processes: Processes, statistic: Any, in_step: bool = False) -> None:
+    def __init__(self, processes: Processes, statistic: Any, in_step: bool = False, every_round: bool = False) -> None:
         self.processes, self._statistic, self._in_step = processes, statistic, in_step
+        self._every_round, self.turn = in_step or every_round, []
         self._led = processes.count > 1 and hasattr(statistic, "lead")
         self._round = 0
         self._leads_now = False
@@ -89,7 +94,7 @@ class Dealing:
         self._leads_now = start == 0
         for members in rounds(start, count, self.processes.count, self._led):
             forwards = self._round % 2 == 0
-            turn = list(members if forwards else reversed(members))
+            self.turn = turn = list(members if forwards else reversed(members))
             self._round += 1
             own = turn[self.processes.index] if self.processes.index < len(turn) else None
             self._behind += [batch for batch in turn if batch != own]
@@ -97,10 +102,15 @@ class Dealing:
 
     def due(self, done: bool) -> bool:
         """Whether the processes meet after this round; they do after the last."""
-        return done or self._in_step or self._round >= self._next
+        return done or self._every_round or self._round >= self._next
 
     def meet(
-        self, error: BaseException | None, stop: str | None, save: bool, bar: Bar, sizes: Sequence[tuple[int, int]]
+        self,
+        error: BaseException | None,
+        stop: str | None,
+        save: bool,
+        bar: Progress | None,
+        sizes: Sequence[tuple[int, int]],
     ) -> tuple[str | None, bool]:
         """Waits for the others, and agrees with them.
 
@@ -121,7 +131,7 @@ class Dealing:
         self._met, self._met_round = time.monotonic(), self._round
         if self._leads_now:  # at once: what fails on one side only has to fail where all look up next, at a meeting
             self._take_the_lead()
-        for batch in self._behind:
+        for batch in self._behind if bar is not None else ():
             bar.advance(*sizes[batch])
         self._behind.clear()
         told = any(words[0] for words in heard)
@@ -172,11 +182,9 @@ class Dealing:
         """Adds up losses and state, so that every process has the whole; what all of them say."""
         heard = [json.loads(words) for words in self.processes.tell(json.dumps(said))]
         if self.processes.count > 1:
-            self.processes.add_up_in_order(losses)
             state = self._statistic.state()
-            for name, tensor in state.items():
-                if not self._alike(name) and not is_sharded(tensor):
-                    self.processes.add_up_in_order(tensor)
+            own = [t for name, t in state.items() if not self._alike(name) and not is_sharded(t)]
+            self.processes.add_up_all([losses, *own])
             self._statistic.load(state)
         return heard
 

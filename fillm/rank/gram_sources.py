@@ -1,6 +1,7 @@
 """Where inner products come from: sketches of both sets, a store of them, or exact Gram matrices."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,11 +13,13 @@ from fillm.data import SampleSet
 from fillm.errors import StoreError, UsageError
 from fillm.models import TensorInfo
 from fillm.rank.config import RankConfig
+from fillm.rank.dealt_store import DealtSketches
 from fillm.rank.gram_passes import exact_grams
 from fillm.rank.machine import free_memory
 from fillm.rank.scoring import Job
 from fillm.rank.sketching import parse_size
 from fillm.statistics import (
+    DTYPES,
     DenseGram,
     GradientSketches,
     InnerProducts,
@@ -84,14 +87,23 @@ def sketch_sets(job: Job) -> Sketched:
     if store is not None and not len(positions):
         retain: RetainSketches = _read(job, store)
     elif config.store is not None:
-        settings = store_settings(config)
-        with StoredSketches(config.store, maps, job.retain, job.model_fingerprint, settings) as writer:
-            job.passes.run("retain", "retain pass", job.capture, job.retain, writer, positions=writer.positions)
+        _fill(job, maps, positions)
         retain = _read(job, SketchStore.open(config.store))
     else:
         retain = GradientSketches(maps, len(job.retain), dtype=getattr(torch, config.sketch_dtype))
         job.passes.run("retain", "retain pass", job.capture, job.retain, retain)
     return Sketched(maps, retain, forget, None if mean is None else mean.mean)
+
+
+def _fill(job: Job, maps: Mapping[str, SketchMap], positions: range) -> None:
+    """The retain pass into the store, which the first of several processes holds and writes."""
+    processes, settings = job.passes.processes, store_settings(job.config)
+    made = (job.config.store, maps, job.retain, job.model_fingerprint, settings)
+    with StoredSketches(*made) if processes.first else nullcontext() as writer:
+        statistic = writer
+        if processes.count > 1:
+            statistic = DealtSketches(processes, maps, DTYPES[settings.dtype], len(job.retain), writer)
+        job.passes.run("retain", "retain pass", job.capture, job.retain, statistic, positions=positions)
 
 
 def sketch_maps(config: RankConfig, scope: Sequence[TensorInfo]) -> dict[str, SketchMap]:

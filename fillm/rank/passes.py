@@ -18,6 +18,7 @@ from fillm.models import spoilt_weight
 from fillm.models.sharded_tensors import is_sharded
 from fillm.rank.console import Console
 from fillm.rank.dealing import Dealing
+from fillm.rank.dealt_store import DealtSketches
 from fillm.runs import RunFolder, signals_noted
 from fillm.runs.memory import is_out_of_memory
 from fillm.runs.processes import Processes
@@ -141,11 +142,13 @@ class Passes:
             if not in_step:  # a sharded one is loaded by all together
                 statistic.load(tensors)
         if stored is not None:
-            start, losses, fallback = stored.resume_point([[chosen[i] for i in members] for members in plan])
+            visited = [[chosen[i] for i in members] for members in plan]
+            start, losses, fallback = stored.resume_point(visited)
             capture.fallback |= fallback
         # A pass too short to be saved is run again on the way to a later one's state, which must not be lost to it.
         saves = folder is not None and (saved is None or saved[0] == stage) and statistic.state() is not None
-        dealing = Dealing(self.processes, statistic, in_step)
+        dealt_store = statistic if isinstance(statistic, DealtSketches) else None
+        dealing = Dealing(self.processes, statistic, in_step, every_round=dealt_store is not None)
         known, start, saves = dealing.open(
             [stage, chosen, plan], finished is not None, start, saves, capture.fallback, tensors
         )
@@ -176,6 +179,8 @@ class Passes:
                 now = time.monotonic()
                 due = now - last_save >= self.checkpoint_seconds and cursor < len(plan)
                 stopped, due = dealing.meet(error, self._interrupted(), due, bar, sizes)
+                if dealt_store is not None:
+                    dealt_store.end_of_round(dealing.turn, visited)
                 if saves and (due or stopped):
                     state = dealing.copied_state(losses)
                     if folder is not None:

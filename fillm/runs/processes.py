@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn, TypeVar
 
@@ -72,14 +72,10 @@ class Processes:
         """What of `items` is this process's to do."""
         return list(items[self.index :: self.count])
 
-    def add_up(self, tensor: Tensor) -> Tensor:
-        """The sum of a tensor over the processes, in place."""
-        if self.count > 1:
-            torch.distributed.all_reduce(tensor)
-        return tensor
-
     def add_up_in_order(self, tensor: Tensor) -> Tensor:
-        """The same, in the order of the processes and therefore with the same bits whenever they arrive.
+        """The sum of a tensor over the processes, in place.
+
+        It is taken in their order and therefore has the same bits whenever they arrive, in all of them.
 
         Args:
             tensor: on any device, of the same shape and type in every process; of booleans it is the union. What is
@@ -88,6 +84,29 @@ class Processes:
         for block, total in self._block_sums(tensor):
             block.copy_(total)
         return tensor
+
+    def add_up_all(self, tensors: Iterable[Tensor]) -> None:
+        """`add_up_in_order` of many tensors, with the same bits: those of a type and device go round together.
+
+        A collective takes its time however little it carries, and of most tensors a statistic has a few numbers.
+        """
+        alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        for tensor in tensors if self.count > 1 else ():
+            if tensor.numel() >= _BLOCK:
+                self.add_up_in_order(tensor)
+                continue
+            some = alike.setdefault((tensor.dtype, tensor.device), [])
+            if sum(one.numel() for one in some) + tensor.numel() > _BLOCK:
+                self._add_up_joined(some)
+                some.clear()
+            some.append(tensor)
+        for some in alike.values():
+            self._add_up_joined(some)
+
+    def _add_up_joined(self, tensors: Sequence[Tensor]) -> None:
+        joined = self.add_up_in_order(torch.cat([tensor.reshape(-1) for tensor in tensors]))
+        for tensor, part in zip(tensors, joined.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(part.view(tensor.shape))
 
     def add_up_into(self, out: Tensor | None, tensor: Tensor) -> None:
         """The same into `out`, of the same shape and type on any device, which the first process alone gives."""
@@ -169,6 +188,25 @@ class Processes:
             torch.distributed.all_gather(heard, said, group=self._words)
         return [bytes(words[:length].tolist()).decode() for words, length in zip(heard, lengths, strict=True)]
 
+    def give(self, data: Tensor) -> None:
+        """Hands bytes to the first process, which takes them.
+
+        Args:
+            data: [bytes] uint8, on the CPU.
+        """
+        with self._talking():
+            torch.distributed.send(torch.tensor([data.numel()]), 0, group=self._words)
+            torch.distributed.send(data, 0, group=self._words)
+
+    def take(self, process: int) -> Tensor:
+        """What another process gives to this one, the first."""
+        size = torch.zeros(1, dtype=torch.int64)
+        with self._talking():
+            torch.distributed.recv(size, process, group=self._words)
+            data = torch.empty(int(size), dtype=torch.uint8)
+            torch.distributed.recv(data, process, group=self._words)
+        return data
+
     def agree(self, on: str) -> None:
         """Holds what all processes have to have alike against each other.
 
@@ -185,6 +223,21 @@ class Processes:
         self.meet()
         self.ended = True
         raise error if self.first else EndedByAnother(error.exit_code)
+
+    def outlive(self, error: FillmError) -> str:
+        """Goes on after an error that all processes have heard of at a meeting.
+
+        Args:
+            error: what it was raised as in this one.
+
+        Returns:
+            What it says, the same in all.
+        """
+        if self.count == 1:
+            return str(error)
+        self.ended = False
+        said = self.tell("" if isinstance(error, EndedByAnother) else str(error))
+        return next(text for text in said if text)
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -246,21 +299,6 @@ class Processes:
             raise self._why_lost() from error
         self._board.set(_LEFT, str(_exit_code(error)))
         raise error
-
-    def decide(self, answer: bool) -> bool:
-        """The first process's answer, for all."""
-        return bool(self.add_up(torch.tensor([float(answer and self.first)], device=self.device)).item())
-
-    def wait(self) -> None:
-        """Until all processes are here."""
-        if self.count > 1:
-            self._state.wait_for_everyone()
-
-    def leave(self) -> None:
-        """The work is done, in all of them."""
-        self.wait()
-        if self.count > 1:
-            self._state.destroy_process_group()
 
 
 def several_started() -> bool:

@@ -31,12 +31,14 @@ from fillm.statistics.retain import EXPANSION_NUMEL, EXPANSION_TERMS, RetainMome
 from fillm.statistics.sketches import GradientSketches
 from fillm.statistics.steps import UNEVEN, curved_step
 from fillm.statistics.store import SketchStore, holds_store
-from fillm.statistics.store_format import StoreSettings
+from fillm.statistics.store_block import OpenBatch
+from fillm.statistics.store_format import DTYPES, StoreSettings
 from fillm.statistics.store_writer import StoredSketches, refuse_foreign
 
 __all__ = [
     "BAR",
     "BRACKET_SLACK",
+    "DTYPES",
     "EXPANSION_NUMEL",
     "EXPANSION_TERMS",
     "LEAST_SPREAD",
@@ -51,6 +53,7 @@ __all__ = [
     "KeptGradients",
     "MeanGradient",
     "MeanPower",
+    "OpenBatch",
     "RetainMoments",
     "RowsGram",
     "Scalars",

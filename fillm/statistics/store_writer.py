@@ -19,7 +19,7 @@ from fillm.data import SampleSet
 from fillm.errors import StoreError
 from fillm.runs.state_files import file_sha256, sync, write_json
 from fillm.statistics.store import SketchStore, expanded, holds_store
-from fillm.statistics.store_block import OpenBlock
+from fillm.statistics.store_block import OpenBatch, OpenBlock
 from fillm.statistics.store_format import (
     BLOCKS,
     DTYPES,
@@ -106,7 +106,7 @@ class StoredSketches:
                 self.release()
                 raise
         self._manifest = self._stored.manifest
-        self._block = OpenBlock(self.maps, self._dtype)
+        self._batch, self._block = OpenBatch(self.maps, self._dtype), OpenBlock(self.maps)
         self._begin()
 
     def _acquire(self) -> None:
@@ -166,11 +166,11 @@ class StoredSketches:
 
     def observe(self, name: str, gradients: PerSampleGradients, positions: Tensor) -> None:
         """Takes one tensor's gradients of a batch, or of a part of it."""
-        self._block.observe(name, gradients, positions)
+        self._batch.observe(name, gradients, positions)
 
     def first_not_finite(self, positions: Sequence[int]) -> tuple[str, int] | None:
         """The first tensor of the batch in hand with a NaN or infinite gradient, and the sample."""
-        return self._block.first_not_finite(positions)
+        return self._batch.first_not_finite(positions)
 
     def end_of_batch(self, positions: Sequence[int], losses: Tensor, fallback: Mapping[str, str]) -> None:
         """Adds the batch to the block in hand, and stores that where it is full.
@@ -183,7 +183,13 @@ class StoredSketches:
         Raises:
             StoreError: if the disk refuses; what was stored before is then still good.
         """
-        self._block.end_of_batch(positions, losses, fallback)
+        self.add_batch(positions, self._batch.take(positions), losses, fallback)
+
+    def add_batch(
+        self, positions: Sequence[int], parts: Sequence[Tensor], losses: Tensor, fallback: Mapping[str, str]
+    ) -> None:
+        """The same of a batch that was observed elsewhere: `parts` is what `OpenBatch.take` gave there."""
+        self._block.add(positions, parts, losses, fallback)
         if self._block.nbytes >= BLOCK_BYTES or len(self._block.positions) >= BLOCK_SAMPLES:
             self._store_block(complete=False)
 
@@ -217,7 +223,7 @@ class StoredSketches:
             write_json(path, self._block.record(self.samples, parts))
             entry = BlockEntry(len(self._block.positions), file_sha256(path))
         self._store_manifest((*self._manifest.blocks, entry), complete)
-        self._block = OpenBlock(self.maps, self._dtype)
+        self._block = OpenBlock(self.maps)
 
     def _store_manifest(self, blocks: tuple[BlockEntry, ...], complete: bool) -> None:
         *others, last = self._manifest.segments

@@ -30,7 +30,7 @@ class Progressed:
 
     Attributes:
         step: optimiser steps taken.
-        micro_batch: samples in one forward pass of a process, after what memory has forced.
+        limit: samples in one forward pass of a process that memory has forced; None where it has not.
         log: one row a step, columns as in `LOG_COLUMNS`; NaN where nothing was measured.
         evaluations: in the order of their steps, that of the start first.
         best: the selected entries at the best evaluation, where that is not the last state and bounds were given.
@@ -38,7 +38,7 @@ class Progressed:
     """
 
     step: int
-    micro_batch: int
+    limit: int | None = None
     log: list[list[float]] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
     best: dict[str, Tensor] | None = None
@@ -66,7 +66,7 @@ def save_checkpoint(
             else:
                 numbers.setdefault(str(index), {})[key] = value
     meta = {
-        "micro_batch": progressed.micro_batch,
+        "limit": progressed.limit,
         "evaluations": [vars(one) for one in progressed.evaluations],
         "optimizer": numbers,
         "stopped": progressed.stopped,
@@ -95,7 +95,7 @@ def load_checkpoint(folder: Folder, entries: SelectedEntries, optimizer: MaskedO
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state, "masters": _part(tensors, "master")})
     return Progressed(
         step=step,
-        micro_batch=meta["micro_batch"],
+        limit=meta["limit"],
         log=tensors["log"].tolist(),
         evaluations=[Evaluation(**one) for one in meta["evaluations"]],
         best=_part(tensors, "best") or None,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import tempfile
 from collections.abc import Mapping
 from functools import reduce
@@ -43,9 +44,14 @@ from fillm.unlearn.unlearning import Job, adapter_folder, carry_out
 
 def run(config: UnlearnConfig) -> None:
     """What `python -m fillm.unlearn` does."""
-    config = _resolved(config)
     processes = Processes(config.device)
-    console = Console() if processes.first else Console(io.StringIO(), io.StringIO())
+    with processes.together():
+        console = Console() if processes.first else Console(io.StringIO(), io.StringIO())
+        _run(config, processes, console)
+
+
+def _run(config: UnlearnConfig, processes: Processes, console: Console) -> None:
+    config = _resolved(config)
     rows = _read(config, config.forget, config.retain, console)
     ranking = None if config.ranking is None else Ranking.load(config.ranking)
     mask, masks = chosen_mask(config, ranking)
@@ -65,7 +71,6 @@ def run(config: UnlearnConfig) -> None:
         result, record = _unlearn(config, given, folder, processes, console, show=processes.first)
         adapter = adapter_folder(folder) if config.lora_rank is not None else None
         folder.finish(lambda path: write_result(result, path, record, tokenizer, dtypes, adapter))
-    processes.leave()
     for line in result.lines():
         console.say(line)
     console.say(f"run folder: {Path(config.out)}")
@@ -123,8 +128,8 @@ def unlearn_model(
     masks = None
     if mask is None:
         mask, masks = chosen_mask(config, ranking)
-    processes = Processes(str(next(model.parameters()).device))
-    console = Console() if progress and processes.first else Console.silent()
+    processes = Processes(str(next(model.parameters()).device), alone=True)
+    console = Console() if progress else Console.silent()
     rows = _read(config, forget, retain, console)
     sets = _samples(config, tokenizer, rows, console)
     given = _Given(model, tokenizer, mask, masks, ranking, rows, sets, {})
@@ -183,7 +188,7 @@ def _folder(config: UnlearnConfig, processes: Processes, console: Console) -> Fo
     folder: Folder = FollowedFolder(config.out)
     if processes.first:
         folder = RunFolder(config.out, overwrite=config.overwrite, resume=config.resume, notice=console.note)
-    processes.wait()
+    processes.meet()  # what is wrong with it ends all of them before a model is loaded
     return folder
 
 
@@ -240,12 +245,9 @@ def _unlearn(
     drawn = min(config.eval_retain or len(retain), len(retain))
     prints = {"initial_model": fingerprint, "forget": forget.fingerprint, "retain": retain.fingerprint}
     prints["mask"] = mask_digest(given.mask)
-    # The order of a sum depends on the device and on the number of threads and processes, and with it the last bits.
-    machine = {
-        "device": processes.device.type,
-        "threads": str(torch.get_num_threads()),
-        "processes": str(processes.count),
-    }
+    # The order of a sum depends on the device and on the number of threads, and with it the last bits.
+    machine = {"device": processes.device.type, "threads": str(torch.get_num_threads())}
+    processes.agree(json.dumps(prints))
     folder.check_identity({**run_identity(config, prints, FREE_ON_RESUME), **machine})
     record = run_record(config, prints, skipped_lines(given.sets.values()), processes.device)
     job = Job(

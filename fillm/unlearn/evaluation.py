@@ -31,12 +31,17 @@ def evaluate(
     Returns:
         [samples] float64, on the CPU, in nats a token; the same numbers in every process.
     """
-    losses = torch.zeros(len(samples), dtype=torch.float64, device=processes.device)
+    losses = torch.zeros(len(samples), dtype=torch.float64)
     lengths = samples.lengths
     order = sorted(range(len(samples)), key=lengths.__getitem__)
     batches = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
-    with frozen(model), torch.no_grad(), arithmetic(processes.device, autocast):
-        for chosen in processes.share(batches):
-            batch = collate(samples, chosen).to(processes.device)
-            losses[chosen] = sample_losses(model, batch).double()
-    return processes.add_up(losses).cpu()
+    error: Exception | None = None
+    try:
+        with frozen(model), torch.no_grad(), arithmetic(processes.device, autocast):
+            for chosen in processes.share(batches):
+                batch = collate(samples, chosen).to(processes.device)
+                losses[chosen] = sample_losses(model, batch).double().cpu()
+    except Exception as caught:  # raised where all processes are: they would wait for this one's losses
+        error = caught
+    processes.meet(error=error)
+    return processes.add_up_in_order(losses)

@@ -32,11 +32,14 @@ class StepGradients:
         model: a causal language model; its parameters that require grad get a gradient.
         loss: of two terms.
         sources: its samples.
-        processes: each forms its part; the parts are added up.
+        processes: each forms its part; the parts are added up in their order.
         micro_batch: samples of one forward pass of this process; halved where memory runs out.
         autocast: type of the arithmetic; None is that of the weights.
         reaches: of every forget sample, the tensors that its gradient is for; None where it is for all. Samples for the
             same tensors share forward passes, others are run apart.
+
+    Attributes:
+        limit: samples of a forward pass that memory has forced in this process; None where it has not.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class StepGradients:
     ) -> None:
         self.parameters: Mapping[str, nn.Parameter] = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.micro_batch = micro_batch
+        self.limit: int | None = None
         self._model, self._loss, self._sources, self._processes = model, loss, sources, processes
         self._autocast, self._reaches = autocast, reaches
 
@@ -73,18 +77,25 @@ class StepGradients:
             UsageError: a loss that depends on none of the weights that may change.
             OutOfMemoryError: not even one sample fits.
         """
+        error, sums = None, torch.zeros(2, dtype=torch.float64)
+        try:
+            sums = self._own(forget, retain, step, message)
+        except Exception as caught:  # raised where all processes are: they would wait for this one's gradients
+            error = caught
+        self._processes.meet(error=error)
+        self._processes.add_up_all([*(parameter.grad for parameter in self.parameters.values()), sums])
+        of_forget, of_retain = sums.tolist()
+        return of_forget, of_retain
+
+    def _own(self, forget: Sequence[int], retain: Sequence[int], step: int, message: Callable[[str], None]) -> Tensor:
+        """`_accumulate` with forward passes of as many samples as fit."""
         while True:
             try:
-                sums = self._accumulate(forget, retain, step)
-                break
+                return self._accumulate(forget, retain, step)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
             self._halve([self._sources.forget[i].num_tokens for i in forget], message)
-        for parameter in self.parameters.values():
-            self._processes.add_up(parameter.grad)
-        of_forget, of_retain = self._processes.add_up(sums).tolist()
-        return of_forget, of_retain
 
     def first_not_finite(self) -> str:
         """The tensor whose gradient holds NaN or infinity."""
@@ -112,7 +123,7 @@ class StepGradients:
         if retain:
             own, factor = self._processes.share(retain), self._loss.alpha / len(retain)
             kept = self._backward(of_retain, self._sources.retain, own, factor, step)
-        return torch.tensor([total, kept], dtype=torch.float64, device=self._processes.device)
+        return torch.tensor([total, kept], dtype=torch.float64)
 
     def _backward(
         self, values_of: ValuesOf, samples: SampleSet, positions: Sequence[int], factor: float, step: int
@@ -143,7 +154,7 @@ class StepGradients:
                 "tokens; what may fit: --gradient-checkpointing, a smaller --max-length, --mixed-precision bf16, a "
                 "smaller mask"
             )
-        self.micro_batch = max(1, self.micro_batch // 2)
+        self.micro_batch = self.limit = max(1, self.micro_batch // 2)
         message(f"out of memory: going on with {self.micro_batch} samples a forward pass, same result")
 
     @contextmanager

@@ -9,6 +9,7 @@ averages over processes what was a mean over unequal parts. `fillm.MaskCallback`
 The model is in eval mode: what the untouched model is compared with has no dropout either.
 """
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -108,10 +109,12 @@ class Unlearning:
         self.model, self.loss, self.sources, self.plan = model, loss, sources, plan
         self._optimizer, self._entries, self._folder = optimizer, entries, folder
         self._processes, self._evaluate = processes, evaluate
+        self.progressed = load_checkpoint(folder, entries, optimizer) or Progressed(step=0)
+        processes.agree(f"step {self.progressed.step}")  # the others have read it from the first one's folder
         share = -(-plan.batch_size // processes.count)
-        self.progressed = load_checkpoint(folder, entries, optimizer) or Progressed(step=0, micro_batch=share)
-        micro_batch = self.progressed.micro_batch
-        self._gradients = StepGradients(model, loss, sources, processes, micro_batch, plan.autocast, reaches)
+        self._gradients = StepGradients(
+            model, loss, sources, processes, min(share, self.progressed.limit or share), plan.autocast, reaches
+        )
         self._samples = StepSamples(sources.forget.lengths, len(sources.retain), plan.samples_per_step, plan.seed)
         self.steps_per_epoch = steps_per_epoch(len(sources.forget), plan.samples_per_step)
 
@@ -151,13 +154,14 @@ class Unlearning:
                 state.log.append(row)
                 progress.advance(state.step, int(row[1]), int(row[2]), row[4])
                 stop, due = self._agreed(interrupted(), time.monotonic() - saved_at >= plan.checkpoint_every)
-                state.micro_batch = self._gradients.micro_batch
+                state.limit = self._gradients.limit or state.limit
                 if (stop or due or self.finished) and plan.checkpoint_every < math.inf:
                     save_checkpoint(self._folder, self._entries, self._optimizer, state)
                     saved_at = time.monotonic()
                 if stop and not self.finished:
                     saved = f"after step {state.step} of {plan.steps}, saved; continue with --resume"
-                    raise InterruptedRun(f"stopped by {stop} {saved}")
+                    self._processes.end(InterruptedRun(f"stopped by {stop} {saved}"))
+        self._agree_on_weights()
         best = plan.rule.best(state.evaluations)
         if state.best is not None:
             self._entries.put(state.best)
@@ -182,13 +186,18 @@ class Unlearning:
         if rule.bounded and rule.best(state.evaluations) != before:
             state.best = self._entries.take()
 
+    def _agree_on_weights(self) -> None:
+        """Every process has stepped the same gradients; that they came to the same bits is looked at, not believed."""
+        digest = hashlib.sha256()
+        for values in self._entries.take().values() if self._processes.count > 1 else ():
+            digest.update(values.contiguous().view(torch.uint8).numpy().data)
+        self._processes.agree(digest.hexdigest())
+
     def _agreed(self, signal: str | None, due: bool) -> tuple[str | None, bool]:
         """Whether any process was told to stop, and whether the first finds a checkpoint due: the same for all."""
-        if self._processes.count == 1:
-            return signal, due
-        told = torch.tensor([float(signal is not None), float(due and self._processes.first)])
-        stop, save = self._processes.add_up(told.to(self._processes.device)).tolist()
-        return (signal or "a signal to another process") if stop else None, bool(save)
+        heard = self._processes.meet(int(signal is not None), int(due))
+        told = any(words[0] for words in heard)
+        return (signal or "a signal to another process") if told else None, bool(heard[0][1])
 
     def _step(self, progress: TrainingProgress) -> list[float]:
         """One optimiser step; its row of the log, without what an evaluation adds."""
@@ -222,7 +231,12 @@ class Unlearning:
             with arithmetic(device, autocast):
                 return answer_logits(self.model, collate(self.sources.forget, [position]).to(device))[0]
 
-        self._optimizer.estimate([partial(logits, position) for position in forget], drawn)
+        try:
+            self._optimizer.estimate([partial(logits, position) for position in forget], drawn)
+        except Exception as error:
+            if self._processes.count == 1:
+                raise
+            self._processes.abandon(error)  # the others are at no meeting, but average their estimates
 
     @contextmanager
     def _recomputing(self) -> Iterator[None]:

@@ -3,7 +3,7 @@
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fillm.capture import frozen
 from fillm.data import Reading, Row, SampleSet
-from fillm.errors import DataError, NumericsError
+from fillm.errors import DataError, InterruptedRun, NumericsError
 from fillm.masks import Mask
 from fillm.models import quiet_transformers, spoilt_weight, with_lora
 from fillm.rank.console import Console
@@ -65,6 +65,7 @@ class Job:
         processes: of the run.
         console: where to speak.
         show: whether progress is shown.
+        interrupted: names the signal that has come to one of several processes before the training.
     """
 
     config: UnlearnConfig
@@ -83,6 +84,7 @@ class Job:
     processes: Processes
     console: Console
     show: bool
+    interrupted: Callable[[], str | None] = lambda: None
 
     @property
     def autocast(self) -> torch.dtype | None:
@@ -108,7 +110,8 @@ def carry_out(job: Job) -> UnlearnResult:
     model = job.model
     # What cannot be is refused here, before anything is kept that would have to be resumed.
     way = _prepared_step(job) if job.config.loss == INFLUENCE else _prepared_training(job)
-    with frozen(model):
+    # Several processes end at their meetings, one at once where it has nothing to save.
+    with frozen(model), signals_noted() if job.processes.count > 1 else nullcontext(lambda: None) as job.interrupted:
         untouched = Untouched.before(model, job.mask)
         before = _start(job)
         outcome = way(before)
@@ -163,7 +166,7 @@ class _Outcome:
 def _start(job: Job) -> Evaluation:
     """The losses before the first step, measured once a run."""
     saved = job.folder.load_stage(_START) if job.processes.first else None
-    if not job.processes.decide(saved is not None):
+    if not job.processes.meet(int(saved is not None))[0][0]:
         losses = torch.tensor(job.measure(job.model), dtype=torch.float64)
         if not bool(losses.isfinite().all()):
             spoilt = spoilt_weight(job.model)
@@ -171,7 +174,8 @@ def _start(job: Job) -> Evaluation:
             raise NumericsError(f"forget and retain loss are {losses.tolist()} before the first step{cause}")
         job.folder.save_stage(_START, {"losses": losses}, {})
     else:
-        losses = (saved or job.folder.load_stage(_START) or ({}, {}))[0]["losses"]
+        losses = torch.zeros(2, dtype=torch.float64) if saved is None else saved[0]["losses"]
+        job.processes.add_up_in_order(losses)
     forget, retain = losses.tolist()
     return Evaluation(0, forget, retain)
 
@@ -227,7 +231,7 @@ def _train(
         for line in savings_lines(freezing.savings, trained, mask, parameters):
             job.console.note(line)
         with signals_noted() as interrupted:
-            kept = training.run(before, interrupted, job.show)
+            kept = training.run(before, lambda: job.interrupted() or interrupted(), job.show)
         if config.loss == TASK_VECTOR:
             negate(entries, start, float(config.eta or 0.0))
     if targets is not None:
@@ -261,7 +265,7 @@ def _sources(job: Job, loss: UnlearnLoss, alternatives: SampleSet | None) -> Sou
     """The samples of both terms; what the loss needs of the untouched model is recorded by the first process."""
     sets = {"forget": job.forget, "retain": job.retain, "alternatives": alternatives}
 
-    def open_all() -> dict[str, ReferenceCache]:
+    def open_all(progress: Callable[[int], None] | None = None) -> dict[str, ReferenceCache]:
         with arithmetic(job.processes.device, job.autocast):
             return {
                 name: ReferenceCache.make(
@@ -271,14 +275,32 @@ def _sources(job: Job, loss: UnlearnLoss, alternatives: SampleSet | None) -> Sou
                     recorded,
                     fingerprint=job.fingerprint,
                     notice=job.console.note,
+                    progress=progress,
                 )
                 for name, recorded in loss.needs.items()
             }
 
     if job.processes.first:
-        open_all()
-    job.processes.wait()
+        caches = open_all(lambda done: _go_on(job))
+        job.processes.meet(0)
+        return Sources(job.forget, job.retain, alternatives, caches)
+    while _go_on(job):
+        pass
     return Sources(job.forget, job.retain, alternatives, open_all())
+
+
+def _go_on(job: Job) -> bool:
+    """At a meeting while the first process records: whether it goes on.
+
+    Raises:
+        InterruptedRun: a process was told to stop; what is recorded stays.
+    """
+    signal = job.interrupted()
+    heard = job.processes.meet(int(job.processes.first), int(signal is not None))
+    if heard[0][0] and any(words[1] for words in heard):
+        told = signal or "a signal to another process"
+        job.processes.end(InterruptedRun(f"stopped by {told} before the first step; continue with --resume"))
+    return bool(heard[0][0])
 
 
 def _merge(job: Job, trained: Any) -> None:

@@ -63,4 +63,4 @@ if __name__ == "__main__":
     heard = [json.loads(words) for words in processes.tell(json.dumps(said))]
     if processes.first:
         Path(sys.argv[2]).write_text(json.dumps(heard), encoding="utf-8")
-    processes.leave()
+    processes._disband(done=True)

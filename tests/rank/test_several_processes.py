@@ -163,8 +163,8 @@ def test_what_ends_one_process_ends_all_and_is_told_once(command, alone, tmp_pat
         "fillm rank: the loss of sample 7 is nan",
         "Fault of ours: a fault of ours",
         "fillm rank: no space left on the disk",
-        "fillm rank: --curvature woodbury takes one process: inner products of samples are not dealt out; leave out "
-        "torchrun",
+        "fillm rank: --curvature woodbury takes one process: exact inner products of samples are not dealt out; leave "
+        "out torchrun, or give --compression",
         "fillm rank: --method path takes one process: the search of its step is not dealt out; leave out torchrun",
         "fillm rank: the processes do not compute the same: give all of them the same files, fillm and hardware",
         "fillm rank: stopped by a signal to another process in the retain pass; continue with --resume",

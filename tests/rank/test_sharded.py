@@ -153,6 +153,8 @@ def test_one_process_shards_nothing(arguments, fails) -> None:
         {"objective": "retain"},
         {"score": "mean-abs"},
         {"adapter": "folder"},
+        {"compression": "sjlt"},
+        {"store": "folder"},
     ],
 )
 def test_what_is_not_sharded_is_refused_by_name(given) -> None:

@@ -15,6 +15,8 @@ def test_one_process_hears_itself_and_sums_nothing() -> None:
     one.agree("anything")
     tensor = torch.arange(5.0)
     assert torch.equal(one.add_up_in_order(tensor), torch.arange(5.0))
+    one.add_up_all([tensor])
+    assert torch.equal(tensor, torch.arange(5.0))
     with pytest.raises(NumericsError, match="nan"), one.together():
         one.meet(error=NumericsError("nan"))
     with pytest.raises(UsageError, match="over"):
