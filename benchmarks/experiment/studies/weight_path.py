@@ -46,9 +46,8 @@ def _choices(case: Case, settings: Mapping[str, Any]) -> Iterator[tuple[Record, 
     yield {"choice": WHOLE, "ranking": "", "fraction": 1.0}, Mask.whole(case.model, [info.name for info in every])
     rankings, fraction = Rankings(case), settings["fraction"]
     along = {"path_rise": QUICK_RISE if case.quick else settings["rise"], "path_points": settings["points"]}
-    for named in settings["paths"]:
-        path, only = _fraction_of(named)
-        for part in settings["path_fractions"] if only is None else [only]:
+    for path in settings["paths"]:
+        for part in settings["path_fractions"]:
             about = {"choice": f"path {path}, {part:g}", "ranking": f"path {path}", "fraction": part}
             yield about, path_mask(rankings, path, part, along)
     sizes = {info.name: info.shape for info in every if info.name in scope}
@@ -63,12 +62,6 @@ def _choices(case: Case, settings: Mapping[str, Any]) -> Iterator[tuple[Record, 
         given, side = RANKINGS[name]
         about = {"choice": f"{name}, {fraction:g}", "ranking": name, "fraction": fraction}
         yield about, rankings.of(given).select(fraction, side)
-
-
-def _fraction_of(path: str) -> tuple[str, float | None]:
-    """A path choice, and the one fraction that it is tried at if it names one (`rounds 12, 30, 0.1`)."""
-    what, times, *only = path.split(", ")
-    return f"{what}, {times}", float(only[0]) if only else None
 
 
 def path_mask(rankings: Rankings, path: str, fraction: float, along: Mapping[str, Any]) -> Mask:
