@@ -32,6 +32,11 @@ def test_masks_are_of_the_path_ranking_of_the_study_s_settings(case):
     )
     along = {"path_rise": 0.01, "path_points": 3}
     assert weight_path.path_mask(rankings, "weights, 2", 0.3, along) == own.select(0.3)
+    rounds = fillm.rank_parameters(
+        case.model, case.tokenizer, forget, kept, "path", granularity="element", path_weight=4.0, path_rounds=3,
+        path_keep=0.2, **scope
+    )  # fmt: skip
+    assert weight_path.path_mask(rankings, "rounds 3, 4", 0.2, along) == rounds.select(0.2)
     rows = weight_path.path_mask(rankings, "rows, 2", 0.3, along)
     assert rows.count == int(0.3 * sum(row["numel"] for row in own))
     split = 0
@@ -71,15 +76,26 @@ def test_no_mask_is_made_from_the_rows_on_which_damage_is_read(case, monkeypatch
     assert {*seen["ranked"], *seen["held"]} == {row.id for row in case.rows["retain"]}
 
 
-def test_the_confirmation_shares_nothing_with_the_search_and_has_one_choice_of_it():
-    one, other = (
-        read_plan(ExperimentConfig(experiment=(f"weight_path_{name}",)), FAMILIES) for name in ("search", "confirm")
-    )
-    assert not set(one.families) & set(other.families) and not set(one.seeds) & set(other.seeds)
+@pytest.mark.parametrize(
+    ("search", "confirmation"),
+    [
+        ("weight_path_search", "weight_path_confirm"),
+        ("path_rounds_search", "path_rounds_confirm"),
+        ("path_rounds_search", "path_rounds_tofu"),
+    ],
+)
+def test_the_confirmation_shares_nothing_with_the_search_and_has_one_choice_of_it(search, confirmation):
+    one, other = (read_plan(ExperimentConfig(experiment=(name,)), FAMILIES) for name in (search, confirmation))
+    assert not set(one.seeds) & set(other.seeds)
     assert not set(one.data.values()) & set(other.data.values())
     searched, confirmed = ({**weight_path.DEFAULTS, **plan.settings} for plan in (one, other))
+    if "tofu" in confirmation:  # another size and other data, of one of the families
+        assert one.model != other.model
+    else:
+        assert not set(one.families) & set(other.families)
     for name in ("paths", "path_fractions"):
         [chosen] = confirmed[name]
         assert chosen in searched[name]
-    same = set(searched) - {"paths", "path_fractions", "rankings"}
+    same = set(searched) - {"paths", "path_fractions", "rankings", "losses"}
     assert {name: searched[name] for name in same} == {name: confirmed[name] for name in same}
+    assert set(searched["losses"]) <= set(confirmed["losses"])
