@@ -168,6 +168,10 @@ def leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which nothing may take for an error that can be got over: libraries do that with any `Exception`."""
+
+
 @contextmanager
 def _terminated_in_words() -> Iterator[None]:
     """SIGTERM outside of a pass, which notes it and saves its state first, ends the command like a Ctrl-C does."""
@@ -176,13 +180,21 @@ def _terminated_in_words() -> Iterator[None]:
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise InterruptedRun("stopped by SIGTERM; --resume continues from what was saved before, if any")
+        raise _Terminated
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _interruption(cls: type, by: KeyboardInterrupt) -> InterruptedRun:
+    """What an interrupted command says last."""
+    how = "stopped by SIGTERM" if isinstance(by, _Terminated) else "interrupted at once"
+    if "resume" in {field.name for field in dataclasses.fields(cls)}:
+        return InterruptedRun(f"{how}; --resume continues from what was saved before, if any")
+    return InterruptedRun(f"{how}; start it again")
 
 
 def run_command(cls: type[Config], main: Callable[[Config], None], argv: Sequence[str] | None, prog: str) -> int:
@@ -195,14 +207,14 @@ def run_command(cls: type[Config], main: Callable[[Config], None], argv: Sequenc
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     try:
-        config = parse(cls, argv, prog)
-        if config is not None:
-            debug = debug or bool(getattr(config, "debug", False))
-            with _terminated_in_words():
+        with _terminated_in_words():
+            config = parse(cls, argv, prog)
+            if config is not None:
+                debug = debug or bool(getattr(config, "debug", False))
                 main(config)
         return 0
-    except KeyboardInterrupt:
-        error: FillmError = InterruptedRun("interrupted at once; --resume continues from what was saved before, if any")
+    except KeyboardInterrupt as stopped:
+        error: FillmError = _interruption(cls, stopped)
     except EndedByAnother as ended:
         return ended.exit_code
     except FillmError as caught:

@@ -24,6 +24,7 @@ from fillm.models import (
     model_fingerprint,
     quiet_transformers,
     resolve_device,
+    save_tokenizer,
     with_lora,
 )
 from fillm.runs import RunFolder, check_inputs_outside, run_identity, run_record, signals_noted, write_record
@@ -126,8 +127,7 @@ def _write(
 ) -> FinetuneResult:
     """The files of the finished folder into `path`, which is to be `out`."""
     log, losses = training.progressed.log, training.epoch_losses
-    with quiet_transformers():
-        tokenizer.save_pretrained(path)
+    save_tokenizer(tokenizer, path)
     fingerprint = _save_model(training.model, DTYPES[config.dtype], path)
     write_log(log, path)
     result = FinetuneResult(

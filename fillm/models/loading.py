@@ -128,6 +128,21 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False, option: str 
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
 
 
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes a tokenizer's files into a folder.
+
+    Raises:
+        OSError: if the disk refuses.
+    """
+    try:
+        with quiet_transformers():
+            tokenizer.save_pretrained(folder)
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise OSError(str(error)) from None  # the library tokenizers has no kind of its own for a disk that refuses
+
+
 def local_folder(source: str) -> Path | None:
     """The folder, `None` for what can only be a Hub id."""
     path = Path(source).expanduser()

@@ -21,6 +21,7 @@ from fillm.rank.console import Console
 from fillm.rank.passes import Passes
 from fillm.runs import signals_noted
 from fillm.runs.processes import Processes
+from fillm.runs.state_files import writing
 from fillm.unlearn.alternatives import read_refusals, with_refusals
 from fillm.unlearn.choosing import adapted_modules
 from fillm.unlearn.config import INFLUENCE, TASK_VECTOR, UnlearnConfig
@@ -285,7 +286,7 @@ def _merge(job: Job, trained: Any) -> None:
     """Adds the adapters to the weights they stand beside; a copy of them is kept for the run's folder."""
     if job.processes.first:
         shutil.rmtree(adapter_folder(job.folder), ignore_errors=True)
-        with quiet_transformers():
+        with writing(adapter_folder(job.folder)), quiet_transformers():
             trained.save_pretrained(adapter_folder(job.folder))
     trained.merge_and_unload()
     job.model.requires_grad_(False)
