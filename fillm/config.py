@@ -15,12 +15,12 @@ import traceback
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from fillm.documents import read_yaml_document
 from fillm.errors import EndedByAnother, FillmError, InterruptedRun, UsageError
 
 Config = TypeVar("Config")
@@ -119,11 +119,11 @@ def build_parser(cls: type, prog: str) -> argparse.ArgumentParser:
 def read_settings(path: str) -> dict[str, Any]:
     """The settings in a YAML file: the mapping itself, or the `settings` part of a run's `run.yaml`."""
     try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        loaded = read_yaml_document(path)
     except OSError as error:
         raise UsageError(f"--config {path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise UsageError(f"--config {path}: not YAML: {error}") from None
     if isinstance(loaded, Mapping) and isinstance(loaded.get("settings"), Mapping):
         loaded = loaded["settings"]
     if not isinstance(loaded, Mapping):

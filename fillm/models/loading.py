@@ -237,7 +237,10 @@ def explained(source: str) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise ModelError(f"{source}: damaged weights in {_damaged_file(source)}: {_shortened(error)}") from None
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        # The library tokenizers has no kind of its own for a damaged file, and a configuration may be nested too deep.
+        if not isinstance(error, OSError | ValueError | RecursionError) and type(error) is not Exception:
+            raise
         text = str(error)
         if "trust_remote_code" in text:
             raise ModelError(

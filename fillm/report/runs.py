@@ -1,6 +1,5 @@
 """What a finished run left, read back: its record, its tables, its summary."""
 
-import json
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -11,12 +10,11 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
-import yaml
 
 import fillm
+from fillm.documents import read_json_document
 from fillm.errors import RunFolderError, UsageError
-from fillm.runs import RUN_RECORD
-from fillm.runs.state_files import check_file
+from fillm.runs import RUN_RECORD, check_recorded, read_record
 
 Command = Literal["rank", "unlearn", "evaluate", "finetune", "compression", "experiment"]
 
@@ -130,10 +128,7 @@ def _record(folder: Path) -> dict[str, Any]:
             raise RunFolderError(f"{folder}: the run is not finished; continue it with --resume")
         where = f"no {RUN_RECORD} in it; give the folder of a finished run" if folder.is_dir() else "no such folder"
         raise RunFolderError(f"{folder}: {where}")
-    try:
-        record = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RunFolderError(f"{path}: damaged ({' '.join(str(error).split())}); {_REMEDY}") from None
+    record = read_record(path, _REMEDY)
     if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
         raise RunFolderError(f"{path}: not the record of a run; give a folder that a command of fillm wrote")
     versions = record.get("versions")
@@ -169,7 +164,8 @@ def _summary(folder: Path, command: Command, record: Mapping[str, Any]) -> dict[
     if command == "experiment" and not path.is_file():
         return {}
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
+        check_recorded(path, record, _REMEDY)
+        summary = read_json_document(path)
         if not isinstance(summary, dict):
             raise ValueError("not a mapping")
     except (OSError, ValueError) as error:
@@ -179,9 +175,7 @@ def _summary(folder: Path, command: Command, record: Mapping[str, Any]) -> dict[
 
 def _table(path: Path, record: Mapping[str, Any]) -> pa.Table:
     """A Parquet file, checked against the checksum of the record where there is one."""
-    entry = (record.get("files") or {}).get(path.name)
-    if isinstance(entry, dict) and {"sha256", "bytes"} <= set(entry):
-        check_file(path, entry["sha256"], entry["bytes"], _REMEDY)
+    check_recorded(path, record, _REMEDY)
     try:
         return pq.read_table(path, page_checksum_verification=True)
     except (pa.ArrowException, OSError, UnicodeError) as error:

@@ -12,7 +12,9 @@ import pytest
 
 import fillm
 from fillm.models import load_model
+from fillm.rank import ranking_files
 from tests.evaluate.conftest import COUNTS, HOLDOUT, rows_of
+from tests.faults.forks import main_of
 from tests.rank.conftest import question_row, write_rows
 from tests.unlearn.conftest import mixed_mask, save_model
 
@@ -57,6 +59,21 @@ def lines(inputs: Path) -> dict[str, list[str]]:
                      "--max-new-tokens", "6"],
     }  # fmt: skip
     return {name: [*line, "--out", "{at}/run"] for name, line in lines.items()}
+
+
+@pytest.fixture(scope="session")
+def runs(lines: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """By command line, the folder in which it was carried out; what it wrote is in `run` there."""
+    work, made = tmp_path_factory.mktemp("runs"), {}
+    drawn, ranking_files.score_heatmap = ranking_files.score_heatmap, lambda *given, **options: None
+    try:
+        for name in ("finetune", "rank", "rank with a store", "unlearn", "evaluate"):
+            made[name] = work / name.replace(" ", "-")
+            command, *words = [word.replace("{at}", str(made[name])) for word in lines[name]]
+            assert main_of(command)(words) == 0
+    finally:
+        ranking_files.score_heatmap = drawn
+    return made
 
 
 def in_a_process(module: str, *arguments: str, given: Any = None, before: Sequence[str] = ()) -> Any:
