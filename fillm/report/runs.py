@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import fillm
 from fillm.documents import read_json_document
 from fillm.errors import RunFolderError, UsageError
+from fillm.report.shapes import check_settings, check_summary, check_table
 from fillm.runs import RUN_RECORD, check_recorded, read_record
 
 Command = Literal["rank", "unlearn", "evaluate", "finetune", "compression", "experiment"]
@@ -106,6 +107,8 @@ def load_run(path: str | Path) -> Run:
     command = _command(path, record)
     summary = _summary(path, command, record)
     tables = {file.stem: _table(file, record) for file in sorted(path.glob("*.parquet"))}
+    for stem, table in tables.items():
+        check_table(path / f"{stem}.parquet", command, table, _REMEDY)
     needed = {"rank": "ranking", "unlearn": "log", "evaluate": "rows", "finetune": "log"}.get(command)
     if needed is not None and needed not in tables and not _scored_from_log(command, record):
         raise RunFolderError(f"{path / needed}.parquet: missing; {_REMEDY}")
@@ -131,6 +134,7 @@ def _record(folder: Path) -> dict[str, Any]:
     record = read_record(path, _REMEDY)
     if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
         raise RunFolderError(f"{path}: not the record of a run; give a folder that a command of fillm wrote")
+    check_settings(path, record, _REMEDY)
     versions = record.get("versions")
     made_by = str(versions.get("fillm", "")) if isinstance(versions, dict) else ""
     if _version(made_by) > _version(fillm.__version__):
@@ -159,7 +163,9 @@ def _command(folder: Path, record: Mapping[str, Any]) -> Command:
 
 def _summary(folder: Path, command: Command, record: Mapping[str, Any]) -> dict[str, Any]:
     if command in ("rank", "finetune"):
-        return dict(record["ranking" if command == "rank" else "result"])
+        summary = dict(record["ranking" if command == "rank" else "result"])
+        check_summary(folder / RUN_RECORD, command, summary, _REMEDY)
+        return summary
     path = folder / _SUMMARIES.get(command, "summary.json")
     if command == "experiment" and not path.is_file():
         return {}
@@ -170,6 +176,7 @@ def _summary(folder: Path, command: Command, record: Mapping[str, Any]) -> dict[
             raise ValueError("not a mapping")
     except (OSError, ValueError) as error:
         raise RunFolderError(f"{path}: damaged ({' '.join(str(error).split())}); {_REMEDY}") from None
+    check_summary(path, command, summary, _REMEDY)
     return summary
 
 

@@ -157,6 +157,8 @@ class RunFolder:
             with writing(self.partial, self._remedy()):
                 write_json(self.partial / _IDENTITY, dict(identity))
             return
+        if not all(isinstance(value, str) for value in found.values()):
+            raise RunFolderError(f"{self.partial / _IDENTITY}: damaged (an entry is no text); {ANEW}")
         names = [name for name in sorted({*found, *identity}) if found.get(name) != identity.get(name)]
         if names:
             shown = "; ".join(f"{name} {_change(found.get(name), identity.get(name))}" for name in names)

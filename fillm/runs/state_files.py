@@ -142,7 +142,7 @@ def load_pair(folder: Path, stem: str) -> tuple[dict[str, Tensor], dict[str, Any
         name, size, digest = str(record.pop("file")), record.pop("bytes"), record.pop("sha256")
     except KeyError as error:
         raise RunFolderError(f"{path}: damaged (says nothing of {error}); {ANEW}") from None
-    if Path(name).name != name:
+    if Path(name).name != name or not name.isprintable():
         raise RunFolderError(f"{path}: damaged (names a file of another folder); {ANEW}")
     check_file(folder / name, digest, size, ANEW)
     try:
