@@ -21,7 +21,7 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin,
 import yaml
 
 from fillm.documents import read_yaml_document
-from fillm.errors import EndedByAnother, FillmError, InterruptedRun, UsageError
+from fillm.errors import EndedByAnother, FillmError, InterruptedRun, OutOfMemoryError, UsageError
 
 Config = TypeVar("Config")
 
@@ -157,9 +157,15 @@ def to_yaml(settings: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(settings), sort_keys=False, width=120)
 
 
+def printable(text: str) -> str:
+    """A text on one line, in which what would move a terminal's cursor or change its colour is written out."""
+    line = " ".join(text.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+
+
 def one_line(error: BaseException) -> str:
     """An error's message on one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+    return printable(str(error)) or type(error).__name__
 
 
 def leave(code: int) -> NoReturn:
@@ -217,6 +223,8 @@ def run_command(cls: type[Config], main: Callable[[Config], None], argv: Sequenc
         error: FillmError = _interruption(cls, stopped)
     except EndedByAnother as ended:
         return ended.exit_code
+    except MemoryError:
+        error = OutOfMemoryError("out of memory; close other programs, or give it less to do at once")
     except FillmError as caught:
         error = caught
     if debug:

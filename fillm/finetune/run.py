@@ -28,6 +28,7 @@ from fillm.models import (
     with_lora,
 )
 from fillm.runs import RunFolder, check_inputs_outside, run_identity, run_record, signals_noted, write_record
+from fillm.runs.memory import memory_explained
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ def finetune_model(
     return run(from_mapping(FinetuneConfig, {**settings, **named}), data, eval_data, show)
 
 
+@memory_explained("give a smaller model, or --lora-rank")
 def run(
     config: FinetuneConfig, data: DataLike | None = None, eval_data: DataLike | None = None, show: bool = True
 ) -> FinetuneResult:

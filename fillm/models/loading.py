@@ -25,6 +25,7 @@ DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+_LARGEST = 1 << 29  # bytes of a file of a configuration or tokenizer
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -147,6 +148,7 @@ def local_folder(source: str) -> Path | None:
     """The folder, `None` for what can only be a Hub id."""
     path = Path(source).expanduser()
     if path.is_dir():
+        _refuse_endless(path)
         return path
     if path.exists():
         raise ModelError(f"{source}: is a file; give the folder that holds config.json and the weights")
@@ -154,6 +156,13 @@ def local_folder(source: str) -> Path | None:
         raise ModelError(f"{source}: no such folder")
     _announce(source)
     return None
+
+
+def _refuse_endless(folder: Path) -> None:
+    """Configurations and tokenizers are read as a whole by the libraries, however large; the largest have some MB."""
+    for path in (*folder.glob("*.json"), *folder.glob("*.txt"), *folder.glob("*.model"), *folder.glob("*.jinja")):
+        if path.is_file() and path.stat().st_size > _LARGEST:
+            raise ModelError(f"{path}: larger than {_LARGEST >> 20} MiB, which no configuration or tokenizer is")
 
 
 @cache

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fillm.documents import read_json_document
+from fillm.documents import LARGEST, read_json_document
 from fillm.errors import RunFolderError
 
 _PIECE_BYTES = 1 << 22
@@ -160,13 +160,15 @@ def drop_pair(folder: Path, stem: str) -> None:
 
 
 def check_file(path: Path, sha256: str, size: int | None, remedy: str) -> None:
-    """Refuses a file that is not the one that was written.
+    """Refuses a file that is not the one that was written, of unknown size one that is larger than a document.
 
     Raises:
         RunFolderError: if it is missing, not readable, or differs in size or checksum; ends with `remedy`.
     """
     try:
         found = path.stat().st_size
+        if size is None and found > LARGEST:
+            raise RunFolderError(f"{path}: damaged (larger than {LARGEST >> 20} MiB); {remedy}")
         if size is not None and found != size:
             raise RunFolderError(f"{path}: damaged ({found} bytes, not {size}); {remedy}")
         if file_sha256(path) != sha256:
