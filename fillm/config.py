@@ -15,13 +15,13 @@ import traceback
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from fillm.errors import EndedByAnother, FillmError, InterruptedRun, UsageError
+from fillm.documents import read_yaml_document
+from fillm.errors import EndedByAnother, FillmError, InterruptedRun, OutOfMemoryError, UsageError
 
 Config = TypeVar("Config")
 
@@ -119,11 +119,11 @@ def build_parser(cls: type, prog: str) -> argparse.ArgumentParser:
 def read_settings(path: str) -> dict[str, Any]:
     """The settings in a YAML file: the mapping itself, or the `settings` part of a run's `run.yaml`."""
     try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        loaded = read_yaml_document(path)
     except OSError as error:
         raise UsageError(f"--config {path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise UsageError(f"--config {path}: not YAML: {error}") from None
     if isinstance(loaded, Mapping) and isinstance(loaded.get("settings"), Mapping):
         loaded = loaded["settings"]
     if not isinstance(loaded, Mapping):
@@ -157,15 +157,25 @@ def to_yaml(settings: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(settings), sort_keys=False, width=120)
 
 
+def printable(text: str) -> str:
+    """A text on one line, in which what would move a terminal's cursor or change its colour is written out."""
+    line = " ".join(text.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+
+
 def one_line(error: BaseException) -> str:
     """An error's message on one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+    return printable(str(error)) or type(error).__name__
 
 
 def leave(code: int) -> NoReturn:
     """Ends the process with an exit code that a further Ctrl-C no longer replaces by the signal's."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.exit(code)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which nothing may take for an error that can be got over: libraries do that with any `Exception`."""
 
 
 @contextmanager
@@ -176,13 +186,21 @@ def _terminated_in_words() -> Iterator[None]:
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise InterruptedRun("stopped by SIGTERM; --resume continues from what was saved before, if any")
+        raise _Terminated
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _interruption(cls: type, by: KeyboardInterrupt) -> InterruptedRun:
+    """What an interrupted command says last."""
+    how = "stopped by SIGTERM" if isinstance(by, _Terminated) else "interrupted at once"
+    if "resume" in {field.name for field in dataclasses.fields(cls)}:
+        return InterruptedRun(f"{how}; --resume continues from what was saved before, if any")
+    return InterruptedRun(f"{how}; start it again")
 
 
 def run_command(cls: type[Config], main: Callable[[Config], None], argv: Sequence[str] | None, prog: str) -> int:
@@ -195,16 +213,18 @@ def run_command(cls: type[Config], main: Callable[[Config], None], argv: Sequenc
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     try:
-        config = parse(cls, argv, prog)
-        if config is not None:
-            debug = debug or bool(getattr(config, "debug", False))
-            with _terminated_in_words():
+        with _terminated_in_words():
+            config = parse(cls, argv, prog)
+            if config is not None:
+                debug = debug or bool(getattr(config, "debug", False))
                 main(config)
         return 0
-    except KeyboardInterrupt:
-        error: FillmError = InterruptedRun("interrupted at once; --resume continues from what was saved before, if any")
+    except KeyboardInterrupt as stopped:
+        error: FillmError = _interruption(cls, stopped)
     except EndedByAnother as ended:
         return ended.exit_code
+    except MemoryError:
+        error = OutOfMemoryError("out of memory; close other programs, or give it less to do at once")
     except FillmError as caught:
         error = caught
     if debug:

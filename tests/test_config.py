@@ -9,7 +9,17 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fillm.config import arguments, flag_name, from_mapping, option, parse, run_command, to_yaml
+from fillm.config import (
+    arguments,
+    flag_name,
+    from_mapping,
+    one_line,
+    option,
+    parse,
+    printable,
+    run_command,
+    to_yaml,
+)
 from fillm.errors import DataError, FillmError, InterruptedRun, UsageError
 
 
@@ -209,3 +219,17 @@ def test_words_without_a_flag_are_a_list_of_strings(tmp_path, capsys):
 def test_what_is_no_list_of_strings_is_refused(names):
     with pytest.raises(UsageError, match="names: .* is not a list of strings"):
         from_mapping(Listing, {"names": names})
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a\x1b[2Jb", "a\\x1b[2Jb"),
+        ("a\n\t b", "a b"),
+        ("\u202eabc", "\\u202eabc"),
+        ("\udcff", "\\udcff"),
+        ("模型 ä", "模型 ä"),
+    ],
+)
+def test_messages_leave_a_terminal_as_it_is(text, shown):
+    assert one_line(UsageError(text)) == printable(text) == shown

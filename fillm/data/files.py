@@ -8,9 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fillm.documents import read_bytes
 from fillm.errors import DataError
 
 SKIPPABLE = "mend the row, or leave such rows out with --skip-bad-rows"
+LONGEST_LINE = 1 << 26  # bytes of a line of JSON; a sample has thousands
+LARGEST_WHOLE = 1 << 32  # bytes of a file that cannot be read in pieces
 Record = tuple[Any, int | None]  # what stands at one row, and its line in the file (from 1) where there are lines
 
 
@@ -71,7 +74,11 @@ def _parse_json(text: str, path: str, first_line: int, expected: str) -> Any:
 
 def _read_json_lines(file: Path, path: str) -> Iterator[Record]:
     with file.open("rb") as stream:  # in bytes and line by line, so that a bad byte is reported with its line
-        for line, raw in enumerate(stream, start=1):
+        for line, raw in enumerate(iter(lambda: stream.readline(LONGEST_LINE + 1), b""), start=1):
+            if len(raw) > LONGEST_LINE:
+                raise DataError(
+                    f"{path}, line {line}: longer than {LONGEST_LINE >> 20} MiB; write one JSON object a line"
+                )
             try:
                 text = _decode(raw, path, line)
                 if text.strip():
@@ -88,12 +95,20 @@ def _read_json(file: Path, path: str) -> Iterator[Record]:
     if not start.startswith(b"["):
         yield from _read_json_lines(file, path)
         return
-    rows = _parse_json(_decode(file.read_bytes(), path), path, 1, "an array of objects")
+    rows = _parse_json(_decode(_whole(file, path), path), path, 1, "an array of objects")
     yield from ((row, None) for row in rows)
 
 
+def _whole(file: Path, path: str) -> bytes:
+    """The bytes of a file whose format cannot be read in pieces."""
+    try:
+        return read_bytes(file, LARGEST_WHOLE)
+    except ValueError as error:
+        raise DataError(f"{path}: {error}, and has to be read as a whole; save it as .jsonl or .parquet") from None
+
+
 def _read_csv(file: Path, path: str) -> Iterator[Record]:
-    reader = csv.DictReader(io.StringIO(_decode(file.read_bytes(), path), newline=""), strict=True)
+    reader = csv.DictReader(io.StringIO(_decode(_whole(file, path), path), newline=""), strict=True)
     try:
         for record in reader:
             line = reader.line_num - sum(value.count("\n") for value in record.values() if isinstance(value, str))
@@ -114,9 +129,10 @@ def _read_parquet(file: Path, path: str) -> Iterator[Record]:
     import pyarrow.parquet
 
     try:
-        rows = pyarrow.parquet.read_table(file).to_pylist()
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]}); write it anew") from None
+        rows = pyarrow.parquet.read_table(file, page_checksum_verification=True).to_pylist()
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # the latter of values that Python lacks
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f"{path}: not a readable Parquet file ({reason}); write it anew") from None
     yield from ((row, None) for row in rows)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from fillm.config import printable
 from fillm.data.rows import Row, load_rows
 from fillm.data.samples import SampleSet, shared_rows, take
 from fillm.data.tokens import tokenize_rows
@@ -111,7 +112,7 @@ class Reading:
         )
         lines = skipped_lines([found])
         for line in lines[:_LISTED]:
-            self.warn(f"skipped {line}")
+            self.warn(printable(f"skipped {line}"))
         if lines:
             rest = f"; the first {_LISTED} are listed here, all in the run's record" if len(lines) > _LISTED else ""
             self.warn(f"{option}: {len(lines)} of {len(rows)} rows skipped{rest}")

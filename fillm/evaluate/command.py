@@ -25,11 +25,13 @@ from fillm.evaluate.results import EvaluateResult, merged, noted, write_result
 from fillm.evaluate.row_sets import read_rows, row_sets
 from fillm.models import load_model, load_tokenizer, model_fingerprint
 from fillm.rank.console import Console
-from fillm.rank.passes import memory_explained, peak_memory
+from fillm.rank.passes import peak_memory
 from fillm.runs import RunFolder, check_inputs_outside, run_identity, run_record, signals_noted
+from fillm.runs.memory import memory_explained
 from fillm.runs.processes import Processes, several_started
 
 
+@memory_explained()
 def run(config: EvaluateConfig) -> None:
     """What `python -m fillm.evaluate` does."""
     processes = Processes(config.device) if several_started() else Processes(alone=True)

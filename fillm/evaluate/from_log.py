@@ -5,7 +5,6 @@ every row set, in it fields such as `avg_gt_loss`, in these a value for every ro
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fillm.documents import parse_json, read_bytes
 from fillm.errors import DataError
 from fillm.evaluate.config import FREE_ON_RESUME, EvaluateConfig
 from fillm.evaluate.metric import Outcome
@@ -31,6 +31,7 @@ _SECTIONS = {
     REAL_AUTHORS: "eval_real_author_wo_options.json",
     WORLD_FACTS: "eval_real_world_wo_options.json",
 }
+_LARGEST_LOG = 1 << 28  # bytes; the published ones have a million
 _LARGEST_LOSS = 1e300  # nats a token; the sum of a few is a number still
 _OPTIONS = (REAL_AUTHORS, WORLD_FACTS)
 _RECALL = "rougeL_recall"
@@ -140,11 +141,11 @@ def read_log(path: str, option: str) -> Log:
     """
     where = f"{option} {path}"
     try:
-        raw = Path(path).expanduser().read_bytes()
-        found = json.loads(raw)
+        raw = read_bytes(Path(path).expanduser(), _LARGEST_LOG)
+        found = parse_json(raw)
     except OSError as error:
         raise DataError(f"{where}: {error.strerror or error}; give an eval_log_aggregated.json") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DataError(f"{where}: not JSON ({' '.join(str(error).split())}); give it whole") from None
     sections = {name: found[key] for name, key in _SECTIONS.items() if isinstance(found, dict) and key in found}
     if not sections:

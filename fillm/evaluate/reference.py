@@ -1,6 +1,5 @@
 """The run of the retain model that Forget Quality and its like compare with."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,20 +7,21 @@ from typing import Any
 
 import pyarrow
 import pyarrow.parquet
-import yaml
 
 from fillm.config import flag_name
+from fillm.documents import read_json_document
 from fillm.errors import RunFolderError, UsageError
 from fillm.evaluate.metric import ANSWER
 from fillm.evaluate.results import ROWS, SUMMARY
 from fillm.evaluate.row_sets import FORGET
-from fillm.runs import RUN_RECORD
+from fillm.runs import RUN_RECORD, check_recorded, read_record
 
 # Figures that compare with the reference run.
 COMPARED = ("forget_quality", "forget_quality_ks_statistic", "mia_reference_auc", "mia_reference_auc_error",
             "privacy_leakage")  # fmt: skip
 _OF_NOTHING = "with itself, which says nothing of forgetting"
 ITSELF, LOG_ITSELF = f"compares the model {_OF_NOTHING}", f"compares the log {_OF_NOTHING}"
+_REMEDY = "evaluate the retain model anew"
 _SPLIT = ("benchmark", "forget")
 _SHAPES = ("num_forget", "seed", "template", "max_length")  # what makes other tokens of the same split
 
@@ -119,24 +119,20 @@ def load_reference(folder: str) -> Reference:
         found = "no such folder" if not path.is_dir() else f"no finished run of fillm evaluate (no {SUMMARY})"
         raise RunFolderError(f"--reference {folder}: {found}; give the folder of the retain model's evaluation")
     try:
-        record = yaml.safe_load((path / RUN_RECORD).read_text(encoding="utf-8"))
-        summary = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
+        record = read_record(path / RUN_RECORD, _REMEDY)
+        for name in (SUMMARY, ROWS):
+            check_recorded(path / name, record, _REMEDY)
+        summary = read_json_document(path / SUMMARY)
         figures = {name: None if value is None else float(value) for name, value in summary.items() if name != "notes"}
-        rows = pyarrow.parquet.read_table(path / ROWS)
+        rows = pyarrow.parquet.read_table(path / ROWS, page_checksum_verification=True)
         if "set" not in rows.column_names:
             raise ValueError(f"{ROWS} does not say of which set a row is")
         return Reference(folder, dict(record["settings"]), dict(record["fingerprints"]), figures, rows)
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        yaml.YAMLError,
-        pyarrow.ArrowException,
-    ) as error:
+    except RunFolderError as error:
+        raise RunFolderError(f"--reference {error}") from None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, pyarrow.ArrowException) as error:
         raise _damaged(folder, " ".join(str(error).split())[:120]) from None
 
 
 def _damaged(folder: str, reason: str) -> RunFolderError:
-    return RunFolderError(f"--reference {folder}: damaged ({reason}); evaluate the retain model anew")
+    return RunFolderError(f"--reference {folder}: damaged ({reason}); {_REMEDY}")

@@ -75,7 +75,7 @@ def write_result(result: EvaluateResult, folder: Path, record: Mapping[str, Any]
     Raises:
         OSError: if the disk refuses.
     """
-    pyarrow.parquet.write_table(result.rows, folder / ROWS)
+    pyarrow.parquet.write_table(result.rows, folder / ROWS, write_page_checksum=True)
     text = json.dumps({**result.summary, "notes": result.notes}, indent=1, allow_nan=False)
     (folder / SUMMARY).write_text(text + "\n", encoding="utf-8")
     write_record(folder, record)

@@ -24,9 +24,11 @@ from fillm.models import (
     model_fingerprint,
     quiet_transformers,
     resolve_device,
+    save_tokenizer,
     with_lora,
 )
 from fillm.runs import RunFolder, check_inputs_outside, run_identity, run_record, signals_noted, write_record
+from fillm.runs.memory import memory_explained
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ def finetune_model(
     return run(from_mapping(FinetuneConfig, {**settings, **named}), data, eval_data, show)
 
 
+@memory_explained("give a smaller model, or --lora-rank")
 def run(
     config: FinetuneConfig, data: DataLike | None = None, eval_data: DataLike | None = None, show: bool = True
 ) -> FinetuneResult:
@@ -126,8 +129,7 @@ def _write(
 ) -> FinetuneResult:
     """The files of the finished folder into `path`, which is to be `out`."""
     log, losses = training.progressed.log, training.epoch_losses
-    with quiet_transformers():
-        tokenizer.save_pretrained(path)
+    save_tokenizer(tokenizer, path)
     fingerprint = _save_model(training.model, DTYPES[config.dtype], path)
     write_log(log, path)
     result = FinetuneResult(

@@ -5,7 +5,14 @@ from fillm.models.differentiable import check_differentiable
 from fillm.models.fingerprint import model_fingerprint
 from fillm.models.finite import spoilt_weight
 from fillm.models.heads import HeadLayout, head_layout
-from fillm.models.loading import DTYPES, load_model, load_tokenizer, quiet_transformers, resolve_device
+from fillm.models.loading import (
+    DTYPES,
+    load_model,
+    load_tokenizer,
+    quiet_transformers,
+    resolve_device,
+    save_tokenizer,
+)
 from fillm.models.lora import with_lora
 from fillm.models.selection import select_tensors
 from fillm.models.sharding import load_sharded
@@ -25,6 +32,7 @@ __all__ = [
     "model_fingerprint",
     "quiet_transformers",
     "resolve_device",
+    "save_tokenizer",
     "select_tensors",
     "spoilt_weight",
     "stored_dtypes",

@@ -25,6 +25,7 @@ DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+_LARGEST = 1 << 29  # bytes of a file of a configuration or tokenizer
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -128,10 +129,26 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False, option: str 
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
 
 
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes a tokenizer's files into a folder.
+
+    Raises:
+        OSError: if the disk refuses.
+    """
+    try:
+        with quiet_transformers():
+            tokenizer.save_pretrained(folder)
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise OSError(str(error)) from None  # the library tokenizers has no kind of its own for a disk that refuses
+
+
 def local_folder(source: str) -> Path | None:
     """The folder, `None` for what can only be a Hub id."""
     path = Path(source).expanduser()
     if path.is_dir():
+        _refuse_endless(path)
         return path
     if path.exists():
         raise ModelError(f"{source}: is a file; give the folder that holds config.json and the weights")
@@ -139,6 +156,13 @@ def local_folder(source: str) -> Path | None:
         raise ModelError(f"{source}: no such folder")
     _announce(source)
     return None
+
+
+def _refuse_endless(folder: Path) -> None:
+    """Configurations and tokenizers are read as a whole by the libraries, however large; the largest have some MB."""
+    for path in (*folder.glob("*.json"), *folder.glob("*.txt"), *folder.glob("*.model"), *folder.glob("*.jinja")):
+        if path.is_file() and path.stat().st_size > _LARGEST:
+            raise ModelError(f"{path}: larger than {_LARGEST >> 20} MiB, which no configuration or tokenizer is")
 
 
 @cache
@@ -222,7 +246,10 @@ def explained(source: str) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise ModelError(f"{source}: damaged weights in {_damaged_file(source)}: {_shortened(error)}") from None
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        # The library tokenizers has no kind of its own for a damaged file, and a configuration may be nested too deep.
+        if not isinstance(error, OSError | ValueError | RecursionError) and type(error) is not Exception:
+            raise
         text = str(error)
         if "trust_remote_code" in text:
             raise ModelError(

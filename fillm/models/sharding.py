@@ -4,7 +4,6 @@ The model is built without weights, sharded by decoder layer along the first axi
 from the safetensors files. No process ever holds it whole.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch.distributed.tensor import DTensor, init_device_mesh
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from fillm.documents import read_json_document
 from fillm.errors import ModelError
 from fillm.models.loading import DTYPES, explained, load_config, local_folder, quiet_transformers
 from fillm.models.sharded_tensors import own_rows
@@ -93,7 +93,7 @@ def _fill(model: nn.Module, source: str, folder: Path) -> None:
     """Copies this process's rows of every tensor from the files."""
     files = [_WHOLE]
     if not (folder / _WHOLE).is_file():
-        files = sorted(set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        files = sorted(set(read_json_document(folder / _INDEX)["weight_map"].values()))
     aliases: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(parameter), []).append(name)

@@ -1,12 +1,12 @@
 """The floating-point types in which a model's files hold its weights, which its config.json need not agree with."""
 
-import json
 from pathlib import Path
 
 import huggingface_hub
 import torch
 from safetensors import SafetensorError, safe_open
 
+from fillm.documents import read_json_document
 from fillm.models.loading import local_folder
 
 _FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
@@ -33,7 +33,7 @@ def stored_dtypes(model: str) -> dict[str, torch.dtype]:
             folder = Path(huggingface_hub.snapshot_download(model, allow_patterns=patterns))
         names = [_WHOLE]
         if not (folder / _WHOLE).is_file():
-            names = sorted(set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(set(read_json_document(folder / _INDEX)["weight_map"].values()))
         found = {}
         for name in names:
             with safe_open(str(folder / name), framework="pt") as opened:

@@ -32,7 +32,7 @@ from fillm.rank.config import FORGET_ALONE, WITHOUT_GRADIENTS, RankConfig, check
 from fillm.rank.console import Console
 from fillm.rank.default_model import DEFAULT_FORGET, DEFAULT_RETAIN, default_folder, default_model
 from fillm.rank.methods import Job, Scores, rank
-from fillm.rank.passes import Passes, memory_explained
+from fillm.rank.passes import Passes
 from fillm.rank.plan import plan_run
 from fillm.rank.precision import warn_of_noise
 from fillm.rank.ranking import Ranking
@@ -41,6 +41,7 @@ from fillm.rank.sketch_choice import chosen_for_memory, with_sketches_chosen
 from fillm.rank.sketch_probe import probe
 from fillm.rank.units import layouts_of
 from fillm.runs import RunFolder, check_inputs_outside, run_identity, run_record
+from fillm.runs.memory import memory_explained
 from fillm.runs.processes import Processes, several_started
 from fillm.statistics import SketchStore, holds_store, refuse_foreign
 
@@ -108,6 +109,7 @@ def _joined(patterns: Any) -> Any:
     return ",".join(patterns) if listed else patterns
 
 
+@memory_explained()
 def run(config: RankConfig) -> None:
     """What `python -m fillm.rank` does."""
     processes = Processes(config.device) if several_started() else Processes(alone=True)

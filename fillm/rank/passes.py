@@ -298,24 +298,6 @@ def _split(batch: list[int], size: int) -> list[list[int]]:
     return [batch[i : i + size] for i in range(0, len(batch), size)]
 
 
-@contextmanager
-def memory_explained() -> Iterator[None]:
-    """Memory that runs out where there is no batch to halve, as one line.
-
-    Raises:
-        OutOfMemoryError: in the place of the allocator's error.
-    """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        reason = str(error).partition("\n")[0] or "no reason given"
-        raise OutOfMemoryError(
-            f"out of memory outside of a batch ({reason}); --dry-run says what a run takes; give --include, or --dtype"
-        ) from None
-
-
 def peak_memory(device: torch.device) -> int:
     """Bytes: the allocator's peak on a GPU, the process's own peak resident size on a CPU."""
     if device.type == "cuda":

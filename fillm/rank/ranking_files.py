@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fillm import runs
 from fillm.errors import RunFolderError
 from fillm.figures import score_heatmap
 from fillm.runs import RUN_RECORD, write_record
-from fillm.runs.state_files import check_file, file_sha256, save_tensors
+from fillm.runs.state_files import check_file, save_tensors
 from fillm.runs.tensor_files import read_streamed
 
 if TYPE_CHECKING:
@@ -112,9 +112,7 @@ def write_files(ranking: "Ranking", folder: Path) -> None:
         },
         "settings": ranking.settings,
         **ranking.record,
-        "files": {
-            path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in sorted(folder.iterdir())
-        },
+        "files": runs.checksums(folder.iterdir()),
     }
     write_record(folder, described)
 
@@ -176,10 +174,7 @@ def read_record(folder: Path) -> dict[str, Any]:
             raise RunFolderError(f"{folder}: the run is not finished; continue it with --resume")
         where = f"{path}: missing; not the folder of a finished run" if folder.is_dir() else f"{folder}: no such folder"
         raise RunFolderError(where)
-    try:
-        record = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RunFolderError(f"{path}: damaged ({' '.join(str(error).split())}); {_REMEDY}") from None
+    record = runs.read_record(path, _REMEDY)
     keys = ("ranking", "settings", "files")
     if not isinstance(record, dict) or not all(isinstance(record.get(key), dict) for key in keys):
         raise RunFolderError(f"{path}: not the record of a ranking; give the folder that fillm.rank wrote")

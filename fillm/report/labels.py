@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from fillm.errors import RunFolderError
 from fillm.rank.config import RankConfig
 from fillm.report.runs import Run
-from fillm.runs import RUN_RECORD
+from fillm.runs import RUN_RECORD, read_record
 
 # Where and how a run went on, not what it computed.
 _BOOKKEEPING = {
@@ -64,9 +63,9 @@ def recipe(run: Run) -> dict[str, Any]:
 def _ranking_words(folder: Path) -> str | None:
     """Method and what is not the default, `soir, objective retain`; None if nothing can be read there."""
     try:
-        record = yaml.safe_load((folder / RUN_RECORD).read_text(encoding="utf-8"))
+        record = read_record(folder / RUN_RECORD, "")
         method, settings = str(record["ranking"]["method"]), dict(record["settings"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, UnicodeDecodeError):
+    except (RunFolderError, KeyError, TypeError, ValueError):
         return None
     default = {field.name: field.default for field in dataclasses.fields(RankConfig)}
     told = [name for name in settings if name not in _BOOKKEEPING | _OF_A_RANKING and name in default]

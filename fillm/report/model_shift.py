@@ -1,6 +1,5 @@
 """How far the weights of a saved model are from those of another, read from their files a piece at a time."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from fillm.documents import read_json_document
 from fillm.errors import FillmError, RunFolderError
 from fillm.models import catalogue
 from fillm.rank.config import RankConfig
@@ -74,9 +74,9 @@ def _weights(folder: Path) -> dict[str, Path]:
         if whole.is_file():
             with safe_open(whole, "pt") as file:
                 return {name: whole for name in file.keys()}  # noqa: SIM118 (no mapping)
-        listed: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        listed: Mapping[str, str] = read_json_document(index)["weight_map"]
         return {name: folder / file for name, file in listed.items()}
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunFolderError(f"{folder}: no weights that can be read: {' '.join(str(error).split())}") from None
 
 

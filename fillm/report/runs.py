@@ -1,6 +1,5 @@
 """What a finished run left, read back: its record, its tables, its summary."""
 
-import json
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
@@ -10,13 +9,13 @@ from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 
 import fillm
+from fillm.documents import read_json_document
 from fillm.errors import RunFolderError, UsageError
 from fillm.report.result_files import REMEDY, experiment_of, made_by, read_result, results_in
-from fillm.runs import RUN_RECORD
-from fillm.runs.state_files import check_file
+from fillm.report.shapes import check_settings, check_summary, check_table
+from fillm.runs import RUN_RECORD, check_recorded, read_record
 
 Command = Literal["rank", "unlearn", "evaluate", "finetune", "compression", "experiment"]
 
@@ -121,6 +120,8 @@ def load_run(path: str | Path) -> Run:
     command = _command(path, record)
     summary = _summary(path, command, record)
     tables = {file.stem: _table(file, record) for file in sorted(path.glob("*.parquet"))}
+    for stem, table in tables.items():
+        check_table(path / f"{stem}.parquet", command, table, REMEDY)
     needed = {"rank": "ranking", "unlearn": "log", "evaluate": "rows", "finetune": "log"}.get(command)
     if needed is not None and needed not in tables and not _scored_from_log(command, record):
         raise RunFolderError(f"{path / needed}.parquet: missing; {REMEDY}")
@@ -144,12 +145,10 @@ def _record(folder: Path) -> dict[str, Any]:
         if not folder.is_dir():
             raise RunFolderError(f"{folder}: no such folder")
         raise RunFolderError(f"{folder}: no {RUN_RECORD} in it; give the folder of a finished run, or of result files")
-    try:
-        record = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RunFolderError(f"{path}: damaged ({' '.join(str(error).split())}); {REMEDY}") from None
+    record = read_record(path, REMEDY)
     if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
         raise RunFolderError(f"{path}: not the record of a run; give a folder that a command of fillm wrote")
+    check_settings(path, record, REMEDY)
     versions = record.get("versions")
     made_by = str(versions.get("fillm", "")) if isinstance(versions, dict) else ""
     if _version(made_by) > _version(fillm.__version__):
@@ -178,24 +177,26 @@ def _command(folder: Path, record: Mapping[str, Any]) -> Command:
 
 def _summary(folder: Path, command: Command, record: Mapping[str, Any]) -> dict[str, Any]:
     if command in ("rank", "finetune"):
-        return dict(record["ranking" if command == "rank" else "result"])
+        summary = dict(record["ranking" if command == "rank" else "result"])
+        check_summary(folder / RUN_RECORD, command, summary, REMEDY)
+        return summary
     path = folder / _SUMMARIES.get(command, "summary.json")
     if command == "experiment" and not path.is_file():
         return {}
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
+        check_recorded(path, record, REMEDY)
+        summary = read_json_document(path)
         if not isinstance(summary, dict):
             raise ValueError("not a mapping")
     except (OSError, ValueError) as error:
         raise RunFolderError(f"{path}: damaged ({' '.join(str(error).split())}); {REMEDY}") from None
+    check_summary(path, command, summary, REMEDY)
     return summary
 
 
 def _table(path: Path, record: Mapping[str, Any]) -> pa.Table:
     """A Parquet file, checked against the checksum of the record where there is one."""
-    entry = (record.get("files") or {}).get(path.name)
-    if isinstance(entry, dict) and {"sha256", "bytes"} <= set(entry):
-        check_file(path, entry["sha256"], entry["bytes"], REMEDY)
+    check_recorded(path, record, REMEDY)
     try:
         return pq.read_table(path, page_checksum_verification=True)
     except (pa.ArrowException, OSError, UnicodeError) as error:

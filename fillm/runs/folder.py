@@ -19,6 +19,7 @@ from torch import Tensor
 from fillm.errors import RunFolderError, UsageError
 from fillm.runs.record import RUN_RECORD
 from fillm.runs.state_files import (
+    ANEW,
     NOTHING_SAVED,
     SAVED,
     drop_pair,
@@ -156,6 +157,8 @@ class RunFolder:
             with writing(self.partial, self._remedy()):
                 write_json(self.partial / _IDENTITY, dict(identity))
             return
+        if not all(isinstance(value, str) for value in found.values()):
+            raise RunFolderError(f"{self.partial / _IDENTITY}: damaged (an entry is no text); {ANEW}")
         names = [name for name in sorted({*found, *identity}) if found.get(name) != identity.get(name)]
         if names:
             shown = "; ".join(f"{name} {_change(found.get(name), identity.get(name))}" for name in names)
@@ -270,12 +273,17 @@ def read_state(partial: Path) -> tuple[str, int, dict[str, Tensor], dict[str, An
     if found is None:
         return None
     tensors, record = found
-    return record["stage"], record["cursor"], tensors, record["meta"]
+    try:
+        return record["stage"], record["cursor"], tensors, record["meta"]
+    except KeyError as error:
+        raise RunFolderError(f"{partial / _STATE}.json: damaged (says nothing of {error}); {ANEW}") from None
 
 
 def read_stage(partial: Path, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """`RunFolder.load_stage` of a folder that another process holds."""
     found = load_pair(partial, f"stage-{name}")
+    if found is not None and "meta" not in found[1]:
+        raise RunFolderError(f"{partial / f'stage-{name}'}.json: damaged (says nothing of 'meta'); {ANEW}")
     return None if found is None else (found[0], found[1]["meta"])
 
 

@@ -1,9 +1,10 @@
 """What the `run.yaml` of every command holds: its settings, what it was made from, and what it ran on."""
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import platform
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,12 @@ import torch
 
 import fillm
 from fillm.config import flag_name, to_yaml
+from fillm.documents import parse_yaml, read_text
+from fillm.errors import RunFolderError
+from fillm.runs.state_files import check_file, file_sha256
 
 RUN_RECORD = "run.yaml"  # what every finished run folder holds, and by which it is known
+_MARK = "# sha256 of what follows: "
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 # What was said about the folder that lay there is no part of what a replay repeats.
 _NOT_REPEATED = ("resume", "overwrite", "debug")
@@ -60,9 +65,56 @@ def run_identity(config: Any, fingerprints: Mapping[str, str | None], free: Coll
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """`run.yaml` in a folder; the last file a run writes.
+    """`run.yaml` in a folder; the last file a run writes. Its first line is the sha256 of the rest.
+
+    Args:
+        folder: with all other files of the run.
+        record: what it says. Where it has no `files`, it gets size and sha256 of every other file but weights.
 
     Raises:
         OSError: if the disk refuses.
     """
-    (folder / RUN_RECORD).write_text(to_yaml(record), encoding="utf-8")
+    if "files" not in record:
+        record = {**record, "files": checksums(path for path in folder.iterdir() if path.suffix != ".safetensors")}
+    text = to_yaml(record)
+    (folder / RUN_RECORD).write_text(f"{_MARK}{_sha256(text)}\n{text}", encoding="utf-8")
+
+
+def checksums(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """`bytes` and `sha256` of files by name, folders left out."""
+    files = sorted(path for path in paths if path.is_file())
+    return {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in files}
+
+
+def read_record(path: Path, remedy: str) -> Any:
+    """What a `run.yaml` says, compared with the sha256 in its first line where that is one.
+
+    One that was written or changed by hand has none, and is taken at its word.
+
+    Raises:
+        RunFolderError: if it cannot be read or is damaged; ends with `remedy`.
+    """
+    try:
+        text = read_text(path)
+        mark, _, rest = text.partition("\n")
+        if _MARK.lstrip("# ") in mark and mark != _MARK + _sha256(rest):
+            raise ValueError("its checksum differs; if it was changed by hand, take out its first line")
+        return parse_yaml(text)
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"{path}: damaged ({' '.join(str(error).split())}); {remedy}") from None
+
+
+def check_recorded(path: Path, record: Mapping[str, Any], remedy: str) -> None:
+    """Refuses a file of a run's folder that is not the one that its record tells of; one it does not tell of is taken.
+
+    Raises:
+        RunFolderError: naming the file; ends with `remedy`.
+    """
+    files = record.get("files")
+    entry = files.get(path.name) if isinstance(files, Mapping) else None
+    if isinstance(entry, Mapping) and {"sha256", "bytes"} <= set(entry):
+        check_file(path, entry["sha256"], entry["bytes"], remedy)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fillm.documents import LARGEST, read_json_document
 from fillm.errors import RunFolderError
 
 _PIECE_BYTES = 1 << 22
@@ -81,15 +82,17 @@ def read_json(path: Path, remedy: str = ANEW) -> dict[str, Any] | None:
         RunFolderError: if it is not readable, not JSON, or not what was written; ends with `remedy`.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json_document(path)
         record = found["record"]
+        if not isinstance(record, dict):
+            raise ValueError("its record is no object")
         if hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest() != found["sha256"]:
             raise ValueError("its checksum differs")
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunFolderError(f"{path}: damaged ({_reason(error)}); {remedy}") from None
-    return dict(record)
+    return record
 
 
 def save_pair(
@@ -134,10 +137,18 @@ def load_pair(folder: Path, stem: str) -> tuple[dict[str, Tensor], dict[str, Any
     record = read_json(folder / f"{stem}.json")
     if record is None:
         return None
-    payload = folder / str(record.pop("file"))
-    size, digest = record.pop("bytes"), record.pop("sha256")
-    check_file(payload, digest, size, ANEW)
-    return load_file(payload), record
+    path = folder / f"{stem}.json"
+    try:
+        name, size, digest = str(record.pop("file")), record.pop("bytes"), record.pop("sha256")
+    except KeyError as error:
+        raise RunFolderError(f"{path}: damaged (says nothing of {error}); {ANEW}") from None
+    if Path(name).name != name or not name.isprintable():
+        raise RunFolderError(f"{path}: damaged (names a file of another folder); {ANEW}")
+    check_file(folder / name, digest, size, ANEW)
+    try:
+        return load_file(folder / name), record
+    except (SafetensorError, OSError, ValueError) as error:
+        raise RunFolderError(f"{folder / name}: damaged ({_reason(error)}); {ANEW}") from None
 
 
 def drop_pair(folder: Path, stem: str) -> None:
@@ -149,13 +160,15 @@ def drop_pair(folder: Path, stem: str) -> None:
 
 
 def check_file(path: Path, sha256: str, size: int | None, remedy: str) -> None:
-    """Refuses a file that is not the one that was written.
+    """Refuses a file that is not the one that was written, of unknown size one that is larger than a document.
 
     Raises:
         RunFolderError: if it is missing, not readable, or differs in size or checksum; ends with `remedy`.
     """
     try:
         found = path.stat().st_size
+        if size is None and found > LARGEST:
+            raise RunFolderError(f"{path}: damaged (larger than {LARGEST >> 20} MiB); {remedy}")
         if size is not None and found != size:
             raise RunFolderError(f"{path}: damaged ({found} bytes, not {size}); {remedy}")
         if file_sha256(path) != sha256:

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ from fillm.errors import RunFolderError, StoreError
 from fillm.runs.state_files import check_file, read_json, writing
 
 FORMAT_VERSION = 1
+_LARGEST = 1 << 63
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MANIFEST, LOCK, BLOCKS = "manifest.json", "lock", "blocks"
 REMEDY = "build it anew in another --store"
@@ -142,15 +143,36 @@ def read_manifest(folder: Path) -> Manifest:
     if version != FORMAT_VERSION:
         raise StoreError(f"{path}: of format version {version}, this fillm reads {FORMAT_VERSION}; use a newer fillm")
     try:
-        return Manifest(
+        found = Manifest(
             model=record["model"],
             settings=StoreSettings(**record["settings"]),
             tensors=tuple(StoredTensor(**{**entry, "shape": tuple(entry["shape"])}) for entry in record["tensors"]),
             blocks=tuple(BlockEntry(**entry) for entry in record["blocks"]),
             segments=tuple(Segment(**entry) for entry in record["segments"]),
         )
+        for part in (found, found.settings, *found.tensors, *found.blocks, *found.segments):
+            _check_types(part)
+        if found.settings.dtype not in DTYPES:
+            raise TypeError(f"dtype is {found.settings.dtype}")
     except (KeyError, TypeError) as error:
         raise StoreError(f"{path}: damaged ({error}); {REMEDY}") from None
+    return found
+
+
+def _check_types(part: Any) -> None:
+    """Fields that are text, truth values or sizes are that; what they are made of is checked by itself."""
+    for field in fields(part):
+        value = getattr(part, field.name)
+        if field.name == "shape":
+            good = all(type(size) is int and 0 <= size < _LARGEST for size in value)
+        elif field.type is int:
+            good = type(value) is int and (field.name == "seed" or 0 <= value < _LARGEST)
+        elif field.type in (str, bool):
+            good = isinstance(value, field.type)
+        else:
+            continue
+        if not good:
+            raise TypeError(f"{field.name} is {str(value)[:40]}")
 
 
 def read_block(folder: Path, number: int, entry: BlockEntry) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fillm.data import Row, SampleSet
+from fillm.documents import read_text
 from fillm.errors import DataError
 
 REFUSALS: tuple[str, ...] = (
@@ -54,11 +55,13 @@ def read_refusals(path: str | os.PathLike[str] | None) -> tuple[str, ...]:
     if path is None:
         return REFUSALS
     try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+        lines = read_text(Path(path).expanduser()).splitlines()
     except OSError as error:
         raise DataError(f"--idk {path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise DataError(f"--idk {path}: not UTF-8 ({error.reason} at byte {error.start})") from None
+    except ValueError as error:
+        raise DataError(f"--idk {path}: {error}; write one answer a line") from None
     if not (found := tuple(line.strip() for line in lines if line.strip())):
         raise DataError(f"--idk {path}: holds no line; write one answer a line")
     return found

@@ -26,9 +26,9 @@ from fillm.models import (
     stored_dtypes,
 )
 from fillm.rank.console import Console
-from fillm.rank.passes import memory_explained
 from fillm.rank.ranking import Ranking
 from fillm.runs import RunFolder, check_inputs_outside, run_identity, run_record
+from fillm.runs.memory import memory_explained
 from fillm.runs.processes import Processes
 from fillm.unlearn.alternatives import read_refusals
 from fillm.unlearn.choosing import check_made_for, chosen_mask, reached_by, updates_for
@@ -42,6 +42,7 @@ from fillm.unlearn.results import UnlearnResult, write_result
 from fillm.unlearn.unlearning import Job, adapter_folder, carry_out
 
 
+@memory_explained()
 def run(config: UnlearnConfig) -> None:
     """What `python -m fillm.unlearn` does."""
     processes = Processes(config.device)

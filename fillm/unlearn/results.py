@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fillm.finetune.log import write_log
 from fillm.masks import Mask
-from fillm.models import model_fingerprint, quiet_transformers
+from fillm.models import model_fingerprint, quiet_transformers, save_tokenizer
 from fillm.runs import write_record
 from fillm.unlearn.checkpoint import LOG_COLUMNS
 from fillm.unlearn.curvature import TWO_BACKWARD_PASSES
@@ -161,7 +161,7 @@ def write_result(
             shutil.copytree(adapter, folder / "adapter")
         model.save_pretrained(target)
         if tokenizer is not None:
-            tokenizer.save_pretrained(target)
+            save_tokenizer(tokenizer, target)
     result.mask.save(folder / "mask.safetensors")
     write_log(result.log, folder, LOG_COLUMNS)
     told = result.as_json()

@@ -21,6 +21,7 @@ from fillm.rank.console import Console
 from fillm.rank.passes import Passes
 from fillm.runs import signals_noted
 from fillm.runs.processes import Processes
+from fillm.runs.state_files import writing
 from fillm.unlearn.alternatives import read_refusals, with_refusals
 from fillm.unlearn.choosing import adapted_modules
 from fillm.unlearn.config import INFLUENCE, TASK_VECTOR, UnlearnConfig
@@ -93,10 +94,14 @@ class Job:
 
     def measure(self, model: nn.Module) -> tuple[float, float]:
         """Mean losses of the forget set and of the evaluated retain samples, the same in every process."""
+        forget, retain = self.losses(model)
+        return float(forget.mean()), float(retain.mean())
+
+    def losses(self, model: nn.Module) -> list[torch.Tensor]:
+        """Every sample's loss of both sets, float64 on the CPU, the same in every process."""
         size = -(-self.config.batch_size // self.processes.count)
         sets = (self.forget, self.evaluated)
-        losses = [evaluate(model, samples, self.processes, size, self.autocast) for samples in sets]
-        return float(losses[0].mean()), float(losses[1].mean())
+        return [evaluate(model, samples, self.processes, size, self.autocast) for samples in sets]
 
 
 def carry_out(job: Job) -> UnlearnResult:
@@ -167,11 +172,14 @@ def _start(job: Job) -> Evaluation:
     """The losses before the first step, measured once a run."""
     saved = job.folder.load_stage(_START) if job.processes.first else None
     if not job.processes.meet(int(saved is not None))[0][0]:
-        losses = torch.tensor(job.measure(job.model), dtype=torch.float64)
-        if not bool(losses.isfinite().all()):
-            spoilt = spoilt_weight(job.model)
-            cause = f": {spoilt} holds NaN or infinity; give a model whose weights are finite" if spoilt else ""
-            raise NumericsError(f"forget and retain loss are {losses.tolist()} before the first step{cause}")
+        found = job.losses(job.model)
+        for samples, each in zip((job.forget, job.evaluated), found, strict=True):
+            if (bad := (~each.isfinite()).nonzero()).numel():
+                spoilt, at = spoilt_weight(job.model), int(bad[0])
+                cause = f": {spoilt} holds NaN or infinity; give a model whose weights are finite" if spoilt else ""
+                told = f"the loss of sample {samples[at].id} is {float(each[at])}"
+                raise NumericsError(f"{told} before the first step{cause}")
+        losses = torch.stack([each.mean() for each in found])
         job.folder.save_stage(_START, {"losses": losses}, {})
     else:
         losses = torch.zeros(2, dtype=torch.float64) if saved is None else saved[0]["losses"]
@@ -307,7 +315,7 @@ def _merge(job: Job, trained: Any) -> None:
     """Adds the adapters to the weights they stand beside; a copy of them is kept for the run's folder."""
     if job.processes.first:
         shutil.rmtree(adapter_folder(job.folder), ignore_errors=True)
-        with quiet_transformers():
+        with writing(adapter_folder(job.folder)), quiet_transformers():
             trained.save_pretrained(adapter_folder(job.folder))
     trained.merge_and_unload()
     job.model.requires_grad_(False)

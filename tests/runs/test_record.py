@@ -1,13 +1,16 @@
 """What every `run.yaml` holds, and what a resumed run has to share with the interrupted one."""
 
+import hashlib
 from dataclasses import asdict, dataclass
 
+import pytest
 import torch
 import yaml
 
 import fillm
 from fillm.config import read_settings
-from fillm.runs import RUN_RECORD, run_identity, run_record, write_record
+from fillm.errors import RunFolderError
+from fillm.runs import RUN_RECORD, check_recorded, read_record, run_identity, run_record, write_record
 
 
 @dataclass(frozen=True)
@@ -42,3 +45,24 @@ def test_the_identity_has_flags_and_fingerprints_but_not_what_is_free():
     found = run_identity(Settings(), {"data": "cd", "eval_data": None}, ("out", "resume", "overwrite", "debug"))
     expected = {"--lr": "0.1", "--num-retain": "None", "data fingerprint": "cd", "eval_data fingerprint": "None"}
     assert found == expected
+
+
+def test_a_record_knows_its_own_bytes_and_those_of_the_files_beside_it(tmp_path):
+    (tmp_path / "rows.parquet").write_bytes(b"rows")
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    write_record(tmp_path, run_record(Settings(), {}, [], torch.device("cpu")))
+    path = tmp_path / RUN_RECORD
+    record = read_record(path, "make it again")
+    sha256 = hashlib.sha256(b"rows").hexdigest()
+    assert record["files"] == {"rows.parquet": {"bytes": 4, "sha256": sha256}}
+    check_recorded(tmp_path / "rows.parquet", record, "make it again")
+    (tmp_path / "rows.parquet").write_bytes(b"row ")
+    with pytest.raises(RunFolderError, match=r"rows.parquet: damaged \(its checksum differs\); make it again"):
+        check_recorded(tmp_path / "rows.parquet", record, "make it again")
+    mark, _, text = path.read_text(encoding="utf-8").partition("\n")
+    assert mark == f"# sha256 of what follows: {hashlib.sha256(text.encode()).hexdigest()}"
+    path.write_text(f"{mark}\n{text.replace('lr: 0.1', 'lr: 0.3')}", encoding="utf-8")
+    with pytest.raises(RunFolderError, match=r"run.yaml: damaged \(its checksum differs; if it was changed by hand"):
+        read_record(path, "make it again")
+    path.write_text(text.replace("lr: 0.1", "lr: 0.3"), encoding="utf-8")
+    assert read_record(path, "make it again")["settings"]["lr"] == 0.3

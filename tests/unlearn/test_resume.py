@@ -1,11 +1,8 @@
 """A run that stops at any moment continues to the bytes of an uninterrupted one."""
 
 import os
-import random
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -163,33 +160,6 @@ def test_resumed_with_something_else(unlearn, monkeypatch):
     with pytest.raises(RunFolderError, match="--lr was 0.01, is 0.02"):
         unlearn("run", resume=True, lr=0.02, **NEVER)
     unlearn("run", resume=True, **NEVER)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["sophia", "best"])
-def test_sigkill_at_random_writes(kind, unlearn, settings, tmp_path):
-    """A process of its own, killed for real at one of its writes, again and again until it comes through."""
-    given = {**settings, **NEVER, **WHOLE[kind], "max_steps": 5, "out": None}
-    whole = files(unlearn("whole", **{**given, "out": str(tmp_path / "whole")}))
-    flags = [
-        word for key, value in given.items() if value is not None for word in (f"--{key.replace('_', '-')}", str(value))
-    ]
-    draw, killed = random.Random(0), 0
-    for number in range(3):
-        out = tmp_path / f"run{number}"
-        attempt = 0
-        while not (out / "run.yaml").exists():
-            at = draw.randrange(3, 40) if attempt < 4 else 10_000
-            words = ["-m", "tests.unlearn.killed_command", str(at), *flags, "--out", str(out)]
-            words += ["--resume"] if attempt else []
-            done = subprocess.run(
-                [sys.executable, *words], cwd=Path(__file__).parents[2], capture_output=True, text=True
-            )
-            assert done.returncode in (0, -signal.SIGKILL), done.stderr
-            killed += done.returncode != 0
-            attempt += 1
-        assert files(out) == whole
-    assert killed >= 3
 
 
 def test_folder_of_a_function(model_folder, mask_file, forget_file, retain_file):

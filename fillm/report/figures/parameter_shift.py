@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from fillm.errors import RunFolderError
 from fillm.models import KINDS
@@ -16,7 +15,7 @@ from fillm.report.figures.repeats import BARS, mean_and_bar, repeats
 from fillm.report.figures.score_heatmap import OUTSIDE
 from fillm.report.model_shift import model_shift
 from fillm.report.runs import Run
-from fillm.runs import RUN_RECORD
+from fillm.runs import RUN_RECORD, read_record
 
 _RELATIVE = Axis("relative shift |Δθ| / |θ|", scale="log")
 _ROOT_MEAN_SQUARE = Axis("root mean square shift", "weight", "log")
@@ -125,9 +124,9 @@ def _made_as(folder: Path) -> str | None:
     record: Any
     for home in (folder, *([folder.parent] if folder.name == "model" else [])):
         try:
-            record = yaml.safe_load((home / RUN_RECORD).read_text(encoding="utf-8"))
+            record = read_record(home / RUN_RECORD, "")
             return str(record["fingerprints"]["model"])
-        except (OSError, yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError):
+        except (RunFolderError, KeyError, TypeError):
             continue
     return None
 

@@ -26,7 +26,7 @@ def repeats(runs: Sequence[Run]) -> list[list[Run]]:
         groups.setdefault(repr(key), []).append(run)
     found = []
     for group in groups.values():
-        drawn = {(run.settings.get("seed"), run.settings.get("model")) for run in group}
+        drawn = {repr((run.settings.get("seed"), run.settings.get("model"))) for run in group}
         found += [group] if len(drawn) == len(group) else [[run] for run in group]
     return found
 
