@@ -74,6 +74,8 @@ def test_a_mistake_is_one_line(arguments, words, capsys, tmp_path):
 @pytest.mark.parametrize("name", experiments())
 def test_every_experiment_runs_and_goes_on(name, cache, tmp_path, capsys):
     arguments = [name, "--quick", "--out", str(tmp_path)]
+    if name.endswith("_tofu"):  # whose rows are not at hand everywhere
+        arguments += ["--forget", "fictional-small:forget05", "--retain", "fictional-small:retain95"]
     assert command.main([*arguments, "--minutes", "1e-9"]) == 0
     [first] = read(tmp_path / f"{name}.csv")
     assert command.main([*arguments, "--resume"]) == 0

@@ -216,6 +216,7 @@ def test_states(file, stopped, tmp_path, data):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_ten_times_as_many():
     if EXAMPLES in os.environ:
         pytest.skip("is what runs")

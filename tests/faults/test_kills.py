@@ -31,7 +31,7 @@ def harried(lines, folder, kills, of):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(480)
+@pytest.mark.timeout(1200)
 def test_a_hundred_kills_at_random_moments_end_with_the_same_bytes(lines, tmp_path):
     assert sum(COMMANDS.values()) >= 100
     harried(lines, tmp_path, COMMANDS, ["writes", "calls"])
