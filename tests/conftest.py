@@ -16,6 +16,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.pop("FILLM_BACKEND", None)
 
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -29,6 +30,15 @@ if not torch.cuda.is_available():
 THREADS = 2
 
 torch.set_num_threads(min(THREADS, torch.get_num_threads()))
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """What processes under torchrun have, for a run beside them that is to do the same sums."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -18,13 +18,12 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from benchmarks.end_to_end.commands import free_cores, timed_command
+from benchmarks.end_to_end.commands import free_cores, run_bench, timed_command
 from benchmarks.end_to_end.results import Row, spread_of
 from benchmarks.end_to_end.settings import BenchConfig, command_line, shown
 from benchmarks.end_to_end.workload import FICTIONAL, RECIPE, resolve, trained_folder
 from benchmarks.kernels.rows import save
 from fillm.data import load_rows
-from fillm.errors import FillmError
 from fillm.models import load_model
 
 PROGRAM = "python -m benchmarks.end_to_end.bench_evaluate"
@@ -80,11 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("rounds", "threads"):
         if (value := getattr(given, name)) is not None and value < 1:
             parser.error(f"--{name}: give at least 1")
-    try:
-        _bench(given)
-    except FillmError as error:
-        parser.exit(error.exit_code, f"{PROGRAM}: {error}\n")
-    return 0
+    return run_bench(_bench, parser, given)
 
 
 def _bench(given: argparse.Namespace) -> None:

@@ -14,12 +14,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.end_to_end.commands import free_cores, timed_command
+from benchmarks.end_to_end.commands import free_cores, run_bench, timed_command
 from benchmarks.end_to_end.results import Row, spread_of
 from benchmarks.end_to_end.settings import BenchConfig, command_line, shown
 from benchmarks.end_to_end.workload import resolve
 from benchmarks.kernels.rows import save
-from fillm.errors import FillmError
 from fillm.rank import Ranking
 
 PROGRAM = "python -m benchmarks.end_to_end.bench_processes"
@@ -87,11 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     if min(given.rounds, *given.processes) < 1:
         parser.error("--rounds and --processes: give at least 1")
-    try:
-        _bench(given)
-    except FillmError as error:
-        parser.exit(error.exit_code, f"{PROGRAM}: {error}\n")
-    return 0
+    return run_bench(_bench, parser, given)
 
 
 def _bench(given: argparse.Namespace) -> None:

@@ -16,11 +16,11 @@ from pathlib import Path
 import yaml
 
 from benchmarks.end_to_end.bench_processes import timed
+from benchmarks.end_to_end.commands import run_bench
 from benchmarks.end_to_end.results import Row, spread_of
 from benchmarks.end_to_end.settings import BenchConfig, command_line, shown
 from benchmarks.end_to_end.workload import resolve
 from benchmarks.kernels.rows import save
-from fillm.errors import FillmError
 
 PROGRAM = "python -m benchmarks.end_to_end.bench_store"
 TIMES = ("ranking", "command")
@@ -70,11 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     if given.rounds < 1:
         parser.error("--rounds: give at least 1")
-    try:
-        _bench(given)
-    except FillmError as error:
-        parser.exit(error.exit_code, f"{PROGRAM}: {error}\n")
-    return 0
+    return run_bench(_bench, parser, given)
 
 
 def _bench(given: argparse.Namespace) -> None:

@@ -1,16 +1,17 @@
 """Commands of fillm as processes of their own, timed from outside."""
 
+import argparse
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from fillm.errors import UsageError
+from fillm.errors import FillmError, UsageError
 
 
 def timed_command(name: str, words: Sequence[str], out: Path, threads: int, processes: int = 1) -> tuple[float, Any]:
@@ -45,3 +46,20 @@ def timed_command(name: str, words: Sequence[str], out: Path, threads: int, proc
 def free_cores() -> int:
     """Not the cores of the machine: those that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_bench(
+    bench: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser, given: argparse.Namespace
+) -> int:
+    """The exit code of a benchmark; where it refuses what it was given, it ends in one line.
+
+    Args:
+        bench: what measures.
+        parser: of its command line, whose `prog` is what it is called.
+        given: what was parsed.
+    """
+    try:
+        bench(given)
+    except FillmError as error:
+        parser.exit(error.exit_code, f"{parser.prog}: {error}\n")
+    return 0

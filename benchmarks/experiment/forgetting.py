@@ -1,6 +1,6 @@
 """What keeping costs at equal forgetting: the part that the studies of masks share."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks.experiment.case import Case
@@ -21,6 +21,8 @@ KEY = ("choice", "loss")
 LOSSES = ("ga", "grad-diff")
 ALONE = " without retain term"  # after a loss that has one
 BY_SOPHIA = " by sophia"  # after a loss, where the optimiser is not AdamW
+# What a mask is called (`choice`, and whatever else the study says of it), and what makes it.
+Choice = tuple[Record, Callable[[], Mask]]
 DEFAULTS: Mapping[str, Any] = {
     "losses": list(LOSSES), "batch_size": 20, "max_steps": 60, "eval_every": 2, "eval_retain": 80
 }  # fmt: skip
@@ -33,14 +35,13 @@ def settings_of(given: Mapping[str, Any], quick: bool) -> UnlearningConfig:
 
 
 def records(
-    case: Case, choices: Iterable[tuple[Record, Mask]], settings: Mapping[str, Any], done: Sequence[Record]
+    case: Case, choices: Iterable[Choice], settings: Mapping[str, Any], done: Sequence[Record]
 ) -> Iterator[Record]:
     """A record a mask and loss: the retain loss at the levels of the forget loss, at the best of the rates tried.
 
     Args:
         case: the model.
-        choices: what a mask is called (`choice` and whatever else the study says of it), and the mask. Equal masks are
-            trained once.
+        choices: masks; equal ones are trained once, and none is made whose records are there.
         settings: of the study; `DEFAULTS` says which.
         done: records that are there already.
     """
@@ -48,11 +49,11 @@ def records(
     there = {(row["choice"], row["loss"]): row for row in done}
     trained: dict[tuple[str, str], Record] = {(row["mask"], row["loss"]): row for row in done}
     losses = settings["losses"][:1] if case.quick else settings["losses"]
-    for about, mask in choices:
-        digest = mask_digest(mask)[:16]
-        for loss in losses:
-            if (about["choice"], loss) in there:
-                continue
+    for about, made in choices:
+        missing = [loss for loss in losses if (about["choice"], loss) not in there]
+        mask = made() if missing else None
+        digest = mask_digest(mask)[:16] if mask else ""
+        for loss in missing:
             found = trained.get((digest, loss)) or _best_of_rates(config, case, mask, loss)
             kept = {name: found[name] for name in COLUMNS if name not in ("choice", "loss", "mask")}
             trained[digest, loss] = kept

@@ -8,6 +8,7 @@ from scipy.stats import spearmanr
 
 from benchmarks.experiment.case import Case
 from benchmarks.unlearning.settings import SCOPE
+from fillm.masks import Mask
 from fillm.models import load_model
 from fillm.rank import rank_parameters
 from fillm.rank.ranking import Ranking
@@ -35,6 +36,10 @@ class Rankings:
                 case.model, case.tokenizer, forget, kept[:retain], include=include, **given
             )
         return self._made[key]
+
+    def mask(self, settings: Mapping[str, Any], *choice: Any, **options: Any) -> Mask:
+        """What a choice, as of `fillm.Ranking.select`, takes of the ranking by some settings."""
+        return self.of(settings).select(*choice, **options)
 
 
 def spearman(one: Mapping[str, float], other: Mapping[str, float]) -> float:

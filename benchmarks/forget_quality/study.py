@@ -12,10 +12,11 @@ from benchmarks.forget_quality.one_shot import one_shot, whole_update
 from benchmarks.forget_quality.scoring import Scorer, Scores
 from benchmarks.forget_quality.settings import QUICK_RISE, ForgetQualityConfig
 from benchmarks.unlearning.choices import choices, masks
-from benchmarks.unlearning.settings import FEW_STEPS, UnlearningConfig
+from benchmarks.unlearning.settings import UnlearningConfig
 from benchmarks.unlearning.study import AT_LEVELS, Record, next_rate
 from fillm.masks import Mask
 from fillm.models import load_model
+from fillm.report.figures.damage import FEW_STEPS
 from fillm.unlearn import unlearn_model
 from fillm.unlearn.config import INFLUENCE
 

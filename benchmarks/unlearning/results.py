@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.end_to_end.results import commit, processor
-from benchmarks.unlearning.settings import FEW_STEPS
 from benchmarks.unlearning.study import AT_LEVELS, FORGET_LEVELS, Record
+from fillm.report.figures.damage import FEW_STEPS
 
 COLUMNS = (
     "model_parameters", "seed", "choice", "loss", "lr", "mask", "selected_parameters", "selected_tensors", "steps",

@@ -14,7 +14,6 @@ ARCHITECTURES = ("small", "tiny")
 LOSSES = ("ga", "grad-diff", "npo")
 RATES = (2.5e-4, 1e-3, 4e-3, 1.6e-2, 6.4e-2)  # peak rates that may be tried; what counts is the best of those tried
 FIRST_RATE = 4e-3
-FEW_STEPS = 8  # a run that passes the levels sooner says too little of what lies between, and a lower rate is tried
 
 
 @dataclass(frozen=True)

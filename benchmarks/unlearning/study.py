@@ -12,12 +12,13 @@ from torch import nn
 
 from benchmarks.end_to_end.workload import FICTIONAL, RECIPE, TOFU, trained_folder
 from benchmarks.unlearning.choices import Choice, level_crossing, masks
-from benchmarks.unlearning.settings import FEW_STEPS, FIRST_RATE, RATES, UnlearningConfig
+from benchmarks.unlearning.settings import FIRST_RATE, RATES, UnlearningConfig
 from fillm.data import Row, load_rows
 from fillm.finetune.architectures import architecture_config, new_model
 from fillm.masks import Mask
 from fillm.models import load_model, load_tokenizer
 from fillm.rank.default_model import cache_folder
+from fillm.report.figures.damage import FEW_STEPS
 from fillm.unlearn import unlearn_model
 from fillm.unlearn.checkpoint import LOG_COLUMNS
 from fillm.unlearn.masked_optimizer import mask_digest

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
-import yaml
 
+from fillm.documents import read_yaml_document
 from fillm.errors import RunFolderError
 
 REMEDY = "make the run again, or copy it again from where it is whole"
@@ -141,8 +141,8 @@ def experiment_of(path: Path) -> dict[str, str]:
     name = f"{path.stem}.yaml"
     for place in (path.parent / name, *(parent / "experiments" / name for parent in path.parents[:3])):
         try:
-            told = yaml.safe_load(place.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError, UnicodeError):
+            told = read_yaml_document(place)
+        except (OSError, ValueError):
             continue
         if isinstance(told, dict) and isinstance(told.get("study"), str):
             return {key: " ".join(str(told[key]).split()) for key in ("title", "claim", "source") if told.get(key)}

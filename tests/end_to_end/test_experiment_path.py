@@ -57,6 +57,14 @@ def test_the_best_weights_fill_a_fraction_ties_in_order():
     assert by_row({"a": rows})["a"].tolist() == [[2.0, 2.0], [4.0, 4.0]]
 
 
+def test_no_mask_is_made_whose_records_are_there(case, monkeypatch):
+    settings = {**weight_path.DEFAULTS, "paths": ["weights, 3"], "path_fractions": [0.3]}
+    done = list(weight_path.records(case, settings, []))
+    assert [row["choice"] for row in done][:2] == ["whole model", "path weights, 3, 0.3"]
+    monkeypatch.setattr(Rankings, "of", lambda *given: pytest.fail("a ranking of a finished model"))
+    assert list(weight_path.records(case, settings, done)) == []
+
+
 def test_no_mask_is_made_from_the_rows_on_which_damage_is_read(case, monkeypatch):
     seen: dict[str, list[str]] = {}
 

@@ -2,29 +2,19 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet
 import pytest
-import torch
 import yaml
 
 from fillm.evaluate.__main__ import main
 from tests.evaluate.conftest import arguments
 from tests.rank.conftest import question_row, write_rows
 from tests.runs.jobs import lines_of, run_jobs, torchrun
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """What the processes under torchrun have."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,14 @@
 """Any number of processes under torchrun gives the ranking of one, and ends as one; gloo on the CPU."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from fillm.rank import ranking_files
 from fillm.rank.__main__ import main
@@ -21,8 +18,9 @@ from fillm.statistics import retain
 from tests.families import build_family
 from tests.rank.conftest import word_tokenizer
 from tests.rank.several_processes import SMALL_TENSOR
+from tests.runs import jobs as running
+from tests.runs.jobs import torchrun
 
-ROOT = Path(__file__).resolve().parents[2]
 METHODS: dict[str, list[str]] = {
     "certified": [],
     "certified again": [],
@@ -47,23 +45,7 @@ METHODS: dict[str, list[str]] = {
 }
 
 
-def torchrun(processes: int, *words: str) -> subprocess.CompletedProcess[str]:
-    """A module and its arguments on some processes, with one thread each."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *words],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False,
-    )  # fmt: skip
-
-
-def run_jobs(processes: int, jobs: list[dict[str, Any]], folder: Path) -> tuple[list[list[int]], str]:
-    """The exit codes of every job's processes, and stderr of all."""
-    given, told = folder / f"jobs{processes}.json", folder / f"told{processes}.json"
-    given.write_text(json.dumps(jobs), encoding="utf-8")
-    done = torchrun(processes, "-m", "tests.rank.several_processes", str(given), str(told))
-    assert done.returncode == 0, done.stderr
-    return json.loads(told.read_text(encoding="utf-8")), done.stderr
+run_jobs = partial(running.run_jobs, module="tests.rank.several_processes")
 
 
 @pytest.fixture(scope="module")
@@ -83,19 +65,16 @@ def command(
 
 
 @pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
+def as_they_have(one_thread: None) -> Iterator[None]:
     """What the processes under torchrun have: one thread, small tensors taken for large ones, no pictures."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(retain, "EXPANSION_NUMEL", SMALL_TENSOR)
         patch.setattr(ranking_files, "score_heatmap", lambda *given, **options: None)
         yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
-def alone(command: Callable[..., list[str]], one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def alone(command: Callable[..., list[str]], as_they_have: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folders of one process."""
     folder = tmp_path_factory.mktemp("alone")
     for name, further in METHODS.items():
@@ -147,7 +126,7 @@ def test_what_ends_one_process_ends_all_and_is_told_once(command, alone, tmp_pat
         {"argv": command(tmp_path / "error", *always), "fault": "error", "meeting": 0},
         {"argv": command(tmp_path / "error", *always, "--resume")},
         {"argv": command(tmp_path / "bug"), "fault": "bug", "batch": 1, "process": 2},
-        {"argv": command(tmp_path / "disk", *always), "fault": "disk", "meeting": 0},
+        {"argv": command(tmp_path / "disk", *always), "fault": "disk", "process": 0, "meeting": 0},
         {"argv": command(tmp_path / "scope", "--include", "nothing")},
         {"argv": command(tmp_path / "pairs", "--curvature", "woodbury")},
         {"argv": command(tmp_path / "path", "--method", "path")},
@@ -160,7 +139,7 @@ def test_what_ends_one_process_ends_all_and_is_told_once(command, alone, tmp_pat
     codes, said = run_jobs(3, jobs, tmp_path)
     assert codes == [[code] * 3 for code in (2, 0, 1, 2, 2, 2, 2, 2, 3, 0, 3, 0)], said
     for line in (
-        "fillm rank: the loss of sample 7 is nan",
+        "fillm rank: a number is nan",
         "Fault of ours: a fault of ours",
         "fillm rank: no space left on the disk",
         "fillm rank: --curvature woodbury takes one process: exact inner products of samples are not dealt out; leave "
@@ -177,7 +156,7 @@ def test_what_ends_one_process_ends_all_and_is_told_once(command, alone, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_killed_process_leaves_a_folder_that_any_number_resumes(command, alone, one_thread, tmp_path) -> None:
+def test_a_killed_process_leaves_a_folder_that_any_number_resumes(command, alone, as_they_have, tmp_path) -> None:
     jobs = tmp_path / "jobs.json"
     argv = command(tmp_path / "run", *METHODS["one sample a batch"], "--checkpoint-seconds", "1e-9")
     job = {"argv": argv, "fault": "kill", "meeting": 0, "batch": 3}
@@ -202,7 +181,7 @@ def test_processes_that_torchrun_starts_again_resume(command, alone, tmp_path) -
     jobs = tmp_path / "jobs.json"
     argv = command(tmp_path / "run", *METHODS["one sample a batch"], "--checkpoint-seconds", "1e-9", "--resume")
     jobs.write_text(json.dumps([{"argv": argv, "fault": "kill", "batch": 4}]), encoding="utf-8")
-    done = torchrun(2, "--max-restarts=1", "-m", "tests.rank.several_processes", str(jobs))
+    done = torchrun(2, "-m", "tests.rank.several_processes", str(jobs), restarts=1)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("nothing to resume; starting anew") == 1  # the first time
     assert_same(tmp_path / "run", alone / "one sample a batch")

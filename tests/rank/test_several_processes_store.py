@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet
 import pytest
-import torch
 
 from fillm.rank import ranking_files
 from fillm.rank.__main__ import main
@@ -41,20 +40,17 @@ STORED: dict[str, Sequence[str]] = {
 
 
 @pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
+def as_they_have(one_thread: None) -> Iterator[None]:
     """What the processes under torchrun have: one thread, small blocks of a store, no pictures."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store_writer, "BLOCK_SAMPLES", BLOCK_SAMPLES)
         patch.setattr(ranking_files, "score_heatmap", lambda *given, **options: None)
         yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
 def argv(
-    model_folder: str, forget_file: str, retain_file: str, one_thread: None, tmp_path_factory: pytest.TempPathFactory
+    model_folder: str, forget_file: str, retain_file: str, as_they_have: None, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., list[str]]:
     """The arguments of a run into a folder; what it does is said by the folder's name."""
     more = write_rows(tmp_path_factory.mktemp("rows") / "more", [question_row(n, 2 + n % 5) for n in range(20, 39)])
@@ -134,7 +130,7 @@ def test_what_ends_one_process_ends_all_and_the_store_goes_on(argv, alone, tmp_p
 
 
 @pytest.mark.slow
-def test_a_killed_process_leaves_a_store_that_any_number_continues(argv, alone, one_thread, tmp_path) -> None:
+def test_a_killed_process_leaves_a_store_that_any_number_continues(argv, alone, as_they_have, tmp_path) -> None:
     jobs, single = tmp_path / "jobs.json", ("--tokens-per-batch", "1")
     job = {"command": "rank", "argv": argv(tmp_path / "run" / "built", *single), "hook": "gradients of a batch"}
     jobs.write_text(json.dumps([{**job, "fault": "kill", "at": 7}]), encoding="utf-8")

@@ -12,9 +12,10 @@ from fillm.rank.config import RankConfig, check_sharded
 from tests.families import build_family
 from tests.rank.conftest import word_tokenizer
 from tests.rank.test_several_processes import alone as alone
-from tests.rank.test_several_processes import assert_same, run_jobs, torchrun
+from tests.rank.test_several_processes import as_they_have as as_they_have
+from tests.rank.test_several_processes import assert_same, run_jobs
 from tests.rank.test_several_processes import command as command
-from tests.rank.test_several_processes import one_thread as one_thread
+from tests.runs.jobs import torchrun
 
 FAMILIES = ("llama", "llama-tied", "gpt2", "gemma2")
 SETTINGS: dict[str, list[str]] = {
@@ -53,7 +54,7 @@ def started(folders: dict[str, str], forget_file: str, retain_file: str) -> Call
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 3])
-def test_the_ranking_is_that_of_the_whole_model(processes, started, one_thread, tmp_path) -> None:
+def test_the_ranking_is_that_of_the_whole_model(processes, started, as_they_have, tmp_path) -> None:
     runs = {f"{family} u": (family, ["--save-update"]) for family in FAMILIES[1:]}
     runs |= {name: ("llama", further) for name, further in SETTINGS.items()}
     if processes == 3:
@@ -82,7 +83,7 @@ def test_each_process_holds_its_part(family, folders, tmp_path) -> None:
 
 
 @pytest.mark.slow
-def test_an_end_in_one_process_ends_all_and_resumes(started, one_thread, tmp_path) -> None:
+def test_an_end_in_one_process_ends_all_and_resumes(started, as_they_have, tmp_path) -> None:
     further = ["--tokens-per-batch", "1", "--save-update"]
     assert main(started(tmp_path / "whole", "llama", *further)) == 0
     always = [*further, "--shard", "--checkpoint-seconds", "1e-9"]
@@ -99,7 +100,7 @@ def test_an_end_in_one_process_ends_all_and_resumes(started, one_thread, tmp_pat
     assert codes == [[code] * 2 for code in (2, 0, 3, 0, 3, 0, 2)], said
     told = [line.removeprefix("fillm rank: ") for line in said.splitlines() if line.startswith("fillm rank: ")]
     assert told == [
-        "the loss of sample 7 is nan",
+        "a number is nan",
         "stopped by a signal to another process in the retain pass; continue with --resume",
         "stopped by a signal to another process in the forget pass; continue with --resume",
         "--shard does not take --granularity row: it ranks whole tensors by the size of soir's update; leave one of "
@@ -113,11 +114,11 @@ def test_an_end_in_one_process_ends_all_and_resumes(started, one_thread, tmp_pat
 @pytest.mark.parametrize(
     ("fault", "line"),
     [
-        ("error", "the loss of sample 7 is nan"),
+        ("error", "a number is nan"),
         ("kill", "another process of the run has died; continue with --resume"),
     ],
 )
-def test_an_end_in_the_midst_of_a_batch_is_told_once(fault, line, started, one_thread, tmp_path) -> None:
+def test_an_end_in_the_midst_of_a_batch_is_told_once(fault, line, started, as_they_have, tmp_path) -> None:
     further = ["--tokens-per-batch", "1", "--save-update"]
     argv = started(tmp_path / "run", "llama", *further, "--shard", "--checkpoint-seconds", "1e-9")
     jobs = tmp_path / "jobs.json"

@@ -49,11 +49,13 @@ def torchrun(processes: int, *words: str, restarts: int = 0) -> subprocess.Compl
     )  # fmt: skip
 
 
-def run_jobs(processes: int, jobs: Sequence[Mapping[str, Any]], folder: Path) -> tuple[list[list[int]], str]:
-    """The exit codes of every job's processes, and stderr of all."""
+def run_jobs(
+    processes: int, jobs: Sequence[Mapping[str, Any]], folder: Path, module: str = "tests.runs.jobs"
+) -> tuple[list[list[int]], str]:
+    """The exit codes of every job's processes, and stderr of all; `module` is one that calls `serve`."""
     given, told = folder / f"jobs{processes}.json", folder / f"told{processes}.json"
     given.write_text(json.dumps(jobs), encoding="utf-8")
-    done = torchrun(processes, "-m", "tests.runs.jobs", str(given), str(told))
+    done = torchrun(processes, "-m", module, str(given), str(told))
     assert done.returncode == 0, done.stderr
     return json.loads(told.read_text(encoding="utf-8")), done.stderr
 
@@ -64,11 +66,25 @@ def lines_of(said: str, command: str) -> list[str]:
     return [line.removeprefix(head) for line in said.splitlines() if line.startswith(head)]
 
 
+def is_here(job: Mapping[str, Any]) -> bool:
+    """Whether this process is the one that the job's fault happens in, and torchrun has not started it again."""
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    return "fault" in job and job.get("process", 1) == int(os.environ["RANK"]) and not again
+
+
+def code_of(main: Callable[[list[str]], int], job: Mapping[str, Any]) -> int:
+    """The exit code of a job's command in this process; of a fault of ours, that of the interpreter."""
+    try:
+        return main([*job["argv"], *(job.get("further", []) if int(os.environ["RANK"]) else [])])
+    except ZeroDivisionError as error:
+        print(f"Fault of ours: {error}", file=sys.stderr)
+        return 1
+
+
 def run(job: Mapping[str, Any]) -> int:
-    """The exit code of one job in this process; of an exception, that of the interpreter."""
+    """The exit code of one job in this process."""
     main = importlib.import_module(f"fillm.{job['command']}.__main__").main
-    process, calls = int(os.environ["RANK"]), 0
-    hook = HOOKS[job.get("hook", "finishing")]
+    calls, hook = 0, HOOKS[job.get("hook", "finishing")]
     real = pkgutil.resolve_name(hook)
 
     def counted(*given: Any, **options: Any) -> Any:
@@ -78,14 +94,8 @@ def run(job: Mapping[str, Any]) -> int:
             FAULTS[job["fault"]](given)
         return real(*given, **options)
 
-    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    here = "fault" in job and job.get("process", 1) == process and not again
-    try:
-        with mock.patch(hook, counted if here else real):
-            return main([*job["argv"], *(job.get("further", []) if process else [])])
-    except ZeroDivisionError as error:
-        print(f"Fault of ours: {error}", file=sys.stderr)
-        return 1
+    with mock.patch(hook, counted if is_here(job) else real):
+        return code_of(main, job)
 
 
 def _raise(error: Exception) -> None:
@@ -107,7 +117,14 @@ FAULTS: dict[str, Callable[[tuple[Any, ...]], None]] = {
 }
 
 
-def _main(given: str, told: str | None) -> None:
+def serve(run: Callable[[Mapping[str, Any]], int], given: str, told: str | None = None) -> None:
+    """Runs jobs in processes that join once, as the first lines of this file say.
+
+    Args:
+        run: the exit code of one job in this process.
+        given: the file of the jobs.
+        told: the file that their exit codes go to; without one the first job alone runs.
+    """
     import torch
 
     from fillm.config import leave
@@ -137,4 +154,4 @@ def _main(given: str, told: str | None) -> None:
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None)
+    serve(run, *sys.argv[1:])

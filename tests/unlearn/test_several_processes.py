@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +44,6 @@ def argv(model_folder: str, mask_file: str, forget_file: str, retain_file: str, 
         return [word for name, value in named.items() if value is not None for word in (flag_name(name), str(value))]
 
     return build
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """What the processes under torchrun have."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

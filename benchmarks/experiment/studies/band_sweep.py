@@ -1,12 +1,14 @@
 """Where in a ranking a mask is best taken: budgets and bands, top against bottom against random, for each method."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.experiment import forgetting
 from benchmarks.experiment.case import Case
 from benchmarks.experiment.figure import dots, panels, save
+from benchmarks.experiment.forgetting import Choice
 from benchmarks.experiment.rankings import Rankings
 from benchmarks.experiment.results import Record
 from benchmarks.unlearning.study import AT_LEVELS
@@ -32,21 +34,21 @@ def records(case: Case, settings: Mapping[str, Any], done: Sequence[Record]) -> 
     yield from forgetting.records(case, _choices(case, settings), settings, done)
 
 
-def _choices(case: Case, settings: Mapping[str, Any]) -> Iterator[tuple[Record, Mask]]:
+def _choices(case: Case, settings: Mapping[str, Any]) -> Iterator[Choice]:
     none = {"method": "", "low": 0.0, "high": 1.0}
-    yield {"choice": WHOLE, **none}, Mask.whole(case.model, [info.name for info in catalogue(case.model)])
+    yield {"choice": WHOLE, **none}, partial(Mask.whole, case.model, [info.name for info in catalogue(case.model)])
     rankings = Rankings(case)
     for method in settings["methods"]:
-        ranking = rankings.of(METHODS[method])
+        part = partial(rankings.mask, METHODS[method])
         for budget in settings["budgets"]:
             about = {"choice": f"{method}: top {budget:g}", "method": method, "low": 0.0, "high": budget}
-            yield about, ranking.select(budget, "top")
+            yield about, partial(part, budget, "top")
             about = {"choice": f"{method}: bottom {budget:g}", "method": method, "low": 1.0 - budget, "high": 1.0}
-            yield about, ranking.select(budget, "bottom")
+            yield about, partial(part, budget, "bottom")
         for index in range(settings["bands"]):
             low, high = index / settings["bands"], (index + 1) / settings["bands"]
             about = {"choice": f"{method}: {low:g} to {high:g}", "method": method, "low": low, "high": high}
-            yield about, ranking.select(band=(low, high))
+            yield about, partial(part, band=(low, high))
 
 
 def summary(records: Sequence[Record]) -> str:

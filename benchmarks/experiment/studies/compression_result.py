@@ -1,12 +1,14 @@
 """What compression does to a ranking, and to what its mask keeps."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.experiment import forgetting
 from benchmarks.experiment.case import Case
 from benchmarks.experiment.figure import dots, panels, save
+from benchmarks.experiment.forgetting import Choice
 from benchmarks.experiment.rankings import Rankings, spearman, top_overlap
 from benchmarks.experiment.results import Record, finite
 from fillm.masks import Mask
@@ -28,7 +30,7 @@ def records(case: Case, settings: Mapping[str, Any], done: Sequence[Record]) -> 
     yield from forgetting.records(case, _choices(case, settings), settings, done)
 
 
-def _choices(case: Case, settings: Mapping[str, Any]) -> Iterator[tuple[Record, Mask]]:
+def _choices(case: Case, settings: Mapping[str, Any]) -> Iterator[Choice]:
     about = {
         "compression": "none",
         "sketch_dim": 0,
@@ -36,10 +38,10 @@ def _choices(case: Case, settings: Mapping[str, Any]) -> Iterator[tuple[Record, 
         "spearman": 1.0,
         "top_overlap": 1.0,
     }
-    yield {"choice": WHOLE, **about}, Mask.whole(case.model, [info.name for info in catalogue(case.model)])
+    yield {"choice": WHOLE, **about}, partial(Mask.whole, case.model, [info.name for info in catalogue(case.model)])
     rankings = Rankings(case)
     exact = rankings.of({"method": "soir"})
-    yield {"choice": EXACT, **about}, exact.select(settings["fraction"], settings["side"])
+    yield {"choice": EXACT, **about}, partial(exact.select, settings["fraction"], settings["side"])
     for kind in settings["kinds"]:
         for size in settings["sizes"]:
             for damping in ("parameter", "sketch"):
@@ -51,7 +53,7 @@ def _choices(case: Case, settings: Mapping[str, Any]) -> Iterator[tuple[Record, 
                     "damping_dimension": damping, "spearman": spearman(ranking.scores, exact.scores),
                     "top_overlap": top_overlap(ranking.scores, exact.scores),
                 }  # fmt: skip
-                yield about, ranking.select(settings["fraction"], settings["side"])
+                yield about, partial(ranking.select, settings["fraction"], settings["side"])
 
 
 def summary(records: Sequence[Record]) -> str:

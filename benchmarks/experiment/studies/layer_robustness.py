@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ def records(case: Case, settings: Mapping[str, Any], done: Sequence[Record]) -> 
     parts = masks(case)
     steps, rate = settings["fixed_steps"], settings["fixed_rate"]
     config = forgetting.settings_of({**settings, "max_steps": steps, "eval_every": steps}, False)
-    for row in forgetting.records(case, (({"choice": name}, mask) for name, mask in parts.items()), settings, done):
+    choices = [({"choice": name}, partial(parts.__getitem__, name)) for name in parts]
+    for row in forgetting.records(case, choices, settings, done):
         # No level ends it early: some parts would take fewer steps than others.
         forget, retain = losses_after(config, case, parts[row["choice"]], row["loss"], rate)[steps]
         yield {

@@ -1,13 +1,14 @@
 """Which choice of a mask keeps most at equal forgetting, over families, seeds, losses and budgets."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.experiment import forgetting
 from benchmarks.experiment.case import Case
 from benchmarks.experiment.figure import dots, panels, save
-from benchmarks.experiment.forgetting import at_both_levels
+from benchmarks.experiment.forgetting import Choice, at_both_levels
 from benchmarks.experiment.probe import step_costs
 from benchmarks.experiment.rankings import Rankings
 from benchmarks.experiment.results import Record
@@ -40,24 +41,30 @@ def records(case: Case, settings: Mapping[str, Any], done: Sequence[Record]) -> 
     yield from forgetting.records(case, _choices(case, settings), settings, done)
 
 
-def _choices(case: Case, settings: Mapping[str, Any]) -> Iterator[tuple[Record, Mask]]:
+def _choices(case: Case, settings: Mapping[str, Any]) -> Iterator[Choice]:
     every, scope = catalogue(case.model), select_tensors(catalogue(case.model), SCOPE)
     none = {"ranking": "", "fraction": 1.0}
-    yield {"choice": WHOLE, **none}, Mask.whole(case.model, [info.name for info in every])
-    yield {"choice": ALL, **none}, Mask.whole(case.model, [info.name for info in scope])
+    yield {"choice": WHOLE, **none}, partial(Mask.whole, case.model, [info.name for info in every])
+    yield {"choice": ALL, **none}, partial(Mask.whole, case.model, [info.name for info in scope])
     rankings = Rankings(case)
-    costs = step_costs(case, [info.name for info in scope], settings["rise"]) if STEP in settings["rankings"] else {}
+    costs = cache(partial(step_costs, case, [info.name for info in scope], settings["rise"]))
     for fraction in settings["fractions"]:
         for draw in range(settings["draws"]):
-            mask = rankings.of({"method": "random", "seed": draw}).select(fraction)
-            yield {"choice": f"random {draw}, {fraction:g}", "ranking": "random", "fraction": fraction}, mask
+            made = partial(rankings.mask, {"method": "random", "seed": draw}, fraction)
+            yield {"choice": f"random {draw}, {fraction:g}", "ranking": "random", "fraction": fraction}, made
         for name in settings["rankings"]:
             if name == STEP:
-                mask = Mask.whole(case.model, cheapest(costs, scope, fraction))
+                made = partial(_cheapest_mask, case, costs, scope, fraction)
             else:
                 given, side = RANKINGS[name]
-                mask = rankings.of(given).select(fraction, side)
-            yield {"choice": f"{name}, {fraction:g}", "ranking": name, "fraction": fraction}, mask
+                made = partial(rankings.mask, given, fraction, side)
+            yield {"choice": f"{name}, {fraction:g}", "ranking": name, "fraction": fraction}, made
+
+
+def _cheapest_mask(
+    case: Case, costs: Callable[[], Mapping[str, float]], scope: Sequence[TensorInfo], fraction: float
+) -> Mask:
+    return Mask.whole(case.model, cheapest(costs(), scope, fraction))
 
 
 def cheapest(costs: Mapping[str, float], scope: Sequence[TensorInfo], fraction: float) -> list[str]:

@@ -1,12 +1,14 @@
 """How many retain samples a ranking needs: its agreement with that of all of them, and what its mask keeps."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.experiment import forgetting
 from benchmarks.experiment.case import Case
 from benchmarks.experiment.figure import dots, lines, panels, save
+from benchmarks.experiment.forgetting import Choice
 from benchmarks.experiment.rankings import Rankings, counts, spearman, top_overlap
 from benchmarks.experiment.results import Record, finite
 from fillm.masks import Mask
@@ -31,9 +33,9 @@ def records(case: Case, settings: Mapping[str, Any], done: Sequence[Record]) -> 
     yield from forgetting.records(case, _choices(case, settings), settings, done)
 
 
-def _choices(case: Case, settings: Mapping[str, Any]) -> Iterator[tuple[Record, Mask]]:
+def _choices(case: Case, settings: Mapping[str, Any]) -> Iterator[Choice]:
     none = {"method": "", "retain_samples": 0, "spearman": 1.0, "top_overlap": 1.0}
-    yield {"choice": WHOLE, **none}, Mask.whole(case.model, [info.name for info in catalogue(case.model)])
+    yield {"choice": WHOLE, **none}, partial(Mask.whole, case.model, [info.name for info in catalogue(case.model)])
     rankings, total = Rankings(case), len(case.rows["retain"])
     for method in settings["methods"]:
         whole = rankings.of(METHODS[method]).scores
@@ -43,7 +45,7 @@ def _choices(case: Case, settings: Mapping[str, Any]) -> Iterator[tuple[Record, 
                 "choice": f"{method}, {n}", "method": method, "retain_samples": n,
                 "spearman": spearman(ranking.scores, whole), "top_overlap": top_overlap(ranking.scores, whole),
             }  # fmt: skip
-            yield about, ranking.select(settings["fraction"], settings["side"])
+            yield about, partial(ranking.select, settings["fraction"], settings["side"])
 
 
 def agreement(records: Sequence[Record], method: str) -> dict[float, Interval]:

@@ -6,6 +6,7 @@ took part in nothing. The losses have no retain term, so that what is kept is th
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.experiment import forgetting
 from benchmarks.experiment.case import Case
-from benchmarks.experiment.forgetting import ALONE
+from benchmarks.experiment.forgetting import ALONE, Choice
 from benchmarks.experiment.rankings import Rankings
 from benchmarks.experiment.results import Record
 from benchmarks.experiment.studies import objective_search
@@ -41,27 +42,30 @@ def records(case: Case, settings: Mapping[str, Any], done: Sequence[Record]) -> 
     yield from forgetting.records(held, _choices(ranked, settings), settings, done)
 
 
-def _choices(case: Case, settings: Mapping[str, Any]) -> Iterator[tuple[Record, Mask]]:
+def _choices(case: Case, settings: Mapping[str, Any]) -> Iterator[Choice]:
     every, scope = catalogue(case.model), [info.name for info in select_tensors(catalogue(case.model), SCOPE)]
-    yield {"choice": WHOLE, "ranking": "", "fraction": 1.0}, Mask.whole(case.model, [info.name for info in every])
+    yield (
+        {"choice": WHOLE, "ranking": "", "fraction": 1.0},
+        partial(Mask.whole, case.model, [info.name for info in every]),
+    )
     rankings, fraction = Rankings(case), settings["fraction"]
     along = {"path_rise": QUICK_RISE if case.quick else settings["rise"], "path_points": settings["points"]}
     for path in settings["paths"]:
         for part in settings["path_fractions"]:
             about = {"choice": f"path {path}, {part:g}", "ranking": f"path {path}", "fraction": part}
-            yield about, path_mask(rankings, path, part, along)
+            yield about, partial(path_mask, rankings, path, part, along)
     sizes = {info.name: info.shape for info in every if info.name in scope}
     for seed in range(settings["draws"]):
-        mask = rankings.of({"method": "random", "seed": seed}).select(fraction)
-        yield {"choice": f"random {seed}, {fraction:g}", "ranking": "random", "fraction": fraction}, mask
+        made = partial(rankings.mask, {"method": "random", "seed": seed}, fraction)
+        yield {"choice": f"random {seed}, {fraction:g}", "ranking": "random", "fraction": fraction}, made
     generator = torch.Generator().manual_seed(case.seed)
     drawn = {name: torch.rand(tuple(shape), generator=generator) for name, shape in sizes.items()}
     about = {"choice": f"weights at random, {fraction:g}", "ranking": "random weights", "fraction": fraction}
-    yield about, Mask.from_bool(best_weights(drawn, fraction))
+    yield about, partial(Mask.from_bool, best_weights(drawn, fraction))
     for name in settings["rankings"]:
         given, side = RANKINGS[name]
         about = {"choice": f"{name}, {fraction:g}", "ranking": name, "fraction": fraction}
-        yield about, rankings.of(given).select(fraction, side)
+        yield about, partial(rankings.mask, given, fraction, side)
 
 
 def path_mask(rankings: Rankings, path: str, fraction: float, along: Mapping[str, Any]) -> Mask:

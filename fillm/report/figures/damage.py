@@ -13,6 +13,8 @@ Row = Mapping[str, Any]
 WHOLE = "whole model"
 # A forget loss, and the retain loss where it was reached.
 LEVELS = (("forget_low", "retain_at_low"), ("forget_high", "retain_at_high"))
+# A run that passes the levels in fewer says too little of what lies between; one at a lower rate is read.
+FEW_STEPS = 8
 _LEAST = 1e-3  # nats a token; a damage that a ratio can be taken of
 
 

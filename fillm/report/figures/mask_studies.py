@@ -4,11 +4,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fillm.report.figures.damage import LEVELS, Row, merged, model_of
+from fillm.report.figures.damage import FEW_STEPS, LEVELS, Row, merged, model_of
 from fillm.report.result_files import rows_of
 from fillm.report.runs import Run
-
-_FEW_STEPS = 8  # of a run that passed both levels too fast to say what lies between, if a lower rate was tried
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ def best_rates(rows: Sequence[Row]) -> list[Row]:
 
 def _best(rows: Sequence[Row]) -> Row:
     lowest = min(row["lr"] for row in rows)
-    fine = [row for row in rows if row["steps"] >= _FEW_STEPS or row["lr"] == lowest]
+    fine = [row for row in rows if row["steps"] >= FEW_STEPS or row["lr"] == lowest]
     found = {}
     for _, column in LEVELS:
         least = min((row[column] for row in fine if row[column] is not None), default=math.nan)
