@@ -4,6 +4,9 @@ Each computes the ordinary forward and the ordinary gradient of its activation, 
 per-sample gradients to `site`. The parameter itself never receives a gradient. Inputs are kept through
 `save_for_backward`, so gradient checkpointing recomputes them like any other activation.
 
+What `site` is handed has no graph: kept by whoever `site` tells of it, a graph that leads back to `site` would be a
+cycle through autograd's own nodes, which Python cannot collect, and with it every activation and the model stay.
+
 `anchor` is a scalar that requires a gradient: it makes autograd come by even where no activation below does.
 """
 
@@ -35,7 +38,7 @@ class LinearBoundary(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         with NoTorchFunction():
-            ctx.site(x, dy)
+            ctx.site(x.detach(), dy)
             dx = linear(dy, weight if ctx.transposed else weight.T) if ctx.needs_input_grad[1] else None
         return None, dx, None, None, None, None
 
@@ -70,7 +73,7 @@ class ProductBoundary(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         h, w = ctx.saved_tensors
         with NoTorchFunction():
-            ctx.site(h, dy)
+            ctx.site(h.detach(), dy)
             dh = (dy * w).sum_to_size(h.shape).to(h.dtype) if ctx.needs_input_grad[1] else None
         return None, dh, None, None
 

@@ -25,7 +25,7 @@ class ConvolutionBoundary(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         with NoTorchFunction():
-            ctx.site(x, dy)
+            ctx.site(x.detach(), dy)
             dx = None
             if ctx.needs_input_grad[1]:
                 dx = F.conv_transpose1d(dy, weight, padding=ctx.padding, groups=x.shape[1])

@@ -24,7 +24,7 @@ class StackBoundary(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         with NoTorchFunction():
-            ctx.site(x, dy)
+            ctx.site(x.detach(), dy)
             dx = torch.bmm(dy, weight.mT) if ctx.needs_input_grad[1] else None
         return None, dx, None, None, None
 

@@ -1,5 +1,7 @@
 """A run leaves no trace on the model, whether it ends well or not."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -139,3 +141,30 @@ def test_a_run_inside_no_grad_and_after_one() -> None:
     everything(model).run(collate(samples, [0, 1]), samples, lambda n, g, _: norms[1].update({n: g.squared_norms()}))
     assert len(norms[0]) == len(list(model.parameters()))
     assert all(torch.equal(norms[0][name], norms[1][name]) for name in norms[1])
+
+
+@pytest.mark.parametrize("body", ["CausalConvolution", "CalledTwice", "WeightNorm"])
+def test_what_a_small_model_was_run_with_can_be_collected(body: str) -> None:
+    assert_collected(lambda: small_model(getattr(small_models, body)()))
+
+
+@pytest.mark.parametrize("kind", ["llama-tied", "gpt2", "gemma2", "mixtral"])
+def test_a_model_can_be_collected_although_its_gradients_were_kept(kind: str) -> None:
+    assert_collected(lambda: build_family(kind))
+
+
+def assert_collected(build: Callable[[], nn.Module]) -> None:
+    """An observer that keeps what it is given does not keep the model.
+
+    A graph that leads from a gradient back to the observer would be a cycle through autograd's nodes, which no
+    collector sees: every ranking of a long process would leave its model behind.
+    """
+    model, samples = build(), toy_samples(vocab=VOCAB)
+    gone = weakref.ref(model)
+    capture = Capture(model, [name for name, _ in model.named_parameters()])
+    verify(capture, samples)
+    kept: list[Any] = []
+    capture.run(collate(samples, [0, 1]), samples, lambda *given: kept.append(given))
+    del model, capture
+    gc.collect()
+    assert kept and gone() is None
