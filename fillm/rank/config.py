@@ -264,5 +264,3 @@ def check_dealt_out(config: RankConfig) -> None:
             f"{given} takes one process: exact inner products of samples are not dealt out; leave out torchrun, or "
             "give --compression"
         )
-    if config.canonical_method == "path":
-        raise UsageError("--method path takes one process: the search of its step is not dealt out; leave out torchrun")

@@ -251,7 +251,7 @@ class Passes:
             parts = _split(batch, self._limit)
             if capture.device.type == "cuda":
                 torch.cuda.empty_cache()
-        if not bool(losses.isfinite().all()):
+        if not bool(losses.isfinite().all()) and not getattr(statistic, "any_loss", False):
             row = int((~losses.isfinite()).nonzero()[0, 0])
             named = f"the loss of sample {samples[batch[row]].id} is {float(losses[row])}"
             spoilt = spoilt_weight(capture.model)

@@ -92,6 +92,11 @@ class CombinedMeans:
         """Sets `a` and `n` of the pass to come."""
         self._alpha = factor / count
 
+    def start_from_zero(self) -> None:
+        """Forgets the passes before, so that a sum over processes has them once: from the one that keeps them."""
+        for tensor in self.total.values():
+            tensor.zero_()
+
     def observe(self, name: str, gradients: PerSampleGradients, positions: Tensor) -> None:
         """Adds a batch."""
         gradients.add_weighted_(self.total[name], None, alpha=self._alpha)
