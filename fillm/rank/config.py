@@ -237,18 +237,15 @@ def check_sharded(config: RankConfig, processes: int) -> None:
         )
     method = config.canonical_method
     refused = [
-        (method != "soir", f"--method {method}"),
-        (config.curvature != "datainf", f"--curvature {config.curvature}"),
-        (config.granularity != "tensor", f"--granularity {config.granularity}"),
-        (config.objective != "forget", f"--objective {config.objective}"),
-        (config.effective_score != "l2", f"--score {config.score}"),
+        (method in ("path", "soir-per-sample", "first-order"), f"--method {method}"),
+        (config.curvature == "woodbury", f"--curvature {config.curvature}"),
         (config.adapter is not None, "--adapter"),
         (config.compression != "none", f"--compression {config.compression}"),
         (config.store is not None, "--store"),
     ]
     if (given := next((option for no, option in refused if no), None)) is not None:
         raise UsageError(
-            f"--shard does not take {given}: it ranks whole tensors by the size of soir's update; leave one of them out"
+            f"--shard does not take {given}: it ranks by means and sums of gradients alone; leave one of them out"
         )
 
 
