@@ -247,17 +247,3 @@ def check_sharded(config: RankConfig, processes: int) -> None:
         raise UsageError(
             f"--shard does not take {given}: it ranks by means and sums of gradients alone; leave one of them out"
         )
-
-
-def check_dealt_out(config: RankConfig) -> None:
-    """Refuses what several processes cannot share.
-
-    Raises:
-        UsageError: naming the option.
-    """
-    if config.exact_gram:
-        given = "--curvature woodbury" if config.curvature == "woodbury" else f"--method {config.canonical_method}"
-        raise UsageError(
-            f"{given} takes one process: exact inner products of samples are not dealt out; leave out torchrun, or "
-            "give --compression"
-        )

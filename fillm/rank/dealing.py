@@ -185,7 +185,7 @@ class Dealing:
         """Adds up losses and state, so that every process has the whole; what all of them say."""
         heard = [json.loads(words) for words in self.processes.tell(json.dumps(said))]
         if self.processes.count > 1:
-            state = self._statistic.state()
+            state = self._statistic.state() or {}  # None of what is too much to be saved, and stays where it is
             own = [t for name, t in state.items() if not self._alike(name) and not is_sharded(t)]
             self.processes.add_up_all([losses, *own])
             self._statistic.load(state)
