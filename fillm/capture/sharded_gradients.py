@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from fillm.capture.gradients import PerSampleGradients, norms_and_dots
+from fillm.capture.gradients import PerSampleGradients, norms_and_dots, row_layout
 from fillm.capture.sketching import SketchMap
 from fillm.models.sharded_tensors import add_up_into_shards, local, whole
 
@@ -65,9 +65,12 @@ class ShardedGradients:
             raise IndexError("this process has no samples")
         return self.own.materialise(sample)
 
-    def axis_dots(self, u: Tensor, axis: int) -> NoReturn:
-        """Not of sharded tensors: settings that need it are refused beforehand."""
-        raise NotImplementedError("rows and columns of sharded tensors are not kept apart")
+    def axis_dots(self, u: Tensor, axis: int) -> Tensor:
+        """Of every row or column, with `u` gathered, by all together."""
+        gathered = whole(u)
+        if self.own is None:
+            return torch.zeros(0, row_layout(self.shape)[axis], dtype=torch.float64, device=self._device)
+        return self.own.axis_dots(gathered, axis)
 
     def sketches(self, to: SketchMap) -> NoReturn:
         """Not of sharded tensors: settings that need it are refused beforehand."""

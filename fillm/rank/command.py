@@ -28,7 +28,7 @@ from fillm.models import (
     model_fingerprint,
     select_tensors,
 )
-from fillm.rank.config import FORGET_ALONE, WITHOUT_GRADIENTS, RankConfig, check, check_dealt_out, check_sharded
+from fillm.rank.config import FORGET_ALONE, WITHOUT_GRADIENTS, RankConfig, check, check_sharded
 from fillm.rank.console import Console
 from fillm.rank.default_model import DEFAULT_FORGET, DEFAULT_RETAIN, default_folder, default_model
 from fillm.rank.methods import Job, Scores, rank
@@ -120,8 +120,6 @@ def run(config: RankConfig) -> None:
 
 def _run(config: RankConfig, processes: Processes, console: Console) -> None:
     check(config)
-    if processes.count > 1:
-        check_dealt_out(config)
     if config.shard:
         check_sharded(config, processes.count)
     check_inputs_outside(config)

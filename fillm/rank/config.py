@@ -237,32 +237,13 @@ def check_sharded(config: RankConfig, processes: int) -> None:
         )
     method = config.canonical_method
     refused = [
-        (method != "soir", f"--method {method}"),
-        (config.curvature != "datainf", f"--curvature {config.curvature}"),
-        (config.granularity != "tensor", f"--granularity {config.granularity}"),
-        (config.objective != "forget", f"--objective {config.objective}"),
-        (config.effective_score != "l2", f"--score {config.score}"),
+        (method in ("path", "soir-per-sample", "first-order"), f"--method {method}"),
+        (config.curvature == "woodbury", f"--curvature {config.curvature}"),
         (config.adapter is not None, "--adapter"),
         (config.compression != "none", f"--compression {config.compression}"),
         (config.store is not None, "--store"),
     ]
     if (given := next((option for no, option in refused if no), None)) is not None:
         raise UsageError(
-            f"--shard does not take {given}: it ranks whole tensors by the size of soir's update; leave one of them out"
+            f"--shard does not take {given}: it ranks by means and sums of gradients alone; leave one of them out"
         )
-
-
-def check_dealt_out(config: RankConfig) -> None:
-    """Refuses what several processes cannot share.
-
-    Raises:
-        UsageError: naming the option.
-    """
-    if config.exact_gram:
-        given = "--curvature woodbury" if config.curvature == "woodbury" else f"--method {config.canonical_method}"
-        raise UsageError(
-            f"{given} takes one process: exact inner products of samples are not dealt out; leave out torchrun, or "
-            "give --compression"
-        )
-    if config.canonical_method == "path":
-        raise UsageError("--method path takes one process: the search of its step is not dealt out; leave out torchrun")

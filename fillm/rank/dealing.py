@@ -36,8 +36,9 @@ class Dealing:
     Args:
         processes: of the run.
         statistic: what the pass feeds. Its `state()` adds up over the processes, but for what `alike` names. If it has
-            `lead` and `follow`, what the first batch fixes is taken over by all. Its sharded tensors are already
-            the sums: every process has its part of them.
+            `lead` and `follow`, what the first batch fixes is taken over by all. If it has `start_from_zero`, it holds
+            the sums of passes before this one, which the first process alone keeps until the end. Its sharded tensors
+            are already the sums: every process has its part of them.
         in_step: the model is sharded, and the processes meet after every round.
         every_round: they do so for another reason.
 
@@ -81,6 +82,8 @@ class Dealing:
             UsageError: the processes are not at the same pass.
         """
         self.processes.agree(json.dumps(of))
+        if not self.processes.first and not self._in_step and hasattr(self._statistic, "start_from_zero"):
+            self._statistic.start_from_zero()
         finished, start, saves = self.processes.meet(int(finished), start, int(saves))[0]
         if self.processes.count > 1 and (finished or start):
             fallback |= json.loads(self.processes.tell(json.dumps(fallback))[0])
@@ -182,7 +185,7 @@ class Dealing:
         """Adds up losses and state, so that every process has the whole; what all of them say."""
         heard = [json.loads(words) for words in self.processes.tell(json.dumps(said))]
         if self.processes.count > 1:
-            state = self._statistic.state()
+            state = self._statistic.state() or {}  # None of what is too much to be saved, and stays where it is
             own = [t for name, t in state.items() if not self._alike(name) and not is_sharded(t)]
             self.processes.add_up_all([losses, *own])
             self._statistic.load(state)

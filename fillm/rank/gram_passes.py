@@ -1,17 +1,20 @@
 """Exact Gram matrices of every tensor's per-sample gradients: passes over both sets, a group of tensors at a time."""
 
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from fillm.capture import Capture
 from fillm.data import SampleSet
 from fillm.errors import InterruptedRun, NumericsError
+from fillm.rank.dealt_grams import grams_of, spread
 from fillm.rank.gram_groups import Group, gram_groups
 from fillm.rank.passes import Passes
-from fillm.statistics import KeptGradients, TensorGram, tensor_gram
+from fillm.statistics import KeptGradients, TensorGram
 
 _PARTS = ("forget", "cross", "retain", "retain_rows", "forget_rows")
 
@@ -26,8 +29,9 @@ def exact_grams(
         capture: of the tensors in scope.
         forget: `m` samples.
         retain: `n` samples.
-        memory_bytes: for the gradients that are kept, in factored form where that is smaller; what a batch takes, the
-            block of rows in hand (64 MiB, or one row of all samples) and the matrices themselves come on top.
+        memory_bytes: for the gradients that are kept, in factored form where that is smaller, by all processes
+            together; what a batch takes, the block of rows in hand (64 MiB, or one row of all samples) and the matrices
+            themselves come on top.
 
     Yields:
         One `TensorGram` a tensor; all zero where no gradient arrives.
@@ -37,7 +41,8 @@ def exact_grams(
         UsageError: if a tensor alone exceeds the memory, with what would do.
     """
     finished = _Finished(passes)
-    yield from finished.load(capture)
+    yield from finished.load(capture, (len(forget), len(retain)))
+    memory_bytes = min(least for (least,) in passes.processes.meet(memory_bytes))  # groups are the same in all
     left = [name for name in capture.parameters if name not in finished.names]
     groups = gram_groups(passes, capture, left, (forget, retain), memory_bytes)
     for number, group in enumerate(groups, start=1):
@@ -66,10 +71,7 @@ def _group(
         passes.losses.setdefault(which, passes.losses[f"{stage}-{which}"])
     capture.fallback |= restricted.fallback
     out = []
-    for name in group.names:
-        shape = capture.parameters[name].shape
-        pair = (kept[which].take(name) for which in sets)
-        gram = tensor_gram(name, shape, *pair, *map(len, sets.values()))
+    for gram in grams_of(passes, capture, group.names, kept, sets):
         _check_finite(gram, sets)
         out.append(gram)
     return out
@@ -104,17 +106,31 @@ class _Finished:
         self._saves = folder is not None and folder.load_state() is None
         self._last_save = time.monotonic()
 
-    def load(self, capture: Capture) -> Iterator[TensorGram]:
-        """What an earlier run has saved."""
-        while self.passes.folder is not None and (found := self.passes.folder.load_stage(self._stage())) is not None:
-            tensors, meta = found
+    def load(self, capture: Capture, sizes: tuple[int, int]) -> Iterator[TensorGram]:
+        """What an earlier run has saved: the first process reads it, and tells the others.
+
+        Args:
+            capture: that learns which tensors took batch-1 autograd.
+            sizes: samples of the forget and of the retain set.
+        """
+        processes, folder = self.passes.processes, self.passes.folder
+        while True:
+            tensors, meta = (folder.load_stage(self._stage()) if folder is not None else None) or ({}, None)
+            meta = json.loads(processes.tell(json.dumps(meta))[0])
+            if meta is None:
+                return
             self.stages += 1
             capture.fallback |= meta["fallback"]
-            for which in ("forget", "retain"):
-                self.passes.losses.setdefault(which, tensors[f"losses/{which}"])
+            for which, size in zip(("forget", "retain"), sizes, strict=True):
+                losses = tensors.get(f"losses/{which}", torch.empty(size, dtype=torch.float64))
+                processes.spread(losses, 0)
+                self.passes.losses.setdefault(which, losses)
             for name, numel in meta["numels"]:
                 self.names.add(name)
-                yield TensorGram(name, numel, **{part: tensors.get(f"{part}/{name}") for part in _PARTS})
+                gram = None
+                if tensors:
+                    gram = TensorGram(name, numel, **{part: tensors.get(f"{part}/{name}") for part in _PARTS})
+                yield spread(processes, gram, name, numel, sizes, 0)
 
     def add(self, gram: TensorGram) -> None:
         """Notes a tensor; held until it is saved, where there is a folder."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fillm.errors import ModelError, UsageError
 from fillm.models import TensorInfo
+from fillm.models.sharded_tensors import whole
 from fillm.rank.gram_methods import rank_by_gram
 from fillm.rank.path import rank_path
 from fillm.rank.scoring import (
@@ -17,13 +18,14 @@ from fillm.rank.scoring import (
     from_update,
     from_weights,
     influence_columns,
+    keep,
     mean_columns,
     ranked_row,
     unit_rows,
 )
 from fillm.rank.soir import Influence, mean_gradient, rank_soir
 from fillm.rank.units import groups_of, sizes
-from fillm.statistics import accumulator_dtype, inner, squared_norm
+from fillm.statistics import accumulator_dtype, any_entry, inner, squared_norm, total
 
 
 def rank(job: Job) -> Scores:
@@ -73,7 +75,7 @@ def _soir_diagonal(job: Job) -> Scores:
     fisher = mean_gradient(job.passes, "retain", "retain pass", job.capture, job.retain, power=2)
     influence = Influence(forget_mean=v)
     for name, forget in v.items():
-        square = float(fisher[name].sum(dtype=torch.float64))  # mean_i |g_i|^2
+        square = total(fisher[name])  # mean_i |g_i|^2
         lambda_ = job.config.damping * square / forget.numel()
         u = forget.div(fisher[name] + lambda_).neg_() if lambda_ > 0 else torch.zeros_like(forget)
         influence.update[name] = u
@@ -111,7 +113,7 @@ def _gradient(job: Job) -> Scores:
     magnitude = mean_gradient(job.passes, "forget", "forget pass", job.capture, job.forget, power=1)
 
     def columns(name: str) -> dict[str, str]:
-        return {"note": "" if bool(magnitude[name].any()) else "unused"}
+        return {"note": "" if any_entry(magnitude[name]) else "unused"}
 
     return from_weights(job, lambda name: magnitude[name], columns)
 
@@ -126,11 +128,11 @@ def _fisher_ratio(job: Job) -> Scores:
         group = groups.get(info.name)
         if job.config.granularity == "head" and group is None:
             continue
-        pair = forget[info.name], retain[info.name]
+        pair = whole(forget[info.name]), whole(retain[info.name])
         if job.config.granularity != "tensor":
-            saved[info.name] = _ratio(*pair)
+            ratios = _ratio(*pair)
+            keep(job, saved, info.name, ratios)
         if job.config.granularity == "element":
-            ratios = saved[info.name]
             score = ratios[ratios.isfinite()].sum(dtype=torch.float64)[None]
         else:
             sums = [t.sum(dtype=torch.float64)[None] if group is None else group.sum_entries(t) for t in pair]
@@ -164,7 +166,7 @@ def _memflex(job: Job) -> Scores:
         a, b = v[info.name], r[info.name]
         norms = math.sqrt(squared_norm(a)), math.sqrt(squared_norm(b))
         cosine = inner(a, b) / (norms[0] * norms[1]) if min(norms) > 0 else 0.0
-        size = float(a.abs().mean(dtype=torch.float64))
+        size = total(a.abs()) / a.numel()
         kept = cosine < job.config.similarity and size > job.config.magnitude
         note = (
             "unused" if norms[0] == 0.0 and norms[1] == 0.0 else f"cosine {cosine:.3f}" + ("" if kept else ", not kept")
@@ -188,7 +190,7 @@ def _parameter_shift(job: Job) -> Scores:
         group = groups.get(info.name)
         if job.config.granularity == "head" and group is None:
             continue
-        now, before = theta[info.name].detach(), base[info.name].detach()
+        now, before = whole(theta[info.name].detach()), whole(base[info.name].detach())
         dtype = accumulator_dtype(torch.promote_types(now.dtype, before.dtype))
         shift = now.to(dtype) - before.to(now.device, dtype)
         length, size = math.sqrt(squared_norm(shift)), math.sqrt(squared_norm(before))
@@ -197,7 +199,7 @@ def _parameter_shift(job: Job) -> Scores:
         score = shift.abs().double().sum()[None] if element else sizes(shift, group, job.config.effective_score)
         rows += unit_rows(info, group, score, None, None, {"note": f"relative {relative:.3e}"})
         if job.config.granularity != "tensor":
-            saved[info.name] = shift
+            keep(job, saved, info.name, shift)
     return Scores(rows, saved)
 
 

@@ -116,11 +116,7 @@ class Passes:
         """Feeds `statistic` every sample (or those at `positions`) once; continues where an interrupted run stopped."""
         chosen = list(range(len(samples))) if positions is None else list(positions)
         lengths = [len(samples[i].input_ids) for i in chosen]
-        plan = plan_batches(lengths, self.tokens_per_batch, shuffle_seed=self.shuffle_seed)
-        if self.shuffle_seed is None:
-            # Most logits first: what the first batch finds room for, the others find too.
-            counted = [samples[i].num_counted for i in chosen]
-            plan.sort(key=lambda members: -sum(counted[i] for i in members))
+        plan = self.batches(samples, chosen)
         sizes = [(len(members), sum(lengths[i] for i in members)) for members in plan]
         row = {"pass": stage, "samples": len(chosen), "tokens": sum(lengths), "batches": len(plan)}
         stored = statistic if isinstance(statistic, StoredStatistic) else None
@@ -207,6 +203,17 @@ class Passes:
             folder.save_stage(stage, state, {**measured, "fallback": capture.fallback})
         self._finish(stage, {**row, **measured}, losses)
 
+    def batches(self, samples: SampleSet, positions: Sequence[int] | None = None) -> list[list[int]]:
+        """The batches of a pass over the samples at `positions`, or all; by the place of a sample among these."""
+        chosen = range(len(samples)) if positions is None else positions
+        lengths = [len(samples[i].input_ids) for i in chosen]
+        plan = plan_batches(lengths, self.tokens_per_batch, shuffle_seed=self.shuffle_seed)
+        if self.shuffle_seed is None:
+            # Most logits first: what the first batch finds room for, the others find too.
+            counted = [samples[i].num_counted for i in chosen]
+            plan.sort(key=lambda members: -sum(counted[i] for i in members))
+        return plan
+
     def _finish(self, stage: str, row: dict[str, Any], losses: Tensor) -> None:
         self.losses[stage] = losses
         self.record.append(row)
@@ -251,7 +258,7 @@ class Passes:
             parts = _split(batch, self._limit)
             if capture.device.type == "cuda":
                 torch.cuda.empty_cache()
-        if not bool(losses.isfinite().all()):
+        if not bool(losses.isfinite().all()) and not getattr(statistic, "any_loss", False):
             row = int((~losses.isfinite()).nonzero()[0, 0])
             named = f"the loss of sample {samples[batch[row]].id} is {float(losses[row])}"
             spoilt = spoilt_weight(capture.model)

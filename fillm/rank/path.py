@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fillm.data import SampleSet
-from fillm.errors import NumericsError, UsageError
+from fillm.errors import UsageError
 from fillm.rank.path_rounds import Rounds
 from fillm.rank.path_step import ForwardLosses, LossesAlone, SignStep, find_length
 from fillm.rank.scoring import Job, Scores, unit_rows
@@ -107,8 +107,10 @@ class _Path:
         _report(self.job, record, self._label)
         return record
 
-    def _losses(self, stage: str, label: str, losses: ForwardLosses, samples: SampleSet) -> None:
-        self.job.passes.run(self._stage + stage, self._label + label, losses, samples, LossesAlone())
+    def _losses(
+        self, stage: str, label: str, losses: ForwardLosses, samples: SampleSet, any_loss: bool = False
+    ) -> None:
+        self.job.passes.run(self._stage + stage, self._label + label, losses, samples, LossesAlone(any_loss))
 
     def _mean(self, stage: str) -> float:
         """The mean loss over the samples of a set, as a pass of this round found it."""
@@ -121,13 +123,11 @@ class _Path:
 
         def risen(length: float) -> float:
             stage, label = f"length-{len(rises) + 1}", f"search of the step's length, {len(rises) + 1}"
-            try:
-                with self.step.at(length):
-                    self._losses(stage, label, losses, self.job.forget)
-            except NumericsError:  # the model as it came has finite losses: this step is too long for its numbers
-                rises[length] = math.inf
-            else:
-                rises[length] = self._mean(stage) - start
+            with self.step.at(length):
+                self._losses(stage, label, losses, self.job.forget, any_loss=True)
+            rise = self._mean(stage) - start
+            # The model as it came has finite losses: where one is not, this step is too long for its numbers.
+            rises[length] = rise if math.isfinite(rise) else math.inf
             return rises[length]
 
         length = find_length(risen, wanted)

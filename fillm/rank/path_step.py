@@ -104,7 +104,14 @@ class ForwardLosses:
 
 
 class LossesAlone:
-    """The statistic of a pass whose losses are all that is asked for."""
+    """The statistic of a pass whose losses are all that is asked for.
+
+    Args:
+        any_loss: take also infinite ones and NaN, which end other passes.
+    """
+
+    def __init__(self, any_loss: bool = False) -> None:
+        self.any_loss = any_loss
 
     def observe(self, name: str, gradients: Any, positions: Tensor) -> None:
         """Takes nothing."""

@@ -17,7 +17,7 @@ from fillm.rank.config import RankConfig
 from fillm.rank.passes import Passes
 from fillm.rank.soir import Influence
 from fillm.rank.units import gains, groups_of, numels, retain_changes, sizes
-from fillm.statistics import Groups, SketchStore, StepDots, squared_norm
+from fillm.statistics import Groups, SketchStore, StepDots, any_entry, squared_norm
 
 
 @dataclass
@@ -82,18 +82,18 @@ def from_update(job: Job, influence: Influence) -> Scores:
         dots = StepDots(influence.update, len(job.retain), groups, element=element)
         job.passes.run("damage", "damage pass", job.capture, job.retain, dots)
     rows: list[dict[str, Any]] = []
-    keep = config.save_update or config.granularity != "tensor"
-    saved = {} if config.shard else dict(influence.update)
+    saved: dict[str, Tensor] = {}
     for info in job.scope:
         name, group = info.name, groups.get(info.name)
-        # Sharded ones are gathered one at a time, and kept by the process that writes them.
+        # Sharded ones are gathered one at a time.
         v, u, columns = (
             whole(influence.forget_mean[name]),
             whole(influence.update[name]),
             influence_columns(influence, name),
         )
-        if config.shard and keep and job.passes.processes.first:
-            saved[name] = u.cpu()
+        mean, mean_square = (None, None) if dots is None else (whole(one) for one in dots.moments(name))
+        if config.save_update or config.granularity != "tensor":
+            keep(job, saved, name, u)
         if config.granularity == "head" and group is None:
             continue
         reached = v != 0 if element else sizes(v, group, "l2") > 0
@@ -101,7 +101,7 @@ def from_update(job: Job, influence: Influence) -> Scores:
         # Without curvature (2) has no finite u, and no step along v costs the retain set anything.
         free = influence.lambda_[name] == 0.0
         gain = torch.where(reached, float("inf"), 0.0).double() if free else gains(v, u, group, element)
-        damage = None if dots is None else 0.5 * dots.mean_square[name].double()
+        damage = None if dots is None else 0.5 * mean_square
         if config.objective == "forget":
             score = gain if free else u.abs().double() if element else sizes(u, group, config.effective_score)
         elif config.objective == "retain":
@@ -109,18 +109,33 @@ def from_update(job: Job, influence: Influence) -> Scores:
         elif free:
             score = torch.where(reached, 0.0, float("inf")).double()
         else:
-            score = retain_changes(gain, dots.mean[name].double(), dots.mean_square[name].double())
+            score = retain_changes(gain, mean, mean_square)
         if element:
             if config.objective != "forget":
                 score = torch.where(idle, float("inf"), score)  # an edit of nothing does no damage, and is no use
             if config.objective != "forget" or free:
-                saved[f"scores/{name}"] = score.float()
+                keep(job, saved, f"scores/{name}", score.float())
             summed = (score if config.objective == "forget" else score[score.isfinite()]).sum()
             total = None if damage is None else damage.sum()[None]
             rows += unit_rows(info, None, summed[None], None, total, columns)
         else:
             rows += unit_rows(info, group, score.reshape(-1), gain, damage, columns, idle if group else None)
-    return Scores(rows, saved if keep else {}, influence.visited_again)
+    return Scores(rows, saved, influence.visited_again)
+
+
+def keep(job: Job, saved: dict[str, Tensor], name: str, values: Tensor) -> None:
+    """Keeps what the run folder is to hold of a tensor; of a sharded model in the process that writes it, on the CPU.
+
+    Args:
+        job: whose run it is.
+        saved: where to, by name.
+        name: of the entry.
+        values: as all processes have them, whole.
+    """
+    if not job.config.shard:
+        saved[name] = values
+    elif job.passes.processes.first:
+        saved[name] = values.cpu()
 
 
 def unit_rows(
@@ -159,12 +174,12 @@ def from_weights(job: Job, signed: Callable[[str], Tensor], columns: Callable[[s
         group = groups.get(info.name)
         if config.granularity == "head" and group is None:
             continue
-        weights = signed(info.name)
+        weights = whole(signed(info.name))
         magnitude = weights.abs()
         score = magnitude.sum(dtype=torch.float64)[None] if group is None else group.sum_entries(magnitude)
         rows += unit_rows(info, group, score, None, None, columns(info.name))
         if config.granularity != "tensor":
-            saved[info.name] = weights
+            keep(job, saved, info.name, weights)
     return Scores(rows, saved)
 
 
@@ -173,7 +188,7 @@ def mean_columns(v: dict[str, Tensor], r: dict[str, Tensor] | None = None) -> Ca
 
     def columns(name: str) -> dict[str, Any]:
         norm = math.sqrt(squared_norm(v[name]))
-        unused = norm == 0.0 and (r is None or not bool(r[name].any()))
+        unused = norm == 0.0 and (r is None or not any_entry(r[name]))
         return {"forget_norm": norm, "note": "unused" if unused else ""}
 
     return columns

@@ -207,6 +207,29 @@ class Processes:
             torch.distributed.recv(data, process, group=self._words)
         return data
 
+    def hand(self, data: Tensor, sender: int, receiver: int) -> None:
+        """Copies a tensor from one process to another; the rest look on.
+
+        Args:
+            data: contiguous; of the receiver, what is written to, of the same shape and type.
+            sender: index of the one.
+            receiver: index of the other.
+        """
+        with self._talking():
+            if self.index == sender:
+                torch.distributed.send(data, receiver, group=self._group_of(data))
+            elif self.index == receiver:
+                torch.distributed.recv(data, sender, group=self._group_of(data))
+
+    def spread(self, data: Tensor, sender: int) -> None:
+        """Copies a tensor of one process over those of the others, contiguous and of the same shape and type."""
+        if self.count > 1 and data.numel():
+            with self._talking():
+                torch.distributed.broadcast(data, sender, group=self._group_of(data))
+
+    def _group_of(self, data: Tensor) -> Any:
+        return self._words if data.device.type == "cpu" else None
+
     def agree(self, on: str) -> None:
         """Holds what all processes have to have alike against each other.
 

@@ -10,8 +10,10 @@ from fillm.statistics.accumulators import (
     StepDots,
     Together,
     accumulator_dtype,
+    any_entry,
     inner,
     squared_norm,
+    total,
 )
 from fillm.statistics.estimates import (
     BAR,
@@ -67,6 +69,7 @@ __all__ = [
     "Together",
     "WeightedSum",
     "accumulator_dtype",
+    "any_entry",
     "curved_step",
     "datainf_step",
     "explained",
@@ -81,6 +84,7 @@ __all__ = [
     "squared_norm",
     "tensor_gram",
     "top_set_confidence",
+    "total",
     "uncertified",
     "widened",
     "woodbury_step",

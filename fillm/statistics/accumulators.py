@@ -36,6 +36,16 @@ def inner(left: Tensor, right: Tensor) -> float:
     return _summed(left, sum(float((a.double() * b.double()).sum()) for a, b in pairs))
 
 
+def total(tensor: Tensor) -> float:
+    """The sum of all entries, in float64."""
+    return _summed(tensor, float(local(tensor).sum(dtype=torch.float64)))
+
+
+def any_entry(tensor: Tensor) -> bool:
+    """Whether an entry is other than 0."""
+    return _summed(tensor, float(local(tensor).any())) > 0.0
+
+
 def _summed(tensor: Tensor, own: float) -> float:
     """One number of this process's part, added up over the processes where `tensor` is sharded."""
     if not isinstance(tensor, DTensor):
@@ -91,6 +101,11 @@ class CombinedMeans:
     def weigh(self, factor: float, count: int) -> None:
         """Sets `a` and `n` of the pass to come."""
         self._alpha = factor / count
+
+    def start_from_zero(self) -> None:
+        """Forgets the passes before, so that a sum over processes has them once: from the one that keeps them."""
+        for tensor in self.total.values():
+            tensor.zero_()
 
     def observe(self, name: str, gradients: PerSampleGradients, positions: Tensor) -> None:
         """Adds a batch."""
@@ -222,7 +237,7 @@ class StepDots:
         update: `u` of every tensor in scope.
         count: number of retain samples `n`.
         groups: per tensor, what is kept apart; absent for a whole tensor.
-        element: keep every weight apart, which needs each sample's gradient for a moment, one at a time.
+        element: keep every weight apart. As `u` is the same in all samples, gradients and their squares are summed.
     """
 
     def __init__(
@@ -233,37 +248,45 @@ class StepDots:
         element: bool = False,
     ) -> None:
         self.update, self.count, self.groups, self.element = update, count, dict(groups or {}), element
-        self.mean: dict[str, Tensor] = {}
-        self.mean_square: dict[str, Tensor] = {}
+        self._mean: dict[str, Tensor] = {}
+        self._mean_square: dict[str, Tensor] = {}
         for name, u in update.items():
-            shape = tuple(u.shape) if element else (self.groups[name].count,) if name in self.groups else ()
-            dtype = torch.float32 if element else torch.float64
-            self.mean[name] = torch.zeros(shape, dtype=dtype, device=u.device)
-            self.mean_square[name] = torch.zeros(shape, dtype=dtype, device=u.device)
+            for moments in (self._mean, self._mean_square):
+                if element:
+                    moments[name] = zeros_like(u)
+                else:
+                    shape = (self.groups[name].count,) if name in self.groups else ()
+                    moments[name] = torch.zeros(shape, dtype=torch.float64, device=u.device)
 
     def observe(self, name: str, gradients: PerSampleGradients, positions: Tensor) -> None:
         """Adds a batch."""
         u = self.update[name]
         if self.element:
-            for sample in range(len(positions)):
-                s = gradients.materialise(sample) * u
-                self.mean[name].add_(s, alpha=1.0 / self.count)
-                self.mean_square[name].addcmul_(s, s, value=1.0 / self.count)
+            gradients.add_weighted_(self._mean[name], None, alpha=1.0 / self.count)
+            gradients.add_powers_(self._mean_square[name], 2, alpha=1.0 / self.count)
             return
         if name in self.groups:  # a group's dot is summed before it is squared
             s = self.groups[name].sum(gradients.axis_dots(u, self.groups[name].axis))  # [B, groups]
         else:
             s = gradients.dots(u)  # [B]
-        self.mean[name] += s.sum(0) / self.count
-        self.mean_square[name] += s.square().sum(0) / self.count
+        self._mean[name] += s.sum(0) / self.count
+        self._mean_square[name] += s.square().sum(0) / self.count
+
+    def moments(self, name: str) -> tuple[Tensor, Tensor]:
+        """`mean_i(s_i)` and `mean_i(s_i^2)` of one tensor, [], [groups] or of its shape; float64."""
+        mean, mean_square = self._mean[name].double(), self._mean_square[name].double()
+        if not self.element:
+            return mean, mean_square
+        u = self.update[name].double()
+        return mean * u, mean_square * u.square()
 
     def state(self) -> dict[str, Tensor]:
         """What a resumed run needs."""
-        first = {f"mean/{name}": tensor for name, tensor in self.mean.items()}
-        return first | {f"mean_square/{name}": tensor for name, tensor in self.mean_square.items()}
+        first = {f"mean/{name}": tensor for name, tensor in self._mean.items()}
+        return first | {f"mean_square/{name}": tensor for name, tensor in self._mean_square.items()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Continues from `state()`."""
         for name in self.update:
-            self.mean[name].copy_(state[f"mean/{name}"])
-            self.mean_square[name].copy_(state[f"mean_square/{name}"])
+            self._mean[name].copy_(state[f"mean/{name}"])
+            self._mean_square[name].copy_(state[f"mean_square/{name}"])

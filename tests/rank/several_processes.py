@@ -3,16 +3,19 @@
 `-m tests.rank.several_processes JOBS.json OUT.json`; a job is `{"argv": [...]}`. Its `fault`, one of FAULTS, happens in
 `process` (1) at the n-th `batch` (2) that this takes in a `pass` ("retain pass"), the first time that torchrun starts
 it: `when` the batch begins ("before"), while it hands out gradients ("within") or once it is done ("after");
-`further` arguments go to all but the first process. OUT.json holds, by job, the exit code of every process. Without
-OUT.json the first job alone runs, and the process ends as the command does.
+`further` arguments go to all but the first process. Losses above `overflow`, where a step is too long for the numbers
+of a larger model, are infinite in passes for losses alone. OUT.json has by job the exit code of every process; without
+it the first job alone runs, and the process ends as the command does.
 """
 
 import sys
 from collections.abc import Mapping
 from typing import Any
+from unittest import mock
 
 import torch
 
+from fillm.rank import path_step
 from fillm.rank.__main__ import main
 from fillm.rank.passes import Passes
 from fillm.runs import RunFolder
@@ -30,6 +33,17 @@ class Faulty:
 
     def observe(self, *_: Any) -> None:
         FAULTS[self.fault](())
+
+
+def overflowing(above: float) -> Any:
+    """`sample_losses` of the passes that compute losses alone, with infinity above a value."""
+    real = path_step.sample_losses
+
+    def losses(*given: Any) -> torch.Tensor:
+        found = real(*given)
+        return found.masked_fill(found > above, torch.inf)
+
+    return mock.patch.object(path_step, "sample_losses", losses)
 
 
 def run(job: Mapping[str, Any]) -> int:
@@ -60,7 +74,8 @@ def run(job: Mapping[str, Any]) -> int:
     elif is_here(job):
         Passes._batch = counted
     try:
-        return code_of(main, job)
+        with overflowing(job.get("overflow", torch.inf)):
+            return code_of(main, job)
     finally:
         Passes._batch, Passes.run, RunFolder.save_state = batch, begin, save
 

@@ -15,7 +15,8 @@ from fillm.capture.gradients import DenseGradients
 from fillm.models import load_model, load_sharded, model_fingerprint
 from fillm.models.sharded_tensors import into_shards, local, whole
 from fillm.runs.processes import Processes
-from fillm.statistics import RetainMoments, inner, squared_norm
+from fillm.statistics import MeanPower, RetainMoments, StepDots, any_entry, inner, squared_norm
+from fillm.statistics import total as sum_of
 from fillm.statistics.accumulators import zeros_like
 
 
@@ -32,14 +33,24 @@ def check_sums(parameter: torch.Tensor, processes: Processes) -> None:
     sharded, total = zeros_like(parameter), zeros_like(parameter)
     into_shards(v if processes.first else None, sharded)
     assert torch.equal(whole(sharded), v)
-    gradients = ShardedGradients(DenseGradients(own), parameter)
-    torch.testing.assert_close(gradients.dots(sharded), (own.double() * v.double()).flatten(1).sum(1))
+    gradients, product = ShardedGradients(DenseGradients(own), parameter), own.double() * v.double()
+    torch.testing.assert_close(gradients.dots(sharded), product.flatten(1).sum(1))
+    rows = product.flatten(1) if v.ndim < 2 else product.sum(-1)
+    torch.testing.assert_close(gradients.axis_dots(sharded, 0), rows)
     weights = torch.tensor([2.0, -1.0])
     if processes.index == processes.count - 1:  # an idle one adds nothing
         gradients = ShardedGradients(None, parameter)
+        assert gradients.axis_dots(sharded, 0).shape == (0, rows.shape[1])
+    else:
+        gradients.axis_dots(sharded, 0)
     gradients.add_weighted_(total, weights, alpha=0.5)
     wanted = 0.5 * sum(2.0 * two[0] - two[1] for two in draws[:-1])
     torch.testing.assert_close(whole(total), wanted)
+    powers = zeros_like(parameter)
+    gradients.add_powers_(powers, 2)
+    torch.testing.assert_close(whole(powers), sum(two.double().square().sum(0) for two in draws[:-1]).float())
+    assert abs(sum_of(total) - float(wanted.double().sum())) < 1e-4
+    assert any_entry(total) and not any_entry(zeros_like(parameter))
     assert abs(squared_norm(total) / float(wanted.double().square().sum()) - 1) < 1e-6
     assert abs(inner(total, sharded) - float((wanted.double() * v.double()).sum())) < 1e-4
 
@@ -56,10 +67,11 @@ if __name__ == "__main__":
     moments = RetainMoments(v, 14, 0.1, weighted=v)
     sums = [total for totals in moments.sums.values() for total in totals]
     weights = [*model.parameters()]
-    said = {"weights": bytes_of(weights), "accumulators": bytes_of([*v.values(), *sums])}
+    by_weight = [*MeanPower(v, 14, 2).mean.values(), *StepDots(v, 14, element=True).state().values()]
+    said = {"weights": bytes_of(weights), "accumulators": bytes_of([*v.values(), *sums, *by_weight])}
     said |= {"gathered": sum(tensor.untyped_storage().nbytes() for tensor in capture.operands.values())}
     said |= {"whole weights": 4 * sum(t.numel() for t in weights)}
-    said |= {"whole accumulators": 4 * sum(t.numel() for t in [*v.values(), *sums])}
+    said |= {"whole accumulators": 4 * sum(t.numel() for t in [*v.values(), *sums, *by_weight])}
     heard = [json.loads(words) for words in processes.tell(json.dumps(said))]
     if processes.first:
         Path(sys.argv[2]).write_text(json.dumps(heard), encoding="utf-8")

@@ -282,6 +282,22 @@ def test_lengths_are_doubled_or_halved_and_then_halved_between():
     assert find_length(lambda length: math.inf, 1.0) <= 2.0 * FIRST_LENGTH / 2**DOUBLINGS
 
 
+def test_a_step_too_long_for_the_models_numbers_is_only_too_long(monkeypatch):
+    real, overflown = path_step.sample_losses, []
+
+    def overflowing(*given):
+        found = real(*given)
+        beyond = found > start + 2.0 * RISE  # of the largest of all samples
+        overflown.append(bool(beyond.any()))
+        return found.masked_fill(beyond, math.nan)
+
+    start = max(float(real(wide("llama"), collate(FORGET, [i]), "mean")) for i in range(len(FORGET)))
+    monkeypatch.setattr(path_step, "sample_losses", overflowing)
+    found = ranked(wide("llama"), granularity="element")
+    assert any(overflown)
+    assert found.record["path"] == by_weight("llama").record["path"] and found.scores == by_weight("llama").scores
+
+
 def test_weights_come_back_from_a_step_that_fails():
     weight = nn.Parameter(torch.tensor([1.0, 1e-9, 3.0]))
     before, step = weight.detach().clone(), SignStep({"w": weight}, {"w": torch.tensor([-2.0, 0.5, 0.0])})

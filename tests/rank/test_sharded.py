@@ -18,6 +18,35 @@ from tests.rank.test_several_processes import command as command
 from tests.runs.jobs import torchrun
 
 FAMILIES = ("llama", "llama-tied", "gpt2", "gemma2")
+METHODS: dict[str, tuple[str, list[str]]] = {  # family and settings
+    "damage": ("llama", ["--objective", "retain"]),
+    "damage by rows": ("gpt2", ["--objective", "retain", "--granularity", "row"]),
+    "damage by heads": ("llama", ["--objective", "retain", "--granularity", "head"]),
+    "damage by weights": ("llama-tied", ["--objective", "retain", "--granularity", "element"]),
+    "traded off": ("llama", ["--objective", "trade-off", "--save-update"]),
+    "traded off by rows": ("llama-tied", ["--objective", "trade-off", "--granularity", "row"]),
+    "rows": ("llama", ["--granularity", "row"]),
+    "rows by size": ("gemma2", ["--granularity", "row", "--score", "mean-abs"]),
+    "heads": ("gpt2", ["--granularity", "head"]),
+    "weights": ("gpt2", ["--granularity", "element"]),
+    "size": ("llama", ["--score", "mean-abs"]),
+    "damage by rows, diagonal": (
+        "llama-tied",
+        ["--curvature", "diagonal", "--granularity", "row", "--objective", "retain"],
+    ),
+    "soir-sum": ("gpt2", ["--method", "soir-sum"]),
+    "traded off soir-sum": ("llama", ["--method", "soir-sum", "--objective", "trade-off", "--save-update"]),
+    "gradient": ("gpt2", ["--method", "gradient"]),
+    "gradient by weights": ("llama", ["--method", "gradient", "--granularity", "element", "--tokens-per-batch", "1"]),
+    "saliency": ("llama-tied", ["--method", "saliency", "--granularity", "row"]),
+    "fisher-ratio": ("llama", ["--method", "fisher-ratio"]),
+    "fisher-ratio by weights": ("gpt2", ["--method", "fisher-ratio", "--granularity", "element"]),
+    "wagle": ("llama", ["--method", "wagle", "--granularity", "head"]),
+    "memflex": ("gemma2", ["--method", "memflex"]),
+    "parameter-shift": ("llama", ["--method", "parameter-shift", "--granularity", "row"]),
+    "random": ("llama", ["--method", "random"]),
+    "none": ("gpt2", ["--method", "none"]),
+}
 SETTINGS: dict[str, list[str]] = {
     "certified": [],
     "all of them exact": ["--tolerance", "1e-9"],
@@ -69,6 +98,30 @@ def test_the_ranking_is_that_of_the_whole_model(processes, started, as_they_have
         assert_same(tmp_path / name, tmp_path / "whole" / name)
 
 
+@pytest.fixture(scope="module")
+def before_tuning(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model of the Llama's shape with other weights."""
+    folder = tmp_path_factory.mktemp("model") / "before"
+    build_family("llama", seed=1).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
+def test_every_method_ranks_as_on_the_whole_model(processes, started, before_tuning, as_they_have, tmp_path) -> None:
+    some = ("damage by weights", "traded off by rows", "heads", "fisher-ratio by weights", "memflex", "parameter-shift")
+    runs = METHODS if processes == 2 else {name: METHODS[name] for name in some}
+    jobs = []
+    for name, (family, further) in runs.items():
+        base = ["--base-model", before_tuning] if name == "parameter-shift" else []
+        assert main(started(tmp_path / "whole" / name, family, *further, *base)) == 0, name
+        jobs.append({"argv": started(tmp_path / name, family, *further, *base, "--shard")})
+    codes, said = run_jobs(processes, jobs, tmp_path)
+    assert codes == [[0] * processes] * len(jobs), said
+    for name in runs:
+        assert_same(tmp_path / name, tmp_path / "whole" / name)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2"])
 def test_each_process_holds_its_part(family, folders, tmp_path) -> None:
@@ -86,28 +139,40 @@ def test_each_process_holds_its_part(family, folders, tmp_path) -> None:
 def test_an_end_in_one_process_ends_all_and_resumes(started, as_they_have, tmp_path) -> None:
     further = ["--tokens-per-batch", "1", "--save-update"]
     assert main(started(tmp_path / "whole", "llama", *further)) == 0
-    always = [*further, "--shard", "--checkpoint-seconds", "1e-9"]
+    always = ["--shard", "--checkpoint-seconds", "1e-9"]
+    update = ["llama", *further, *always]
+    damage, ratio = METHODS["damage by weights"], METHODS["fisher-ratio"]
+    damage, ratio = ([family, *given, "--tokens-per-batch", "1"] for family, given in (damage, ratio))
+    for name, given in (("damage by weights", damage), ("ratio", ratio)):
+        assert main(started(tmp_path / "alone" / name, *given)) == 0
     jobs = [
-        {"argv": started(tmp_path / "error", "llama", *always), "fault": "error", "when": "after"},
-        {"argv": started(tmp_path / "error", "llama", *always, "--resume")},
-        {"argv": started(tmp_path / "stop", "llama", *always), "fault": "stop"},
-        {"argv": started(tmp_path / "stop", "llama", *always, "--resume")},
-        {"argv": started(tmp_path / "forget", "llama", *always), "fault": "stop", "pass": "forget pass", "batch": 1},
-        {"argv": started(tmp_path / "forget", "llama", *always, "--resume")},
-        {"argv": started(tmp_path / "row", "llama", "--shard", "--granularity", "row")},
+        {"argv": started(tmp_path / "error", *update), "fault": "error", "when": "after"},
+        {"argv": started(tmp_path / "error", *update, "--resume")},
+        {"argv": started(tmp_path / "stop", *update), "fault": "stop"},
+        {"argv": started(tmp_path / "stop", *update, "--resume")},
+        {"argv": started(tmp_path / "forget", *update), "fault": "stop", "pass": "forget pass", "batch": 1},
+        {"argv": started(tmp_path / "forget", *update, "--resume")},
+        {"argv": started(tmp_path / "damage by weights", *damage, *always), "fault": "stop", "pass": "damage pass"},
+        {"argv": started(tmp_path / "damage by weights", *damage, *always, "--resume")},
+        {"argv": started(tmp_path / "ratio", *ratio, *always), "fault": "stop"},
+        {"argv": started(tmp_path / "ratio", *ratio, *always, "--resume")},
+        {"argv": started(tmp_path / "path", "llama", "--shard", "--method", "path")},
     ]
     codes, said = run_jobs(2, jobs, tmp_path)
-    assert codes == [[code] * 2 for code in (2, 0, 3, 0, 3, 0, 2)], said
+    assert codes == [[code] * 2 for code in (2, 0, 3, 0, 3, 0, 3, 0, 3, 0, 2)], said
     told = [line.removeprefix("fillm rank: ") for line in said.splitlines() if line.startswith("fillm rank: ")]
     assert told == [
         "a number is nan",
         "stopped by a signal to another process in the retain pass; continue with --resume",
         "stopped by a signal to another process in the forget pass; continue with --resume",
-        "--shard does not take --granularity row: it ranks whole tensors by the size of soir's update; leave one of "
-        "them out",
+        "stopped by a signal to another process in the damage pass; continue with --resume",
+        "stopped by a signal to another process in the retain pass; continue with --resume",
+        "--shard does not take --method path: it ranks by means and sums of gradients alone; leave one of them out",
     ]
     for name in ("error", "stop", "forget"):
         assert_same(tmp_path / name, tmp_path / "whole")
+    for name in ("damage by weights", "ratio"):
+        assert_same(tmp_path / name, tmp_path / "alone" / name)
 
 
 @pytest.mark.slow
@@ -148,11 +213,10 @@ def test_one_process_shards_nothing(arguments, fails) -> None:
 @pytest.mark.parametrize(
     "given",
     [
-        {"method": "fisher-ratio"},
-        {"curvature": "diagonal"},
-        {"granularity": "head"},
-        {"objective": "retain"},
-        {"score": "mean-abs"},
+        {"method": "path"},
+        {"method": "first-order"},
+        {"method": "soir-per-sample"},
+        {"curvature": "woodbury"},
         {"adapter": "folder"},
         {"compression": "sjlt"},
         {"store": "folder"},

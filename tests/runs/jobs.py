@@ -32,6 +32,7 @@ HOOKS = {
     "recording a batch": "fillm.unlearn.reference.record",
     "keeping a pass": "fillm.runs.RunFolder.save_stage",
     "gradients of a batch": "fillm.rank.passes.Passes._batch",
+    "handing over gradients": "fillm.rank.dealt_grams.pack",
     "storing a block": "fillm.statistics.StoredSketches._store_block",
     "saving a state": "fillm.runs.RunFolder.save_state",
     "finishing": "fillm.runs.RunFolder.finish",
