@@ -65,6 +65,7 @@ def modules(folder: Path) -> set[str]:
     return {f"{folder.name}/{path.relative_to(folder).as_posix()}" for path in folder.rglob("*.py")}
 
 
+@pytest.mark.slow
 def test_sdist_holds_both_packages_and_what_the_extension_is_built_from(archives: Path) -> None:
     [path] = archives.glob("*.tar.gz")
     with tarfile.open(path) as archive:
@@ -76,6 +77,7 @@ def test_sdist_holds_both_packages_and_what_the_extension_is_built_from(archives
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
 
 
+@pytest.mark.slow
 def test_wheel_holds_both_packages_and_the_extension_and_no_folder_called_kernels(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
@@ -89,6 +91,7 @@ def test_wheel_holds_both_packages_and_the_extension_and_no_folder_called_kernel
         assert [name for name in names if name.startswith("fillm_kernels/_CUDA.") and name.endswith(".so")]
 
 
+@pytest.mark.slow
 def test_wheel_carries_version_licence_and_command(wheel: Path) -> None:
     source = (ROOT / "fillm" / "__init__.py").read_text(encoding="utf-8")
     with zipfile.ZipFile(wheel) as archive:
@@ -101,6 +104,7 @@ def test_wheel_carries_version_licence_and_command(wheel: Path) -> None:
     assert "fillm = fillm.__main__:main" in commands
 
 
+@pytest.mark.slow
 def test_installed_wheel_runs_its_extension_from_anywhere(wheel: Path, tmp_path: Path) -> None:
     target, elsewhere = tmp_path / "installed", tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -140,6 +144,7 @@ def test_an_option_that_does_not_exist_ends_the_build(checkout: Path) -> None:
     assert done.stderr == "FILLM_CUDA must be AUTO, ON or OFF; got 'maybe'\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["wheel", "editable"])
 def test_what_an_earlier_build_left_is_not_shipped(kind: str, checkout: Path, tmp_path: Path) -> None:
     library = checkout / "build" / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"

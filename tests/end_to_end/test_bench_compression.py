@@ -225,6 +225,7 @@ def bare(rows, without=()):
     return [{name: value for name, value in row.items() if name not in clock} for row in rows]
 
 
+@pytest.mark.slow
 def test_an_interrupted_study_goes_on_where_it_was(monkeypatch, tmp_path, quick):
     asked = []
 
@@ -249,6 +250,7 @@ def test_an_interrupted_study_goes_on_where_it_was(monkeypatch, tmp_path, quick)
     assert not (tmp_path / "compression-parts").exists()
 
 
+@pytest.mark.slow
 def test_a_whole_study_is_not_measured_again(monkeypatch, tmp_path, quick):
     out = tmp_path / "results"
     shutil.copytree(quick[0], out)
@@ -258,6 +260,7 @@ def test_a_whole_study_is_not_measured_again(monkeypatch, tmp_path, quick):
     assert repr(pq.read_table(out / "compression.parquet").to_pylist()) == repr(quick[1])
 
 
+@pytest.mark.slow
 def test_workloads_that_were_not_chosen_keep_their_rows(monkeypatch, tmp_path, quick):
     def measure(plan, config, seconds, timed, before, save):
         assert plan.name == "gpt2-fictional" and timed and not before
@@ -275,6 +278,7 @@ def test_workloads_that_were_not_chosen_keep_their_rows(monkeypatch, tmp_path, q
     assert {row["workload"] for row in pq.read_table(out / "compression.parquet").to_pylist()} == {"gpt2-fictional"}
 
 
+@pytest.mark.slow
 def test_other_settings_are_measured_again(monkeypatch, tmp_path, quick):
     before_of = []
 

@@ -2,11 +2,13 @@
 
 import csv
 
+import pytest
 import torch
 
 from benchmarks import masked_training as bench
 
 
+@pytest.mark.slow
 def test_the_file_has_every_variant_and_the_counted_bytes(tmp_path):
     out = tmp_path / "rows.csv"
     sizes = ["--layers", "4", "--width", "64", "--vocabulary", "99", "--batch", "2", "--tokens", "8"]

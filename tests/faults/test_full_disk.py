@@ -32,10 +32,6 @@ def cramped(lines, folder, shares):
             assert not run["half"] and run["again"] == 0 and run["differ"] == [], (name, run)
 
 
-def test_a_disk_that_is_full_in_the_midst_of_a_run_and_one_that_is_read_only(lines, tmp_path):
-    cramped(lines, tmp_path, {"rank with a store": [0, 0.4], "finetune": [0, 0.6]})
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_disks_that_are_full_early_and_late(lines, tmp_path):

@@ -120,6 +120,7 @@ def test_killed_between_the_two_renames_of_a_replacement(train, monkeypatch, tmp
     assert not (tmp_path / "out.partial").exists()
 
 
+@pytest.mark.slow
 def test_sigkill_of_the_real_process(train, data, architecture, tmp_path):
     whole = train("whole", checkpoint_every=0.0)
     code = f"""

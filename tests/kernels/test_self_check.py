@@ -55,7 +55,11 @@ def break_kernel(monkeypatch, change):
     monkeypatch.setattr(triton_norm, "launch", lambda *arguments: change(launch(*arguments)))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.bfloat16, torch.float16))],
+    ids=str,
+)
 @pytest.mark.parametrize("op", OPS)
 def test_every_kernel_passes(op, dtype, monkeypatch):
     monkeypatch.setenv("FILLM_BACKEND", "triton")
@@ -71,6 +75,7 @@ def test_every_kernel_passes(op, dtype, monkeypatch):
     assert dispatch._self_checks.failure(op, "triton") is None
 
 
+@pytest.mark.slow
 def test_the_check_meets_every_kernel_and_every_configuration_of_a_layer(monkeypatch):
     """What it never launched would be believed unseen."""
     package = importlib.import_module("fillm_kernels.triton")

@@ -37,7 +37,7 @@ def run(x: Tensor, dy: Tensor, offsets: Tensor, dims: tuple[int, ...], kind: str
     return kernels.launch(x.to(DEVICE), dy.to(DEVICE), offsets, list(dims), kind, [seed]).cpu()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [DTYPES[0], *(pytest.param(d, marks=pytest.mark.slow) for d in DTYPES[1:])], ids=str)
 @pytest.mark.parametrize(("kind", "dims"), MAPS)
 def test_kernels_agree_with_gradients_sketched_in_float64(kind, dims, dtype):
     several = ([0, 1, 2, 5, 0, 63, 64, 65], 63, 65), ([140, 1, 0, 3], 64, 48), ([2, 0, 3], 1034, 7), ([5], 1, 1)
@@ -74,6 +74,7 @@ def test_projections_follow_the_seed_law():
         assert torch.equal(parts.double().sum(0), matrix[0].double())
 
 
+@pytest.mark.slow
 def test_a_projection_made_in_pieces_gives_the_same_bits(monkeypatch):
     x, dy, offsets = ragged([3, 0, 4], 1034, 5, torch.bfloat16)
     for kind in ("factored", "factored-sjlt"):

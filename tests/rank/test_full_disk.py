@@ -15,6 +15,7 @@ SKETCHED = ("--compression", "countsketch", "--sketch-dim", "1024")
 ROW_BYTES = 4 * 1024
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
 def test_a_full_disk_costs_no_stored_row_and_changes_no_byte(model_folder, forget_file, retain_file, tmp_path):
     command = ["--model", model_folder, "--forget", forget_file, "--retain", retain_file, "--device", "cpu"]
