@@ -86,7 +86,10 @@ class TensorInfo:
 
 
 def catalogue(model: nn.Module) -> list[TensorInfo]:
-    """Every parameter tensor of `model`, once, in the order of `named_parameters()`.
+    """Every parameter tensor of `model` that a gradient can reach, once, in the order of `named_parameters()`.
+
+    Weights that are packed as integers (bitsandbytes' 4-bit and 8-bit ones) have none and are not listed; adapters,
+    norms and embeddings beside them are.
 
     Args:
         model: a `PreTrainedModel`, a PEFT model around one, or any module (then no tensor is told to be `lm_head` by
@@ -105,6 +108,8 @@ def catalogue(model: nn.Module) -> list[TensorInfo]:
     )
     infos = []
     for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            continue
         module = name.rpartition(".")[0]
         lora = any(part.startswith("lora_") for part in name.split("."))
         kind = "lora" if lora else _kind(name, parameter, modules[module], inputs, outputs)

@@ -87,6 +87,8 @@ def load_model(
     if dtype != "auto" and dtype not in DTYPES:
         raise ModelError(f"--dtype {dtype}: give one of {', '.join(DTYPES)} or auto")
     config = load_config(model, trust_remote_code)
+    # Packed weights are unpacked by kernels of one kind of device: they are put there as they are read.
+    packed = getattr(config, "quantization_config", None) is not None
     with quiet_transformers(), explained(model):
         loaded, report = AutoModelForCausalLM.from_pretrained(
             model,
@@ -94,8 +96,10 @@ def load_model(
             dtype="auto" if dtype == "auto" else DTYPES[dtype],
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
+            device_map={"": target} if packed else None,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below by name, where transformers only logs the names
+            # Reported below by name, where transformers only logs the names; packed weights have shapes of their own.
+            ignore_mismatched_sizes=not packed,
         )
     missing = sorted(report.get("missing_keys") or ()) + sorted(map(_first, report.get("mismatched_keys") or ()))
     if missing:
@@ -104,7 +108,7 @@ def load_model(
         )
     if adapter is not None:
         loaded = _with_adapter(loaded, adapter)
-    loaded = loaded.to(target).eval()
+    loaded = (loaded if packed else loaded.to(target)).eval()
     return loaded.requires_grad_(False)
 
 
@@ -252,6 +256,8 @@ def explained(source: str) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise ModelError(f"{source}: damaged weights in {_damaged_file(source)}: {_shortened(error)}") from None
+    except ImportError as error:  # of what a quantised model is read with
+        raise ModelError(f"{source}: {_shortened(error)}") from None
     except Exception as error:
         # The library tokenizers has no kind of its own for a damaged file, and a configuration may be nested too deep.
         if not isinstance(error, OSError | ValueError | RecursionError) and type(error) is not Exception:
