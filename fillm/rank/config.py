@@ -47,6 +47,7 @@ _OPTIONS_OF = {
 _WOODBURY_TOO = ("woodbury", "soir-per-sample")
 FORGET_ALONE = ("saliency", "gradient")  # methods that do not look at the retain set
 SIGNED_SCORES = ("path",)  # methods that score by what may be below 0, the largest first
+ON_CPU = "the model lies in CPU memory itself"
 WITHOUT_GRADIENTS = ("parameter-shift", "random", "none")
 
 
@@ -107,6 +108,7 @@ class RankConfig:
         None, "memory for sketches (--compression auto) or exact Gram matrices (default: half of what is free)", "SIZE"
     )
     groups: int = option(1, "rank the layers in this many groups, one after another, to spare memory", "N")
+    offload: bool = option(False, "keep accumulators in page-locked CPU memory instead of on the GPU")
     shard: bool = option(False, "spread weights and accumulators over the processes of torchrun (FSDP2)")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
     strict: bool = option(False, "make warnings about the data errors")
@@ -178,6 +180,7 @@ def check(config: RankConfig) -> None:
     if not math.isfinite(config.similarity) or not math.isfinite(config.magnitude):
         raise UsageError("--similarity and --magnitude must be finite")
     _check_groups(config)
+    _check_offload(config)
     if config.curvature != "datainf" and method != "soir" and (config.curvature, method) != _WOODBURY_TOO:
         raise UsageError(f"--curvature {config.curvature} is a choice of --method soir, not of {method}")
     if config.objective != "forget" and method not in WITH_UPDATE:
@@ -240,6 +243,21 @@ def _check_groups(config: RankConfig) -> None:
         why = "--dry-run plans all tensors in scope at once"
     if why is not None:
         raise UsageError(f"--groups {config.groups} is not taken here: {why}; leave it out")
+
+
+def _check_offload(config: RankConfig) -> None:
+    method = config.canonical_method
+    if not config.offload:
+        return
+    refused = [
+        (method in WITHOUT_GRADIENTS, f"--method {method} accumulates no gradients"),
+        (method == "path", "--method path reads its accumulators at every weight"),
+        (config.sketched or config.exact_gram, "inner products from sketches or Gram matrices stay on the GPU"),
+        (config.shard, "--shard spreads accumulators over the processes"),
+        (config.device == "cpu", ON_CPU),
+    ]
+    if (why := next((reason for no, reason in refused if no), None)) is not None:
+        raise UsageError(f"--offload is not taken here: {why}; leave it out")
 
 
 def check_sharded(config: RankConfig, processes: int) -> None:

@@ -167,7 +167,9 @@ def _wagle(job: Job) -> Scores:
     r = mean_gradient(job.passes, "retain", "retain pass", job.capture, job.retain)
     theta = job.capture.parameters
     return from_weights(
-        job, lambda name: (theta[name].detach() - r[name] / job.config.mu) * v[name], mean_columns(v, r)
+        job,
+        lambda name: (theta[name].detach().to(r[name].device) - r[name] / job.config.mu) * v[name],
+        mean_columns(v, r),
     )
 
 

@@ -67,8 +67,9 @@ def mean_gradient(
     Raises:
         NumericsError: naming the sample and tensor that spoil it.
     """
-    parameters, count = capture.parameters, len(samples)
-    statistic = MeanGradient(parameters, count) if power is None else MeanPower(parameters, count, power)
+    given = capture.parameters, len(samples)
+    offload = capture.offload
+    statistic = MeanGradient(*given, offload) if power is None else MeanPower(*given, power, offload)
     passes.run(stage, label, capture, samples, statistic)
     refuse_overflow(passes, stage, label, capture, samples, statistic.mean)
     return statistic.mean
@@ -138,7 +139,7 @@ def rank_soir(
     moments.sums.clear()
     if weights:
         restricted = capture.like(sorted(weights))
-        follow = WeightedSum(restricted.parameters, weights, len(retain))
+        follow = WeightedSum({name: v[name] for name in weights}, weights, len(retain))
         passes.run("follow-up", "follow-up pass", restricted, retain, follow, positions=follow.samples())
         out.revisited = {name: delta != 0 for name, delta in weights.items()}
         for name, total in follow.total.items():
