@@ -103,13 +103,14 @@ def test_the_ranking_is_that_of_one_group(kind: str, count: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", METHODS)
+@pytest.mark.parametrize("kind", [kind for kind in METHODS if kind != "soir, rows traded off"])
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2", "opt", "mixtral"])
 def test_other_families_agree_within_rounding(name: str, kind: str) -> None:
     """Layers out of scope run as the model has them, biases in one operation with the product: rounded otherwise.
 
     A gradient is then off by a few roundings of float32, 6e-8 each, along the way through the layers; 16 of them are
-    1e-6. What is a difference of nearly equal numbers is known to 1e-6 of the largest.
+    1e-6. What is a difference of nearly equal numbers is known to 1e-6 of the largest. The trade-off of a row divides
+    by its gain, which for a row whose tokens cancel is known no better than that: left to the test before this one.
     """
     model = family(name)[0]
     found, wanted = ranked(model, kind, groups=3), ranked(model, kind)

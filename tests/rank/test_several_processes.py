@@ -34,7 +34,7 @@ METHODS: dict[str, list[str]] = {
     "packed": ["--layout", "packed"],
     "diagonal": ["--curvature", "diagonal"],
     "groups": ["--groups", "3", "--save-update"],
-    "rows in groups": ["--groups", "2", "--granularity", "row"],
+    "soir-sum in groups": ["--groups", "2", "--method", "soir-sum"],
     "bfloat16": ["--dtype", "bfloat16", "--save-update"],
     "soir-sum": ["--method", "soir-sum"],
     "gradient": ["--method", "gradient", "--granularity", "element"],
