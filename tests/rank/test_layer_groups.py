@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from fillm import Ranking, rank_parameters
 from fillm.errors import UsageError
@@ -238,3 +239,15 @@ def test_more_groups_than_layers(arguments, fails) -> None:
         "--groups 5: the 21 tensors in scope lie in 4 layers (what stands below them counts as one, and so does what "
         "stands above); give --groups 4 or less"
     )
+
+
+@pytest.mark.slow
+def test_the_arithmetic_of_the_pages() -> None:
+    """What docs/rank.md says of an 8B model."""
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256}
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(num_attention_heads=32, num_key_value_heads=8, **sizes))
+    scope = catalogue(model)
+    assert sum(info.numel for info in scope) == 8_030_261_248
+    assert max(info.numel for info in scope) == 525_336_576
+    assert max(sum(info.numel for info in group) for group in layer_groups(scope, 12)) == 743_452_672
