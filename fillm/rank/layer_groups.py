@@ -7,6 +7,8 @@ of them; the layers above are gone through for their activations.
 import dataclasses
 from collections.abc import Callable, Sequence
 
+from torch import Tensor
+
 from fillm.errors import UsageError
 from fillm.models import TensorInfo
 from fillm.rank.scoring import Job, Scores
@@ -70,7 +72,7 @@ def _cuts(sizes: Sequence[int], count: int) -> list[tuple[int, int]]:
 
 
 def in_groups(job: Job, method: Callable[[Job], Scores]) -> Scores:
-    """What a method says of all tensors in scope, from one group of layers at a time; updates end in CPU memory."""
+    """What a method says of all tensors in scope, from one group of layers at a time."""
     count = job.config.groups
     if count == 1:
         return method(job)
@@ -82,12 +84,22 @@ def in_groups(job: Job, method: Callable[[Job], Scores]) -> Scores:
             part = method(dataclasses.replace(job, scope=infos, capture=capture, largest=largest))
         job.capture.fallback |= capture.fallback
         largest = max([largest, *part.sizes.values()])
+        part.update = _set_aside(job, f"update-{number}", part.update)
         out.add(part)
     out.record["groups"] = [
         {"tensors": len(infos), "weights": sum(info.numel for info in infos), "layers": _layers(infos)}
         for infos in groups
     ]
     return out
+
+
+def _set_aside(job: Job, name: str, update: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A group's updates off the device: on the disk if there is a run folder, which one of several processes writes."""
+    if not job.passes.processes.first or not update:
+        return {}
+    if job.passes.folder is not None:
+        return job.passes.folder.set_aside(name, update)
+    return {name: tensor.cpu() for name, tensor in update.items()}
 
 
 def _layers(infos: Sequence[TensorInfo]) -> str:

@@ -69,9 +69,9 @@ class Scores:
         return count_visited(self.revisited)
 
     def add(self, further: "Scores") -> None:
-        """Takes what is said of further tensors; their updates go to CPU memory."""
+        """Takes what is said of further tensors."""
         self.rows += further.rows
-        self.update |= {name: tensor.cpu() for name, tensor in further.update.items()}
+        self.update |= further.update
         self.revisited |= further.revisited
         self.sizes |= further.sizes
         self.noise |= further.noise

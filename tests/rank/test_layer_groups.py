@@ -219,6 +219,15 @@ def test_passes_and_progress_say_which_group(arguments, capsys, tmp_path, nothin
     assert "retain pass, group 2 of 3: 14 samples" in said and "damage pass, group 3 of 3: 14 samples in" in said
 
 
+def test_the_files_of_groups_are_those_of_one(arguments, tmp_path, nothing_drawn) -> None:
+    """`u` is set aside group by group and comes together in the end."""
+    for name, further in (("one", []), ("three", ["--groups", "3"])):
+        assert main(arguments("--save-update", *further, out=str(tmp_path / name))) == 0
+    for file in ("ranking.parquet", "ranking.csv", "samples.parquet", "tensors.parquet", "update.safetensors"):
+        assert (tmp_path / "three" / file).read_bytes() == (tmp_path / "one" / file).read_bytes(), file
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "three"]
+
+
 @pytest.mark.parametrize(
     ("further", "line"),
     [
