@@ -14,6 +14,7 @@ from fillm.capture.experts import followed_experts, fused_experts, replaced_forw
 from fillm.capture.gradients import DenseGradients, PerSampleGradients
 from fillm.capture.interception import Interception
 from fillm.capture.losses import LossReduction, sample_losses
+from fillm.capture.offloaded_gradients import finish_copies, offloading
 from fillm.capture.rows import RowMap
 from fillm.capture.rules import Rules
 from fillm.data import Batch, SampleSet, collate
@@ -65,7 +66,12 @@ class Capture:
         alone: why samples may not share a batch, empty if they may; batches are then run sample by sample.
         noise: tensors whose gradient is rounding noise, with the norm up to which it is: such samples are left out,
             and what is larger takes batch-1 autograd.
+
+    Attributes:
+        offload: whether accumulators lie in CPU memory: `run` then hands out `OffloadedGradients`.
     """
+
+    offload = False
 
     def __init__(
         self,
@@ -91,7 +97,9 @@ class Capture:
 
     def like(self, names: Sequence[str], model: nn.Module | None = None) -> "Capture":
         """A capture of some tensors of this model, or of a copy of it, that has learned what this one knows."""
-        return Capture(model or self.model, names, self.loss_reduction, self.fallback, self.alone, self.noise)
+        alike = Capture(model or self.model, names, self.loss_reduction, self.fallback, self.alone, self.noise)
+        alike.offload = self.offload
+        return alike
 
     def run(self, batch: Batch, samples: SampleSet, observe: Observe) -> Tensor:
         """One batch: `observe(name, gradients, positions)` is called once for every tensor that a gradient reaches.
@@ -106,6 +114,8 @@ class Capture:
         Returns:
             [B] each sample's loss, float64, on the CPU.
         """
+        if self.offload:
+            observe = offloading(observe, self.device)
         parts = [batch]
         if self.alone and len(batch.indices) > 1:
             parts = [collate(samples, [position], batch.layout) for position in batch.indices.tolist()]
@@ -115,6 +125,8 @@ class Capture:
                 loud: dict[int, list[str]] = {}  # tensors of samples that stand out from the noise
                 losses.append(self._run_rules(part.to(self.device), observe, loud))
                 self._run_fallback(part, samples, observe, loud)
+        if self.offload:
+            finish_copies(self.device)
         return torch.cat(losses)
 
     def _run_rules(self, batch: Batch, observe: Observe, loud: dict[int, list[str]]) -> Tensor:

@@ -56,7 +56,10 @@ class ShardedCapture(Capture):
 
     def like(self, names: Any, model: nn.Module | None = None) -> "ShardedCapture":
         """As `Capture.like`, of this model."""
-        return ShardedCapture(self.model, names, self.loss_reduction, self.noise)
+        alike = ShardedCapture(self.model, names, self.loss_reduction, self.noise)
+        if self._above is not None:
+            alike._above = [name for name in self._above if name in alike.parameters]
+        return alike
 
     def run(self, batch: Batch, samples: SampleSet, observe: Observe) -> Tensor:
         """As `Capture.run`, in step with the other processes: `observe` is called for every tensor in scope."""

@@ -28,7 +28,7 @@ from fillm.models import (
     model_fingerprint,
     select_tensors,
 )
-from fillm.rank.config import FORGET_ALONE, WITHOUT_GRADIENTS, RankConfig, check, check_sharded
+from fillm.rank.config import FORGET_ALONE, ON_CPU, WITHOUT_GRADIENTS, RankConfig, check, check_sharded
 from fillm.rank.console import Console
 from fillm.rank.default_model import DEFAULT_FORGET, DEFAULT_RETAIN, default_folder, default_model
 from fillm.rank.methods import Job, Scores, rank
@@ -245,6 +245,8 @@ def _rank(
     scope = select_tensors(catalogue(model), config.include, config.exclude)
     kind = ShardedCapture if config.shard else Capture
     capture = kind(model, [info.name for info in scope], config.loss_reduction)
+    if config.offload and capture.device.type == "cpu":
+        raise UsageError(f"--offload is not taken here: {ON_CPU}; leave it out")
     config, choice = chosen_for_memory(
         config, scope, sum(map(len, sets.values())), len(sets.get("retain", ())),
         lambda: probe(config, capture, scope, sets["forget"], sets["retain"]),
@@ -261,6 +263,7 @@ def _rank(
     checks: dict[str, Any] = {}
     if sets:
         checks = _checks(capture, sets, config, console)
+    capture.offload = config.offload  # the checks before looked at gradients where they are
     empty = SampleSet([], "none")
     job = Job(
         config,

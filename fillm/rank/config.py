@@ -47,6 +47,7 @@ _OPTIONS_OF = {
 _WOODBURY_TOO = ("woodbury", "soir-per-sample")
 FORGET_ALONE = ("saliency", "gradient")  # methods that do not look at the retain set
 SIGNED_SCORES = ("path",)  # methods that score by what may be below 0, the largest first
+ON_CPU = "the model lies in CPU memory itself"
 WITHOUT_GRADIENTS = ("parameter-shift", "random", "none")
 
 
@@ -106,7 +107,8 @@ class RankConfig:
     memory: str | None = option(
         None, "memory for sketches (--compression auto) or exact Gram matrices (default: half of what is free)", "SIZE"
     )
-    groups: int = option(1, "process the layers in this many groups (only 1 in this release)", "N")
+    groups: int = option(1, "rank the layers in this many groups, one after another, to spare memory", "N")
+    offload: bool = option(False, "keep accumulators in page-locked CPU memory instead of on the GPU")
     shard: bool = option(False, "spread weights and accumulators over the processes of torchrun (FSDP2)")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
     strict: bool = option(False, "make warnings about the data errors")
@@ -177,8 +179,8 @@ def check(config: RankConfig) -> None:
     check_sketching(config)
     if not math.isfinite(config.similarity) or not math.isfinite(config.magnitude):
         raise UsageError("--similarity and --magnitude must be finite")
-    if config.groups != 1:
-        raise UsageError("--groups other than 1 is not in this release yet")
+    _check_groups(config)
+    _check_offload(config)
     if config.curvature != "datainf" and method != "soir" and (config.curvature, method) != _WOODBURY_TOO:
         raise UsageError(f"--curvature {config.curvature} is a choice of --method soir, not of {method}")
     if config.objective != "forget" and method not in WITH_UPDATE:
@@ -221,6 +223,41 @@ def check(config: RankConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+
+
+def _check_groups(config: RankConfig) -> None:
+    if config.groups < 1:
+        raise UsageError(f"--groups must be at least 1, not {config.groups}")
+    if config.groups == 1:
+        return
+    method, why = config.canonical_method, None
+    if method in WITHOUT_GRADIENTS:
+        why = f"--method {method} accumulates no gradients"
+    elif config.sketched:
+        why = "sketches are of all tensors in scope at once"
+    elif config.exact_gram and not config.asks_for_update:
+        why = "exact inner products are taken in groups of tensors that fit --memory"
+    elif method == "path":
+        why = "--method path moves all weights in scope together"
+    elif config.dry_run:
+        why = "--dry-run plans all tensors in scope at once"
+    if why is not None:
+        raise UsageError(f"--groups {config.groups} is not taken here: {why}; leave it out")
+
+
+def _check_offload(config: RankConfig) -> None:
+    method = config.canonical_method
+    if not config.offload:
+        return
+    refused = [
+        (method in WITHOUT_GRADIENTS, f"--method {method} accumulates no gradients"),
+        (method == "path", "--method path reads its accumulators at every weight"),
+        (config.sketched or config.exact_gram, "inner products from sketches or Gram matrices stay on the GPU"),
+        (config.shard, "--shard spreads accumulators over the processes"),
+        (config.device == "cpu", ON_CPU),
+    ]
+    if (why := next((reason for no, reason in refused if no), None)) is not None:
+        raise UsageError(f"--offload is not taken here: {why}; leave it out")
 
 
 def check_sharded(config: RankConfig, processes: int) -> None:

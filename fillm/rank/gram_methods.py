@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fillm.rank.gram_answers import Answer, answer, without_noise
 from fillm.rank.gram_sources import Sketched, exact_products, sketch_sets, sketched_products_of
+from fillm.rank.layer_groups import in_groups
 from fillm.rank.scoring import Job, Scores, from_update, ranked_row
 from fillm.rank.soir import Influence, mean_gradient
 from fillm.rank.units import retain_changes
@@ -76,6 +77,11 @@ def published_scores(job: Job, sets: Sketched) -> Scores:
 
 def _through_update(job: Job, answers: list[Answer]) -> Scores:
     """`u = -(1/lambda) (v - (1/n) sum_i c_i g_i)` itself, from coefficients that the Gram matrix gave."""
+    of = {one.info.name: one for one in answers}
+    return in_groups(job, lambda part: _formed(part, [of[info.name] for info in part.scope]))
+
+
+def _formed(job: Job, answers: list[Answer]) -> Scores:
     v = mean_gradient(job.passes, "forget", "forget pass", job.capture, job.forget)
     weights = {a.info.name: a.coefficients[:, 0] for a in answers if a.coefficients is not None}
     summed = WeightedSum({name: v[name] for name in weights}, weights, len(job.retain))

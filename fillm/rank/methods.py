@@ -1,5 +1,6 @@
 """Every localisation method: from a model and two sets of samples to the rows of a ranking (docs/method.md)."""
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from fillm.errors import ModelError, UsageError
 from fillm.models import TensorInfo
 from fillm.models.sharded_tensors import whole
 from fillm.rank.gram_methods import rank_by_gram
+from fillm.rank.layer_groups import in_groups
 from fillm.rank.path import rank_path
 from fillm.rank.scoring import (
     Job,
@@ -23,7 +25,7 @@ from fillm.rank.scoring import (
     ranked_row,
     unit_rows,
 )
-from fillm.rank.soir import Influence, mean_gradient, rank_soir
+from fillm.rank.soir import Influence, influence_of_nothing, mean_gradient, rank_soir, rounding_noise
 from fillm.rank.units import groups_of, sizes
 from fillm.statistics import accumulator_dtype, any_entry, inner, squared_norm, total
 
@@ -41,7 +43,15 @@ def rank(job: Job) -> Scores:
         )
     if job.config.sketched or job.config.exact_gram:
         return rank_by_gram(job)
-    return _METHODS[job.config.canonical_method](job)
+    scores = in_groups(job, _METHODS[job.config.canonical_method])
+    if late := rounding_noise(scores.sizes) - scores.noise:  # told by a group of layers that came after theirs
+        names = [info.name for info in job.scope if info.name in late]
+        part = dataclasses.replace(
+            job, scope=[info for info in job.scope if info.name in late], capture=job.capture.like(names)
+        )
+        nothing = influence_of_nothing(part.capture.parameters, len(job.retain), job.config.damping)
+        scores.replace(late, _from_influence(part, nothing))
+    return scores
 
 
 def _soir(job: Job) -> Scores:
@@ -56,8 +66,13 @@ def _soir(job: Job) -> Scores:
         damping=config.damping,
         tolerance=config.tolerance,
         need_update=config.needs_update,
+        largest=job.largest,
     )
-    if config.needs_update:
+    return _from_influence(job, influence)
+
+
+def _from_influence(job: Job, influence: Influence) -> Scores:
+    if job.config.needs_update:
         return from_update(job, influence)
     rows = []
     for info in job.scope:
@@ -66,7 +81,7 @@ def _soir(job: Job) -> Scores:
         rows.append(
             ranked_row(info, middle, **influence_columns(influence, info.name)) | {"score_low": low, "score_high": high}
         )
-    return Scores(rows, visited_again=influence.visited_again)
+    return Scores.of(influence, rows, {})
 
 
 def _soir_diagonal(job: Job) -> Scores:
@@ -154,7 +169,9 @@ def _wagle(job: Job) -> Scores:
     r = mean_gradient(job.passes, "retain", "retain pass", job.capture, job.retain)
     theta = job.capture.parameters
     return from_weights(
-        job, lambda name: (theta[name].detach() - r[name] / job.config.mu) * v[name], mean_columns(v, r)
+        job,
+        lambda name: (theta[name].detach().to(r[name].device) - r[name] / job.config.mu) * v[name],
+        mean_columns(v, r),
     )
 
 

@@ -103,6 +103,7 @@ class Passes:
     losses: dict[str, Tensor] = field(default_factory=dict)
     _interrupted: Callable[[], str | None] = lambda: None
     _limit: int | None = None  # samples a batch, once memory has run out
+    _group: tuple[int, int] | None = None  # of layers: which, of how many
 
     def run(
         self,
@@ -114,11 +115,15 @@ class Passes:
         positions: Sequence[int] | None = None,
     ) -> None:
         """Feeds `statistic` every sample (or those at `positions`) once; continues where an interrupted run stopped."""
+        row: dict[str, Any] = {"pass": stage}
+        if self._group is not None:
+            row["group"] = self._group[0]
+            stage, label = f"{stage}-{self._group[0]}", f"{label}, group {self._group[0]} of {self._group[1]}"
         chosen = list(range(len(samples))) if positions is None else list(positions)
         lengths = [len(samples[i].input_ids) for i in chosen]
         plan = self.batches(samples, chosen)
         sizes = [(len(members), sum(lengths[i] for i in members)) for members in plan]
-        row = {"pass": stage, "samples": len(chosen), "tokens": sum(lengths), "batches": len(plan)}
+        row |= {"samples": len(chosen), "tokens": sum(lengths), "batches": len(plan)}
         stored = statistic if isinstance(statistic, StoredStatistic) else None
         # What keeps its own state would only be held twice, and from two moments.
         folder = self.folder if stored is None else None
@@ -150,7 +155,7 @@ class Passes:
         )
         if known:
             dealing.close(losses, {})
-            self._finish(stage, {**row, **(meta if finished is not None else {})}, losses)
+            self._finish({**row, **(meta if finished is not None else {})}, losses)
             return
         begun = last_save = time.monotonic()
         with self.console.progress(label, len(chosen)) as bar:
@@ -201,7 +206,7 @@ class Passes:
             state = {"losses": losses, **statistic.state()}
         if keeps:
             folder.save_stage(stage, state, {**measured, "fallback": capture.fallback})
-        self._finish(stage, {**row, **measured}, losses)
+        self._finish({**row, **measured}, losses)
 
     def batches(self, samples: SampleSet, positions: Sequence[int] | None = None) -> list[list[int]]:
         """The batches of a pass over the samples at `positions`, or all; by the place of a sample among these."""
@@ -214,9 +219,19 @@ class Passes:
             plan.sort(key=lambda members: -sum(counted[i] for i in members))
         return plan
 
-    def _finish(self, stage: str, row: dict[str, Any], losses: Tensor) -> None:
-        self.losses[stage] = losses
+    def _finish(self, row: dict[str, Any], losses: Tensor) -> None:
+        if self._group is None or self._group[0] == 1:
+            self.losses[row["pass"]] = losses
         self.record.append(row)
+
+    @contextmanager
+    def within_group(self, number: int, count: int) -> Iterator[None]:
+        """The passes meanwhile are those of one group of layers, and their states are its own."""
+        self._group = (number, count)
+        try:
+            yield
+        finally:
+            self._group = None
 
     def _batch(
         self, capture: BatchRunner, samples: SampleSet, batch: list[int], statistic: Statistic | StoredStatistic

@@ -15,8 +15,8 @@ from fillm import runs
 from fillm.errors import RunFolderError
 from fillm.figures import score_heatmap
 from fillm.runs import RUN_RECORD, write_record
-from fillm.runs.state_files import check_file, save_tensors
-from fillm.runs.tensor_files import read_streamed
+from fillm.runs.state_files import check_file
+from fillm.runs.tensor_files import read_streamed, save_streamed
 
 if TYPE_CHECKING:
     from fillm.rank.ranking import Ranking
@@ -94,7 +94,7 @@ def write_files(ranking: "Ranking", folder: Path) -> None:
     write_table(ranking.table, folder / "ranking.parquet")
     (folder / "ranking.csv").write_text(to_csv(ranking.table), encoding="utf-8", newline="")
     if ranking.updates is not None:
-        save_tensors(folder / "update.safetensors", ranking.updates)
+        save_streamed(folder / "update.safetensors", ranking.updates)
     if ranking.samples is not None:
         write_table(ranking.samples, folder / "samples.parquet")
     if ranking.per_sample is not None:

@@ -1,7 +1,7 @@
 """From what a method has computed for every tensor to the rows of a ranking, at any granularity (docs/method.md)."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from fillm.models import TensorInfo
 from fillm.models.sharded_tensors import whole
 from fillm.rank.config import RankConfig
 from fillm.rank.passes import Passes
-from fillm.rank.soir import Influence
+from fillm.rank.soir import Influence, count_visited
 from fillm.rank.units import gains, groups_of, numels, retain_changes, sizes
 from fillm.statistics import Groups, SketchStore, StepDots, any_entry, squared_norm
 
@@ -34,6 +34,7 @@ class Job:
     base_model: nn.Module | None = None
     model_fingerprint: str = ""
     stored: SketchStore | None = None  # what the retain set's sketches were read from
+    largest: float = 0.0  # the largest of `Scores.sizes` of the groups of layers before this one
 
 
 @dataclass
@@ -43,16 +44,45 @@ class Scores:
     Attributes:
         rows: fields of the ranking's table, a dict per ranked unit; `tier` (0 unless said) sorts before the score.
         update: what `update.safetensors` holds.
-        visited_again: retain samples that needed a further pass.
+        revisited: by tensor, the retain samples that needed a further pass, as in `Influence`.
+        sizes, noise: as in `Influence`, of methods that tell rounding noise so.
         per_sample: a ranking for every forget sample, one after the other.
         record: what else `run.yaml` is to say.
     """
 
     rows: list[dict[str, Any]]
     update: dict[str, Tensor] = field(default_factory=dict)
-    visited_again: int = 0
+    revisited: dict[str, Tensor] = field(default_factory=dict)
     per_sample: pa.Table | None = None
     record: dict[str, Any] = field(default_factory=dict)
+    sizes: dict[str, float] = field(default_factory=dict)
+    noise: set[str] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, influence: Influence, rows: list[dict[str, Any]], update: dict[str, Tensor]) -> "Scores":
+        """Rows and updates that were made from what passes say of the tensors."""
+        return cls(rows, update, influence.revisited, sizes=influence.sizes, noise=influence.noise)
+
+    @property
+    def visited_again(self) -> int:
+        """Number of retain samples that needed a further pass, for whichever tensor."""
+        return count_visited(self.revisited)
+
+    def add(self, further: "Scores") -> None:
+        """Takes what is said of further tensors."""
+        self.rows += further.rows
+        self.update |= further.update
+        self.revisited |= further.revisited
+        self.sizes |= further.sizes
+        self.noise |= further.noise
+
+    def replace(self, names: Iterable[str], other: "Scores") -> None:
+        """Takes back what was said of some tensors and says `other` of them."""
+        taken = set(names)
+        self.rows[:] = [row for row in self.rows if row["name"] not in taken]
+        for name in taken:
+            self.revisited.pop(name, None)
+        self.add(other)
 
 
 def ranked_row(info: TensorInfo, score: float, **fields: Any) -> dict[str, Any]:
@@ -80,7 +110,8 @@ def from_update(job: Job, influence: Influence) -> Scores:
     dots = None
     if config.objective != "forget":
         dots = StepDots(influence.update, len(job.retain), groups, element=element)
-        job.passes.run("damage", "damage pass", job.capture, job.retain, dots)
+        if any(squared_norm(u) > 0.0 for u in influence.update.values()):
+            job.passes.run("damage", "damage pass", job.capture, job.retain, dots)
     rows: list[dict[str, Any]] = []
     saved: dict[str, Tensor] = {}
     for info in job.scope:
@@ -120,7 +151,7 @@ def from_update(job: Job, influence: Influence) -> Scores:
             rows += unit_rows(info, None, summed[None], None, total, columns)
         else:
             rows += unit_rows(info, group, score.reshape(-1), gain, damage, columns, idle if group else None)
-    return Scores(rows, saved, influence.visited_again)
+    return Scores.of(influence, rows, saved)
 
 
 def keep(job: Job, saved: dict[str, Tensor], name: str, values: Tensor) -> None:

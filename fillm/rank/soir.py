@@ -20,6 +20,7 @@ from fillm.statistics import (
     Scalars,
     SquaredNorms,
     WeightedSum,
+    accumulator_dtype,
     squared_norm,
     uncertified,
 )
@@ -34,7 +35,9 @@ class Influence:
     Attributes:
         low, high: bounds of `|u|`; equal where `u` was computed.
         update: `u`, where it was computed; then `forget_mean` is `v`.
-        visited_again: number of retain samples that the follow-up pass visited.
+        revisited: [n] bool, the retain samples that the follow-up pass visited for a tensor; absent if none.
+        sizes: the larger of `|v|^2` and `mean_i(q_i)`, by which rounding noise is told.
+        noise: tensors whose gradients are rounding noise; all else says that nothing reaches them.
     """
 
     low: dict[str, float] = field(default_factory=dict)
@@ -46,7 +49,14 @@ class Influence:
     update: dict[str, Tensor] = field(default_factory=dict)
     forget_mean: dict[str, Tensor] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
-    visited_again: int = 0
+    revisited: dict[str, Tensor] = field(default_factory=dict)
+    sizes: dict[str, float] = field(default_factory=dict)
+    noise: set[str] = field(default_factory=set)
+
+    @property
+    def visited_again(self) -> int:
+        """Number of retain samples that the follow-up pass visited."""
+        return count_visited(self.revisited)
 
 
 def mean_gradient(
@@ -57,8 +67,9 @@ def mean_gradient(
     Raises:
         NumericsError: naming the sample and tensor that spoil it.
     """
-    parameters, count = capture.parameters, len(samples)
-    statistic = MeanGradient(parameters, count) if power is None else MeanPower(parameters, count, power)
+    given = capture.parameters, len(samples)
+    offload = capture.offload
+    statistic = MeanGradient(*given, offload) if power is None else MeanPower(*given, power, offload)
     passes.run(stage, label, capture, samples, statistic)
     refuse_overflow(passes, stage, label, capture, samples, statistic.mean)
     return statistic.mean
@@ -94,19 +105,24 @@ def rank_soir(
     damping: float,
     tolerance: float,
     need_update: bool,
+    largest: float = 0.0,
 ) -> Influence:
-    """Scores every tensor in scope by `|u|`, equation (3); with `need_update`, computes `u` itself."""
+    """Scores every tensor in scope by `|u|`, equation (3); with `need_update`, computes `u` itself.
+
+    `largest` is the largest of the `sizes` of tensors that are ranked with these, in another group of layers.
+    """
     v = mean_gradient(passes, "forget", "forget pass", capture, forget)
     moments = RetainMoments(v, len(retain), damping, weighted=v, tolerance=None if need_update else tolerance)
     passes.run("retain", "retain pass", capture, retain, moments)
     scalars = {name: moments.scalars(name) for name in v}
-    for name in _rounding_noise(scalars):
+    sizes = {name: max(s.forget_sq_norm, float(s.q.mean())) for name, s in scalars.items()}
+    noise = rounding_noise(sizes, largest)
+    for name in noise:
         v[name].zero_()
-        scalars[name] = dataclasses.replace(
-            scalars[name], forget_sq_norm=0.0, q=torch.zeros_like(scalars[name].q), d=torch.zeros_like(scalars[name].d)
-        )
+        scalars[name] = _of_nothing(scalars[name])
         moments.sums.pop(name, None)
     out = _from_scalars(scalars)
+    out.sizes, out.noise = sizes, noise
     wanted = set(v) if need_update else _uncertified(out, moments, tolerance)
     wanted = {name for name in wanted if scalars[name].lambda_ > 0}
     sums: dict[str, Tensor] = {}
@@ -123,10 +139,9 @@ def rank_soir(
     moments.sums.clear()
     if weights:
         restricted = capture.like(sorted(weights))
-        follow = WeightedSum(restricted.parameters, weights, len(retain))
-        chosen = follow.samples()
-        passes.run("follow-up", "follow-up pass", restricted, retain, follow, positions=chosen)
-        out.visited_again = len(chosen)
+        follow = WeightedSum({name: v[name] for name in weights}, weights, len(retain))
+        passes.run("follow-up", "follow-up pass", restricted, retain, follow, positions=follow.samples())
+        out.revisited = {name: delta != 0 for name, delta in weights.items()}
         for name, total in follow.total.items():
             sums[name] = sums[name].add_(total) if name in sums else total
     for name, w in sums.items():
@@ -147,15 +162,37 @@ def rank_soir(
     return out
 
 
-def _rounding_noise(scalars: dict[str, Scalars]) -> set[str]:
+def rounding_noise(sizes: Mapping[str, float], largest: float = 0.0) -> set[str]:
     """Tensors whose gradients of both sets are far below one rounding of the largest tensor's.
 
     A query that can attend to one token alone has no gradient; what backpropagation leaves there is noise, and divided
     by its own square it would rank first.
+
+    Args:
+        sizes: of every tensor, as in `Influence`.
+        largest: the largest of others.
     """
-    size = {name: max(s.forget_sq_norm, float(s.q.mean())) for name, s in scalars.items()}
-    floor = NOISE**2 * max(size.values(), default=0.0)
-    return {name for name, value in size.items() if 0.0 < value < floor}
+    floor = NOISE**2 * max([largest, *sizes.values()])
+    return {name for name, value in sizes.items() if 0.0 < value < floor}
+
+
+def count_visited(revisited: Mapping[str, Tensor]) -> int:
+    """Number of samples that a follow-up pass visited for any tensor; `revisited` as in `Influence`."""
+    return int(torch.stack([*revisited.values()]).any(0).sum()) if revisited else 0
+
+
+def influence_of_nothing(parameters: Mapping[str, Tensor], count: int, damping: float) -> Influence:
+    """What is said of tensors that no gradient of either set reaches; `count` is `n`."""
+    nothing = torch.zeros(count, dtype=torch.float64)
+    out = _from_scalars({name: Scalars(p.numel(), 0.0, nothing, nothing, damping) for name, p in parameters.items()})
+    for made in (out.forget_mean, out.update):
+        made |= {name: torch.zeros_like(p, dtype=accumulator_dtype(p.dtype)) for name, p in parameters.items()}
+    return out
+
+
+def _of_nothing(scalars: Scalars) -> Scalars:
+    nothing = torch.zeros_like(scalars.q)
+    return dataclasses.replace(scalars, forget_sq_norm=0.0, q=nothing, d=nothing)
 
 
 def _uncertified(out: Influence, moments: RetainMoments, tolerance: float) -> set[str]:

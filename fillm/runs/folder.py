@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fillm.errors import RunFolderError, UsageError
@@ -30,6 +31,7 @@ from fillm.runs.state_files import (
     write_json,
     writing,
 )
+from fillm.runs.tensor_files import save_streamed
 
 _LOCK, _IDENTITY, _INTENT, _STATE = "lock", "identity.json", "intent.json", "state"
 _FINAL, _DONE, _REPLACED = "final", "done", "replaced"
@@ -205,6 +207,20 @@ class RunFolder:
             RunFolderError: if it is damaged.
         """
         return read_stage(self.partial, name)
+
+    def set_aside(self, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Moves tensors to the disk until the run is over.
+
+        Returns:
+            The tensors as a map of the file, which need not be in memory.
+
+        Raises:
+            RunFolderError: if the disk refuses; everything saved before is then still there.
+        """
+        path = self.partial / f"{name}.safetensors"
+        with writing(self.partial, self._remedy()):
+            save_streamed(path, tensors)
+            return load_file(path)
 
     def finish(self, writer: Callable[[Path], Written]) -> Written:
         """Has the final files written, lets the folder appear under its name, and clears the states away.

@@ -17,6 +17,8 @@ from torch import Tensor
 from fillm.runs.state_files import sync
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_PIECE = 1 << 20  # entries
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class StreamedTensor:
     """A tensor to be written.
 
     Attributes:
-        dtype: its name in the format, `U8` or `BOOL`: an entry is a byte.
+        dtype: its name in the format: `U8` or `BOOL`, an entry of which is a byte, or a floating one.
         shape: its shape.
         pieces: its bytes in order, in pieces of any size.
     """
@@ -48,7 +50,8 @@ def write_streamed(path: Path, tensors: Mapping[str, StreamedTensor], metadata: 
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, tensor in tensors.items():
-        begin, end = end, end + torch.Size(tensor.shape).numel()
+        size = _DTYPES[tensor.dtype].itemsize if tensor.dtype in _DTYPES else 1
+        begin, end = end, end + size * torch.Size(tensor.shape).numel()
         header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -65,6 +68,27 @@ def write_streamed(path: Path, tensors: Mapping[str, StreamedTensor], metadata: 
         temporary.unlink(missing_ok=True)  # on a full disk, what it took is needed
         raise
     sync(path.parent)
+
+
+def save_streamed(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes floating tensors, wherever they lie, a piece at a time: the bytes that the library's writer would give.
+
+    Raises:
+        OSError: if the disk refuses.
+    """
+    described = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    order = sorted(described, key=lambda name: (-described[name][0].itemsize, name))  # each begins at its alignment
+    streamed = {}
+    for name in order:
+        dtype, shape = described[name]
+        streamed[name] = StreamedTensor(_NAMES[dtype], shape, _pieces(tensors, name))
+    write_streamed(path, streamed, {})
+
+
+def _pieces(tensors: Mapping[str, Tensor], name: str) -> Iterator[Any]:
+    """Of a tensor that is looked up when its turn comes: a mapping may read it then."""
+    for piece in tensors[name].detach().reshape(-1).split(_PIECE):
+        yield piece.cpu().contiguous().view(torch.uint8).numpy()
 
 
 def read_streamed(path: Path, name: str, entries: int) -> Iterator[Tensor]:

@@ -17,11 +17,16 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def zeros_like(tensor: Tensor) -> Tensor:
-    """A zeroed accumulator for one tensor, on its device; sharded as the tensor is."""
+def zeros_like(tensor: Tensor, offload: bool = False) -> Tensor:
+    """A zeroed accumulator for one tensor, on its device; sharded as the tensor is.
+
+    With `offload`, in CPU memory, page-locked where the tensor is on a GPU; so is one for an accumulator that is.
+    """
+    dtype = accumulator_dtype(tensor.dtype)
     if isinstance(tensor, DTensor):
-        return sharded_zeros(tensor, accumulator_dtype(tensor.dtype))
-    return torch.zeros(tensor.shape, dtype=accumulator_dtype(tensor.dtype), device=tensor.device)
+        return sharded_zeros(tensor, dtype)
+    pinned = tensor.is_cuda if offload else tensor.is_pinned()
+    return torch.zeros(tensor.shape, dtype=dtype, device="cpu" if offload else tensor.device, pin_memory=pinned)
 
 
 def squared_norm(tensor: Tensor) -> float:
@@ -64,11 +69,12 @@ class MeanGradient:
     Args:
         parameters: tensors in scope.
         count: number of samples `m`.
+        offload: keep the mean in CPU memory.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], count: int) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], count: int, offload: bool = False) -> None:
         self.count = count
-        self.mean = {name: zeros_like(p) for name, p in parameters.items()}
+        self.mean = {name: zeros_like(p, offload) for name, p in parameters.items()}
 
     def observe(self, name: str, gradients: PerSampleGradients, positions: Tensor) -> None:
         """Adds a batch."""
@@ -128,10 +134,11 @@ class MeanPower(MeanGradient):
         parameters: tensors in scope.
         count: number of samples `n`.
         power: 1 or 2.
+        offload: keep the mean in CPU memory.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], count: int, power: int) -> None:
-        super().__init__(parameters, count)
+    def __init__(self, parameters: Mapping[str, Tensor], count: int, power: int, offload: bool = False) -> None:
+        super().__init__(parameters, count, offload)
         self.power = power
 
     def observe(self, name: str, gradients: PerSampleGradients, positions: Tensor) -> None:

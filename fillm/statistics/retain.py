@@ -176,7 +176,7 @@ class WeightedSum:
     """`(1/n) sum_i weights_i g_i` with weights known beforehand: the restricted pass and the revisits.
 
     Args:
-        parameters: tensors to sum for.
+        parameters: tensors to sum for, or accumulators for them: the sums lie where these do.
         weights: name -> [n], float64; samples with weight zero need not be visited.
         count: `n`.
     """

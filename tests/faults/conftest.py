@@ -50,6 +50,7 @@ def lines(inputs: Path) -> dict[str, list[str]]:
         "finetune": ["finetune", "--architecture", f"{inputs}/config.json", "--vocab-size", "300", "--device", "cpu",
                      "--data", f"{inputs}/forget.jsonl", "--epochs", "3", *train],
         "rank": [*rank, "--save-update"],
+        "rank in groups": [*rank, "--save-update", "--groups", "3"],
         "rank with a store": [*rank, "--store", "{at}/store", "--compression", "tensorsketch", "--sketch-dim", "128"],
         "unlearn": [*unlearn, "npo"],
         "unlearn with sophia": [*unlearn, "npo", "--optimizer", "sophia", "--gradient-accumulation", "2"],

@@ -8,6 +8,7 @@ COMMANDS = {
     "finetune": 18,
     "rank": 18,
     "rank with a store": 60,  # a third of them by SIGKILL
+    "rank in groups": 18,
     "unlearn": 9,
     "unlearn with sophia": 9,
     "unlearn with bounds": 6,

@@ -186,6 +186,7 @@ KINDS = {
     "retain": ["--objective", "retain", "--save-update"],
     "sum": ["--method", "soir-sum"],
     "path": ROUNDS,
+    "groups": ["--groups", "3", "--save-update"],
 }
 
 

@@ -179,7 +179,8 @@ WRONG = [
     ({"include": "*nothing*"}, "--include \\*nothing\\*: matches no tensor"),
     ({"exclude": "*"}, "--exclude \\*: leaves none of the 21 tensors"),
     ({"compression": "oporp", "method": "saliency"}, "--method saliency cannot be answered from sketches"),
-    ({"groups": 2}, "--groups other than 1"),
+    ({"groups": 0}, "--groups must be at least 1"),
+    ({"offload": True, "method": "path"}, "--offload is not taken here: --method path reads"),
     ({"speed": 3}, "rank_parameters: no setting is called 'speed'"),
 ]  # fmt: skip
 

@@ -36,6 +36,8 @@ METHODS: dict[str, list[str]] = {
     "one sample a batch": ["--tokens-per-batch", "1", "--save-update"],
     "packed": ["--layout", "packed"],
     "diagonal": ["--curvature", "diagonal"],
+    "groups": ["--groups", "3", "--save-update"],
+    "soir-sum in groups": ["--groups", "2", "--method", "soir-sum"],
     "bfloat16": ["--dtype", "bfloat16", "--save-update"],
     "soir-sum": ["--method", "soir-sum"],
     "gradient": ["--method", "gradient", "--granularity", "element"],

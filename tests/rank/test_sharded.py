@@ -54,6 +54,8 @@ SETTINGS: dict[str, list[str]] = {
     "packed": ["--layout", "packed"],
     "recomputed": ["--gradient-checkpointing", "--save-update"],
     "mlp alone": ["--include", "mlp", "--save-update"],
+    "groups": ["--groups", "3", "--save-update"],
+    "groups, recomputed": ["--groups", "4", "--gradient-checkpointing"],
     "one sample a batch": ["--tokens-per-batch", "1", "--save-update"],
 }
 
@@ -86,8 +88,9 @@ def started(folders: dict[str, str], forget_file: str, retain_file: str) -> Call
 def test_the_ranking_is_that_of_the_whole_model(processes, started, as_they_have, tmp_path) -> None:
     runs = {f"{family} u": (family, ["--save-update"]) for family in FAMILIES[1:]}
     runs |= {name: ("llama", further) for name, further in SETTINGS.items()}
+    runs |= {f"{family} in groups": (family, ["--groups", "2", "--save-update"]) for family in FAMILIES[1:]}
     if processes == 3:
-        runs = {name: runs[name] for name in ("certified", "one sample a batch", "llama-tied u")}
+        runs = {name: runs[name] for name in ("certified", "groups", "one sample a batch", "llama-tied u")}
     jobs = []
     for name, (family, further) in runs.items():
         assert main(started(tmp_path / "whole" / name, family, *further)) == 0, name

@@ -3,7 +3,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fillm.runs.tensor_files import StreamedTensor, read_streamed, write_streamed
+from fillm.runs import tensor_files
+from fillm.runs.tensor_files import StreamedTensor, read_streamed, save_streamed, write_streamed
 
 
 def test_what_is_written_in_pieces_any_reader_opens(tmp_path):
@@ -49,3 +50,17 @@ def test_pieces_are_those_of_the_tensor(tmp_path, dtype):
         assert torch.equal(torch.cat([*pieces, tensor.new_zeros(0)]), tensor.flatten())
     with pytest.raises(KeyError):
         next(read_streamed(tmp_path / "x", "c", 8))
+
+
+def test_tensors_in_pieces_are_the_bytes_of_the_library(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensor_files, "_PIECE", 4)
+    tensors = {
+        "b": torch.randn(3, 5), "a": torch.randn(7, dtype=torch.float64), "c": torch.randn(9, dtype=torch.bfloat16),
+        "scalar": torch.tensor(2.0), "none": torch.zeros(0, 2), "half": torch.randn(3).half(),
+        "turned": torch.randn(2, 6).T,
+    }  # fmt: skip
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "library.safetensors")
+    save_streamed(tmp_path / "x.safetensors", tensors)
+    assert (tmp_path / "x.safetensors").read_bytes() == (tmp_path / "library.safetensors").read_bytes()
+    save_streamed(tmp_path / "y.safetensors", load_file(tmp_path / "x.safetensors"))
+    assert (tmp_path / "y.safetensors").read_bytes() == (tmp_path / "library.safetensors").read_bytes()
