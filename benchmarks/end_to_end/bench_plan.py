@@ -27,7 +27,7 @@ PROGRAM = "python -m benchmarks.end_to_end.bench_plan"
 PROCESSES = 2
 VOCABULARY = 8192
 FORGET, RETAIN = (0, 6), (6, 18)  # samples by number
-_UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+_UNITS = {"MiB": 1 << 20, "GiB": 1 << 30}
 _SHARED: dict[str, Any] = {
     "vocab_size": VOCABULARY, "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip

@@ -25,9 +25,9 @@ from fillm.rank.machine import measured_bandwidth, measured_rate, program_bytes
 from fillm.rank.path_step import MOST_LENGTHS
 from fillm.rank.plan_devices import Devices
 from fillm.rank.plan_lines import PassPlan, Plan, Rates, in_bytes
-from fillm.rank.plan_passes import MethodPass, passes_of, planned_flop
+from fillm.rank.plan_passes import passes_of
 from fillm.rank.plan_shards import check_bytes, gathered_bytes
-from fillm.rank.plan_traffic import Traffic
+from fillm.rank.plan_traffic import Traffic, planned
 from fillm.rank.sketch_choice import chosen_for_memory, sketch_bytes
 from fillm.rank.unloaded_model import meta_model
 from fillm.statistics.store_writer import BLOCK_BYTES
@@ -84,11 +84,16 @@ def plan(
     densest = max((shape.tokens for shape in every), default=1)
     traffic = Traffic.of(model, everything, scope, over, kept / densest, _vocabulary(model) if every else 0)
     passes = [
-        _planned(one, sets[one.which], shapes[one.which], costs, traffic, config.gradient_checkpointing)
+        planned(one, sets[one.which], shapes[one.which], costs, traffic, config.gradient_checkpointing)
         for one in passes_of(config)
         if one.which in sets
     ]
     weights = {"weights": sum(over.held(p.shape) * p.element_size() for p in model.parameters())}
+    stacks = [p for p in everything if p.kind == "expert" and len(p.shape) == 3]
+    if stacks and device_type == "cpu" and not over.sharded:
+        # Files hold every expert by itself. They stay mapped for the other weights, which are not copied.
+        itemsize = next(iter(model.parameters())).element_size()
+        weights["experts as the files hold them"] = sum(info.numel for info in stacks) * itemsize
     memory = dict(weights)
     notes = [choice] if choice else []
     if config.canonical_method == "parameter-shift":
@@ -172,30 +177,6 @@ def _rates(config: RankConfig, device: torch.device) -> Rates:
     flops = measured_rate(device) if given["flops"] is None else given["flops"]
     bandwidth = measured_bandwidth(device) if given["bandwidth"] is None else given["bandwidth"]
     return Rates(flops, bandwidth, config.plan_link, measured)
-
-
-def _planned(
-    one: MethodPass,
-    samples: SampleSet,
-    shapes: Sequence[BatchShape],
-    costs: Costs,
-    traffic: Traffic,
-    checkpointing: bool,
-) -> PassPlan:
-    """What a pass costs, all its times together: of the device that has most to do."""
-    own = [shapes[i] for i in traffic.devices.dealt([costs.forward(shape) for shape in shapes], one.led)]
-    flop = planned_flop(one, own, costs, checkpointing)
-    moved = traffic.moved(one, own, costs, checkpointing)
-    tokens, times = sum(sample.num_tokens for sample in samples), one.times
-    return PassPlan(
-        one.name,
-        times * len(samples),
-        times * tokens,
-        times * len(shapes),
-        {name: times * value for name, value in flop.items()},
-        {name: times * value for name, value in moved.items()},
-        times * traffic.received(one, len(own)),
-    )
 
 
 def _check_memory(model: nn.Module, scope: Sequence[TensorInfo], devices: Devices) -> dict[str, int]:

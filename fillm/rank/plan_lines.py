@@ -125,7 +125,8 @@ class Plan:
         ]
 
     def _at_rates(self) -> str:
-        rates = {"flops": f"{self.rates.flops / 1e9:,.1f} GFLOP/s"}
+        size, unit = (1e12, "TFLOP/s") if self.rates.flops >= 1e12 else (1e9, "GFLOP/s")
+        rates = {"flops": f"{self.rates.flops / size:,.1f} {unit}"}
         rates["bandwidth"] = f"{self.rates.bandwidth / 1e9:,.1f} GB/s of memory"
         if self.devices > 1 and self.rates.link:
             rates["link"] = f"{self.rates.link / 1e9:,.1f} GB/s from other devices"
@@ -147,9 +148,9 @@ def _work(flop: float, moved: float, seconds: float) -> str:
 
 def in_bytes(size: int) -> str:
     """A number of bytes for people: `1.50 GiB`."""
-    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+    for unit, factor in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if size >= factor:
-            return f"{size / factor:,.{2 if unit == 'GiB' else 1}f} {unit}"
+            return f"{size / factor:,.{2 if factor >= 1 << 30 else 1}f} {unit}"
     return f"{size} B"
 
 

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from fillm.data import SampleSet
 from fillm.models import TensorInfo
 from fillm.rank.costs import BatchShape, Costs, accumulator_bytes
 from fillm.rank.plan_devices import Devices
-from fillm.rank.plan_passes import MethodPass
+from fillm.rank.plan_lines import PassPlan
+from fillm.rank.plan_passes import MethodPass, planned_flop
 from fillm.rank.plan_shards import Units
 
 
@@ -100,3 +102,36 @@ class Traffic:
             return 2.0 * others * self.accumulator * one.sums
         weights = self.outside + self.layers * (1 if one.forward else 2)
         return batches * others * (weights + self.accumulator * one.products)
+
+
+def planned(
+    one: MethodPass,
+    samples: SampleSet,
+    shapes: Sequence[BatchShape],
+    costs: Costs,
+    traffic: Traffic,
+    checkpointing: bool,
+) -> PassPlan:
+    """What a pass costs, all its times together: of the device that has most to do.
+
+    Args:
+        one: the pass.
+        samples: of its set.
+        shapes: of its batches, in the order of the pass.
+        costs: of a token in the model.
+        traffic: of a batch, on the devices of the plan.
+        checkpointing: whether the layers are computed again in the backward pass.
+    """
+    own = [shapes[i] for i in traffic.devices.dealt([costs.forward(shape) for shape in shapes], one.led)]
+    flop = planned_flop(one, own, costs, checkpointing)
+    moved = traffic.moved(one, own, costs, checkpointing)
+    tokens, times = sum(sample.num_tokens for sample in samples), one.times
+    return PassPlan(
+        one.name,
+        times * len(samples),
+        times * tokens,
+        times * len(shapes),
+        {name: times * value for name, value in flop.items()},
+        {name: times * value for name, value in moved.items()},
+        times * traffic.received(one, len(own)),
+    )

@@ -14,7 +14,7 @@ from fillm.rank.activations import saved_activation_bytes
 from fillm.rank.config import RankConfig
 from fillm.rank.console import Console
 from fillm.rank.costs import accumulator_bytes, batch_shapes, estimated_activation_bytes
-from fillm.rank.machine import measured_rate
+from fillm.rank.machine import measured_bandwidth, measured_rate
 from fillm.rank.plan import plan, plan_run
 from fillm.rank.plan_lines import Rates
 from fillm.statistics import EXPANSION_NUMEL, EXPANSION_TERMS
@@ -288,8 +288,8 @@ def test_gradient_checkpointing_computes_the_layers_twice():
 
 def test_time_is_flop_over_rate_and_the_lines_say_it_all():
     model = build_family("llama").to("meta")
-    planned = plan(model, catalogue(model), SETS, CONFIG, rates=Rates(2e6))
-    assert planned.seconds == sum(planned.flop.values()) / 2e6
+    planned = plan(model, catalogue(model), SETS, CONFIG, rates=Rates(2e6, measured=["bandwidth"]))
+    assert planned.seconds == pytest.approx(sum(planned.flop.values()) / 2e6, rel=1e-12)
     lines = planned.lines()
     shown = "\n".join(lines)
     for text in ("tensors in scope", "3 samples, 34 tokens", "expected peak", "ghost norms", "at 0.0 GFLOP/s"):
@@ -297,13 +297,14 @@ def test_time_is_flop_over_rate_and_the_lines_say_it_all():
     # Every figure begins in the same column, two spaces after the longest name.
     column = 2 + max(len(name) for name in (*planned.memory, *planned.flop)) + 2
     for line in lines:
-        if not line.startswith(("note: ", "memory", "FLOP")):
+        if not line.startswith(("note: ", "memory", "work")):
             assert line[column - 2 : column] == "  " and line[column] != " "
 
 
 def test_the_measured_rate_is_that_of_a_product():
     rate = measured_rate(torch.device("cpu"), seconds=0.0)
     assert 1e7 < rate < 1e15
+    assert 1e7 < measured_bandwidth(torch.device("cpu"), seconds=0.0) < 1e15
 
 
 def test_a_dry_run_reads_only_the_configuration(tmp_path):
