@@ -9,6 +9,7 @@ run.yaml: the peak resident size (VmHWM) of the process, of several the largest.
 import argparse
 import json
 import re
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -114,6 +115,22 @@ def compare(folder: Path, name: str, setting: str, tokens_per_batch: int) -> Row
     }  # fmt: skip
 
 
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as docs/rank.md shows them: planned over measured MiB, and their ratio."""
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    found = {(row["model"], row["setting"]): row for row in rows}
+    lines = ["| setting | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
+    for setting, words in SETTINGS.items():
+        cells = []
+        for name in names:
+            row = found.get((name, setting))
+            sizes = [int(row[f"{which}_bytes"]) for which in ("planned", "measured")] if row else []
+            said = [f"{size / 2**20:.0f}" for size in sizes]
+            cells.append(f"{said[0]} / {said[1]}: {sizes[0] / sizes[1]:.2f}" if said else "refused")
+        lines.append(f"| `{' '.join(words)}` | ".replace("| `` |", "| defaults |") + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Compares, prints a line a row, writes the CSV; the exit code."""
     parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__, allow_abbrev=False)
@@ -121,7 +138,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), metavar="NAME")
     parser.add_argument("--tokens-per-batch", type=int, default=1024, metavar="N", help="as of fillm.rank")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/plan_cpu.csv"), metavar="FILE")
-    return run_bench(_bench, parser, parser.parse_args(argv))
+    given = parser.parse_args(argv)
+    chosen = [word for flag in ("models", "settings") if (words := getattr(given, flag)) != parser.get_default(flag)
+              for word in (f"--{flag}", *words)]  # fmt: skip
+    given.command = shlex.join([*PROGRAM.split(), *chosen, "--tokens-per-batch", str(given.tokens_per_batch)])
+    return run_bench(_bench, parser, given)
 
 
 def _bench(given: argparse.Namespace) -> None:
@@ -144,7 +165,7 @@ def _bench(given: argparse.Namespace) -> None:
         raise UsageError("nothing to compare: a mixture of experts is not sharded")
     made = {
         "threads": 1, "tokens": tokens, "tokens_per_batch": given.tokens_per_batch,
-        "transformers": transformers.__version__, "command": PROGRAM,
+        "transformers": transformers.__version__, "command": given.command,
     }  # fmt: skip
     save(given.out, [row | made for row in rows])
 

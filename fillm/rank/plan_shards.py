@@ -108,5 +108,6 @@ def check_bytes(model: nn.Module, scope: Sequence[TensorInfo], devices: Devices,
         "their gradients by autograd": width * held,
         "embeddings and head, gathered": units.outside,
         "two layers, gathered": 2 * max(units.layers),
-        "whole gradients, and their copy for the reduction": 2 * width * (outside + max(inside)),
+        # Of the layers as each is through; of the rest at the end, when all of it is there.
+        "whole gradients, and a copy for the reduction": width * (outside + max(outside, 2 * max(inside))),
     }

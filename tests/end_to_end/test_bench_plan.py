@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks.end_to_end import bench_plan
 
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "rank.md"
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "plan_cpu.csv"
 
 
@@ -31,6 +32,11 @@ def test_committed_plans_are_within_a_tenth():
         ratio = float(row["planned_bytes"]) / float(row["measured_bytes"])
         assert float(row["planned_over_measured"]) == pytest.approx(ratio)
         assert ratio == pytest.approx(1.0, abs=0.1), (row["model"], row["setting"])
+
+
+def test_the_table_of_the_page_is_that_of_the_rows():
+    with RESULTS.open(newline="", encoding="utf-8") as opened:
+        assert bench_plan.table(list(csv.DictReader(opened))) in PAGE.read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

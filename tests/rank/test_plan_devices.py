@@ -1,8 +1,9 @@
 """Plans for several devices: what each holds, does, moves and receives, against sums by hand."""
 
 import dataclasses
-import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -193,16 +194,22 @@ def test_shards_are_planned_from_a_configuration_alone(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_405_billion_parameters_on_64_devices(tmp_path, capsys):
+    """The example of the tutorial, but for the lines that depend on the process."""
     config = transformers.LlamaConfig(
         hidden_size=16384, num_hidden_layers=126, num_attention_heads=128, num_key_value_heads=8,
         intermediate_size=53248, vocab_size=128256, max_position_embeddings=131072, dtype="bfloat16",
     )  # fmt: skip
     config.save_pretrained(tmp_path / "model")
-    argv = ["--model", str(tmp_path / "model"), "--dtype", "auto", "--device", "cpu", "--dry-run", "--shard"]
-    for which in ("forget", "retain"):
-        (tmp_path / f"{which}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
-        argv += [f"--{which}", str(tmp_path / f"{which}.jsonl")]
-    assert main([*argv, "--plan-devices", "64", "--plan-flops", "4e14", "--plan-bandwidth", "3e12"]) == 0
-    said = capsys.readouterr().out
-    assert "405,853,388,800 parameters" in said
-    assert "11.81 GiB" in said  # weights, 2 bytes each; all first axes are multiples of 64
+    argv = ["--model", str(tmp_path / "model"), "--dtype", "auto", "--device", "cpu", "--shard"]
+    for which, count in (("forget", 64), ("retain", 640)):
+        ids = [[3 + number, *range(3, 514)] for number in range(count)]
+        rows = [{"input_ids": one, "labels": [-100] * 256 + one[256:]} for one in ids]
+        argv += [f"--{which}", write_rows(tmp_path / f"{which}.jsonl", rows)]
+    page = (Path(__file__).resolve().parents[2] / "docs/tutorials/cluster.md").read_text(encoding="utf-8")
+    asked = re.search(r"--shard (--gradient-checkpointing) .*?(--dry-run .*?)$", page, re.DOTALL | re.MULTILINE)
+    assert main([*argv, asked[1], *asked[2].split()]) == 0
+    said = capsys.readouterr().out.splitlines()
+    shown = page.partition("```text\n")[2].partition("```")[0].splitlines()
+    assert [line for line in said if line in shown] == shown and len(shown) > 15
+    # Weights, 2 bytes each: all first axes are multiples of 64. Sums, 4 bytes each.
+    assert f"{405_853_388_800 * 2 / 64 / 2**30:.2f} GiB" in next(line for line in said if "  weights " in line)
