@@ -32,15 +32,24 @@ def timed_command(name: str, words: Sequence[str], out: Path, threads: int, proc
     if processes > 1:
         start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
     begun = time.perf_counter()
-    done = subprocess.run(
-        [*start, f"fillm.{name}", *words, "--out", str(out), "--overwrite"],
-        env={**os.environ, "OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    _output([*start, f"fillm.{name}", *words, "--out", str(out), "--overwrite"], name, threads)
     taken = time.perf_counter() - begun
+    return taken, yaml.safe_load((out / "run.yaml").read_text(encoding="utf-8"))
+
+
+def printed_command(name: str, words: Sequence[str], threads: int) -> str:
+    """What one run of `fillm.NAME` prints, of a dry run for one; arguments and errors as of `timed_command`."""
+    return _output([sys.executable, "-m", f"fillm.{name}", *words], name, threads)
+
+
+def _output(command: Sequence[str], name: str, threads: int) -> str:
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         told = [line for line in done.stderr.splitlines() if line.startswith(f"fillm {name}: ")]
         raise UsageError(told[-1]) if told else RuntimeError(done.stderr)
-    return taken, yaml.safe_load((out / "run.yaml").read_text(encoding="utf-8"))
+    return done.stdout
 
 
 def free_cores() -> int:

@@ -41,14 +41,14 @@ from fillm.rank.sketch_choice import chosen_for_memory, with_sketches_chosen
 from fillm.rank.sketch_probe import probe
 from fillm.rank.units import layouts_of
 from fillm.runs import RunFolder, check_inputs_outside, run_identity, run_record
-from fillm.runs.memory import memory_explained
+from fillm.runs.memory import give_back_freed_blocks, memory_explained
 from fillm.runs.processes import Processes, several_started
 from fillm.statistics import SketchStore, holds_store, refuse_foreign
 
 # Settings of the command that a function with a model in hand has no use for.
 _COMMAND_ONLY = {
     "adapter", "dtype", "device", "trust_remote_code", "gradient_checkpointing", "shard", "out", "resume", "overwrite",
-    "dry_run", "checkpoint_seconds", "debug",
+    "dry_run", "checkpoint_seconds", "debug", "plan_devices", "plan_flops", "plan_bandwidth", "plan_link",
 }  # fmt: skip
 # Settings that say where and how a run goes on, not what it computes.
 _FREE_ON_RESUME = ("out", "resume", "overwrite", "dry_run", "debug", "checkpoint_seconds", "data_root")
@@ -120,8 +120,9 @@ def run(config: RankConfig) -> None:
 
 def _run(config: RankConfig, processes: Processes, console: Console) -> None:
     check(config)
+    devices = config.plan_devices or processes.count  # with --dry-run those that are planned for
     if config.shard:
-        check_sharded(config, processes.count)
+        check_sharded(config, devices)
     check_inputs_outside(config)
     config = with_sketches_chosen(_with_default_data(config))
     rows = _read(config, config.forget, config.retain, console)
@@ -132,7 +133,7 @@ def _run(config: RankConfig, processes: Processes, console: Console) -> None:
         tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code, option=flag)
     if config.dry_run:
         if processes.first:
-            plan_run(config, _samples(config, tokenizer, rows, console), console)
+            plan_run(config, _samples(config, tokenizer, rows, console), console, devices)
         return
     folder = None
     if processes.first:  # and nobody else: the others save nothing and have nothing to read
@@ -187,6 +188,8 @@ def _load(config: RankConfig, path: str, adapter: str | None, device: str) -> nn
         model = load_model(
             path, adapter=adapter, dtype=config.dtype, device=device, trust_remote_code=config.trust_remote_code
         )
+    if config.memory_before_time:
+        give_back_freed_blocks()
     if config.gradient_checkpointing:
         # transformers 5.23 renamed it; both names mean the same.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

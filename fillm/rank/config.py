@@ -116,7 +116,11 @@ class RankConfig:
     out: str = option("runs/rank", "run folder to write", "DIR")
     resume: bool = option(False, "continue an interrupted run in --out")
     overwrite: bool = option(False, "replace an existing --out")
-    dry_run: bool = option(False, "print passes, memory, FLOP and time; touch nothing")
+    dry_run: bool = option(False, "print passes, memory, FLOP, bytes moved and time; touch nothing")
+    plan_devices: int | None = option(None, "devices that --dry-run plans for (default: the processes started)", "N")
+    plan_flops: float | None = option(None, "FLOP/s of a device at matrix products (default: measured here)", "X")
+    plan_bandwidth: float | None = option(None, "bytes/s of a device's memory (default: measured here)", "X")
+    plan_link: float | None = option(None, "bytes/s that a device receives from the others", "X")
     checkpoint_seconds: float = option(120.0, "how often the state of a pass is saved", "S")
     debug: bool = option(False, "show a traceback with every error")
 
@@ -140,6 +144,11 @@ class RankConfig:
         """Whether exact Gram matrices are needed."""
         asks = self.canonical_method in ("soir-per-sample", "first-order") or self.curvature == "woodbury"
         return asks and not self.sketched
+
+    @property
+    def memory_before_time(self) -> bool:
+        """Whether an option is given that takes longer for less memory: the allocator is then told the same."""
+        return self.shard or self.gradient_checkpointing
 
     @property
     def asks_for_update(self) -> bool:
@@ -212,6 +221,7 @@ def check(config: RankConfig) -> None:
         raise UsageError(f"--path-keep {config.path_keep} has no effect without --path-rounds; leave it out")
     if not 0 < config.path_keep < 1:
         raise UsageError(f"--path-keep must be between 0 and 1, not {config.path_keep}")
+    _check_planned(config)
     for name in ("damping", "tolerance", "mu", "path_weight", "path_rise", "checkpoint_seconds"):
         value = getattr(config, name)
         if not 0 < value < math.inf:
@@ -260,14 +270,25 @@ def _check_offload(config: RankConfig) -> None:
         raise UsageError(f"--offload is not taken here: {why}; leave it out")
 
 
+def _check_planned(config: RankConfig) -> None:
+    for name in ("plan_devices", "plan_flops", "plan_bandwidth", "plan_link"):
+        value = getattr(config, name)
+        if value is not None and not config.dry_run:
+            raise UsageError(f"{flag_name(name)} {value} has no effect without --dry-run; leave it out")
+        if value is not None and not 0 < value < math.inf:
+            raise UsageError(f"{flag_name(name)} must be above 0 and finite, not {value}")
+    if config.plan_link is not None and config.plan_devices == 1:
+        raise UsageError(f"--plan-link {config.plan_link} has no effect with --plan-devices 1; leave one of them out")
+
+
 def check_sharded(config: RankConfig, processes: int) -> None:
     """Refuses what is not computed from weights and sums that lie spread over the processes.
 
     Raises:
         UsageError: naming the option.
     """
-    if config.dry_run:
-        raise UsageError("--dry-run plans a whole model in one process and not its shards; leave out --shard")
+    if config.dry_run and processes == 1:
+        raise UsageError("--shard --dry-run plans for several devices; say for how many with --plan-devices N")
     if processes == 1:
         raise UsageError(
             "--shard spreads the model over several processes; start them with torchrun --nproc-per-node N"

@@ -8,6 +8,7 @@ from torch import nn
 
 from fillm.data import SampleSet, plan_batches
 from fillm.models import TensorInfo
+from fillm.rank.plan_devices import Devices
 from fillm.statistics import EXPANSION_NUMEL, EXPANSION_TERMS
 
 
@@ -115,6 +116,11 @@ class Costs:
         """One product over the weights in scope, (5) or (6): 2 FLOP per weight and token."""
         return 2.0 * (self.scoped_body * shape.rows * shape.width + self.scoped_head * shape.answered)
 
+    def factor_entries(self, shape: BatchShape) -> float:
+        """Entries of the inputs and output gradients of every matrix in scope."""
+        body, head = shape.rows * shape.width, shape.answered
+        return sum(use * (head if at_head else body) * (i + o) for i, o, use, at_head in self.scoped_shapes)
+
     def ghost_norms(self, shape: BatchShape) -> float:
         """Equation (4): `T_b^2 (I + O)`, or `2 T_b I O` for samples so long that this is less."""
         total = 0.0
@@ -141,16 +147,22 @@ class Costs:
         return int(kept), flop
 
 
-def accumulator_bytes(scope: Sequence[TensorInfo], itemsize: int, expanded: bool = False) -> int:
+_ONE = Devices()
+
+
+def accumulator_bytes(
+    scope: Sequence[TensorInfo], itemsize: int, expanded: bool = False, devices: Devices = _ONE
+) -> int:
     """Bytes of one accumulator a tensor; with `expanded`, of the weighted sums and their higher terms.
 
     Args:
         scope: tensors.
         itemsize: 4, or 8 for a float64 model.
         expanded: small tensors carry the terms of the expansion in `lambda` (docs/method.md).
+        devices: of which one is asked for.
     """
     terms = 1 + EXPANSION_TERMS if expanded else 1
-    return sum(itemsize * info.numel * (terms if info.numel <= EXPANSION_NUMEL else 1) for info in scope)
+    return sum(itemsize * devices.held(i.shape) * (terms if i.numel <= EXPANSION_NUMEL else 1) for i in scope)
 
 
 def estimated_activation_bytes(model: nn.Module, infos: Sequence[TensorInfo], rows: int, tokens: int) -> int:

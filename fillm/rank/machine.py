@@ -19,13 +19,32 @@ def measured_rate(device: torch.device, seconds: float = 0.2) -> float:
     return done * 2.0 * 1024**3 / (time.perf_counter() - begun)
 
 
+def measured_bandwidth(device: torch.device, seconds: float = 0.1) -> float:
+    """Bytes/s that a copy of 64 MiB reads and writes in the memory of `device`, repeated for `seconds` after one."""
+    a = torch.ones(1 << 24, device=device)
+    b, done = a.clone(), 0
+    _wait(device)
+    begun = time.perf_counter()
+    while not done or time.perf_counter() - begun < seconds:
+        b.copy_(a)
+        _wait(device)
+        done += 1
+    return done * 2.0 * a.nbytes / (time.perf_counter() - begun)
+
+
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def resident_bytes() -> int:
-    """What this process holds now: the interpreter and its libraries."""
+def program_bytes() -> int:
+    """What this process holds once it has computed a gradient: the interpreter, its libraries and their threads."""
+    a = torch.ones(256, 256, requires_grad=True)
+    (a @ a).sum().backward()
+    return _resident_bytes()
+
+
+def _resident_bytes() -> int:
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

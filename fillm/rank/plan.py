@@ -1,8 +1,9 @@
-"""`--dry-run`: what a run will take before it is started. Memory, FLOP, time, a line each; no data goes to a device."""
+"""`--dry-run`: what a run will take before it is started, a line each; no data goes to a device."""
 
 from collections.abc import Mapping, Sequence
 
 import fillm_kernels
+import torch
 from fillm_kernels.ghost_norm import BLOCK_ENTRIES
 from torch import nn
 
@@ -20,10 +21,13 @@ from fillm.rank.costs import (
 )
 from fillm.rank.gram_groups import check_planned
 from fillm.rank.gram_sources import memory_budget, needs_mean, retain_left, sketch_maps
-from fillm.rank.machine import measured_rate, resident_bytes
+from fillm.rank.machine import measured_bandwidth, measured_rate, program_bytes
 from fillm.rank.path_step import MOST_LENGTHS
-from fillm.rank.plan_lines import PassPlan, Plan
-from fillm.rank.plan_passes import passes_of, planned
+from fillm.rank.plan_devices import Devices
+from fillm.rank.plan_lines import PassPlan, Plan, Rates, in_bytes
+from fillm.rank.plan_passes import passes_of
+from fillm.rank.plan_shards import check_bytes, gathered_bytes
+from fillm.rank.plan_traffic import Traffic, planned
 from fillm.rank.sketch_choice import chosen_for_memory, sketch_bytes
 from fillm.rank.unloaded_model import meta_model
 from fillm.statistics.store_writer import BLOCK_BYTES
@@ -39,9 +43,10 @@ def plan(
     sets: Mapping[str, SampleSet],
     config: RankConfig,
     *,
-    rate: float,
+    rates: Rates,
     program_bytes: int = 0,
     device_type: str = "cpu",
+    devices: int = 1,
 ) -> Plan:
     """Works out a run without starting it.
 
@@ -50,15 +55,18 @@ def plan(
         scope: tensors to rank.
         sets: `forget` and `retain`, those that the method needs.
         config: the run's settings.
-        rate: FLOP/s for the time.
+        rates: for the time.
         program_bytes: what the process holds besides.
         device_type: `cpu` or `cuda`.
+        devices: that the samples are dealt out to, and with `config.shard` weights and accumulators divided.
 
     Returns:
-        The plan. FLOP count matrix products only: forward, backward of the activations, products (5) and (6), ghost
-        norms (4), attention; a multiplication and an addition are two.
+        The plan, of memory and work that of the device which has most. FLOP count matrix products only: forward,
+        backward of the activations, products (5) and (6), ghost norms (4), attention; a multiplication and an addition
+        are two.
 
     Raises:
+        ModelError: of a model that is not sharded.
         UsageError: if `--memory` does not hold what the run needs at least.
     """
     if config.canonical_method in WITHOUT_GRADIENTS:
@@ -67,33 +75,49 @@ def plan(
     counts = [len(sets[which]) if which in sets else 0 for which in ("forget", "retain")]
     config, choice = chosen_for_memory(config, scope, sum(counts), counts[1])
     costs = Costs.of(model, everything, scope)
+    over = Devices(devices, config.shard)
     shapes = {which: batch_shapes(s, config.tokens_per_batch, config.layout) for which, s in sets.items()}
+    for batches in shapes.values():
+        batches.sort(key=lambda shape: -shape.answered)  # the order of a pass
+    every = [shape for batches in shapes.values() for shape in batches]
+    kept, counted = _activations(model, everything, every, config.gradient_checkpointing) if every else (0, True)
+    densest = max((shape.tokens for shape in every), default=1)
+    traffic = Traffic.of(model, everything, scope, over, kept / densest, _vocabulary(model) if every else 0)
     passes = [
-        planned(one, sets[one.which], shapes[one.which], costs, config.gradient_checkpointing)
+        planned(one, sets[one.which], shapes[one.which], costs, traffic, config.gradient_checkpointing)
         for one in passes_of(config)
         if one.which in sets
     ]
-    memory = {"weights": sum(p.numel() * p.element_size() for p in model.parameters())}
+    weights = {"weights": sum(over.held(p.shape) * p.element_size() for p in model.parameters())}
+    stacks = [p for p in everything if p.kind == "expert" and len(p.shape) == 3]
+    if stacks and device_type == "cpu" and not over.sharded:
+        # Files hold every expert by itself. They stay mapped for the other weights, which are not copied.
+        itemsize = next(iter(model.parameters())).element_size()
+        weights["experts as the files hold them"] = sum(info.numel for info in stacks) * itemsize
+    memory = dict(weights)
     notes = [choice] if choice else []
     if config.canonical_method == "parameter-shift":
         memory["weights of the base model"] = memory["weights"]
-    memory |= _accumulators(config, scope, model, sets)
+    memory |= _accumulators(config, scope, model, sets, over)
     if config.exact_gram and sets:
         check_planned(model, scope, [one for some in shapes.values() for one in some], memory_budget(config))
         kept, flop = costs.gram_matrices(list(shapes.values()))
         memory["gradients kept, a group of tensors at a time"] = min(kept, memory_budget(config))
         samples, tokens = sum(counts), sum(one.tokens for one in passes[: len(sets)])
-        passes.append(PassPlan("Gram matrices", samples, tokens, 0, {"Gram matrices": flop}))
-    every = [shape for batches in shapes.values() for shape in batches]
+        passes.append(PassPlan("Gram matrices", samples, tokens, 0, {"Gram matrices": flop / devices}))
     if every:
-        memory["activations"], counted = _activations(model, everything, every, config.gradient_checkpointing)
+        memory["activations"] = kept
         vocabulary = _vocabulary(model)
         rows = max(shape.answered for shape in every)
         logits = 4 * _LOGIT_COPIES * rows * vocabulary
         memory[f"logits ({rows} rows x {vocabulary}, {_LOGIT_COPIES} copies)"] = logits
         memory["buffers of the backward pass"] = _buffers(costs, every, device_type)
-        if device_type == "cpu":
-            memory["allocator slack"] = int(_SLACK * (memory["activations"] + logits))
+        if over.sharded:
+            memory |= gathered_bytes(model, scope, over, _wide(model), densest, logits)
+        if device_type == "cpu" and not config.memory_before_time:
+            memory["allocator slack"] = int(_SLACK * (kept + logits))
+        memory, more = _larger(memory, weights | _check_memory(model, scope, over))
+        notes += more
         notes.append(f"activations are {'counted on the graph' if counted else 'estimated from shapes'}")
         if config.exact_gram:
             notes.append("exact Gram matrices: a pass over each set for every group of tensors whose gradients fit")
@@ -103,17 +127,18 @@ def plan(
             notes.append(f"the search of a step's length takes at most {MOST_LENGTHS} passes, mostly fewer")
     if program_bytes:
         memory["program"] = program_bytes
-    return Plan(len(scope), sum(info.numel for info in scope), tuple(passes), memory, rate, tuple(notes))
+    numel = sum(info.numel for info in scope)
+    return Plan(len(scope), numel, tuple(passes), memory, rates, tuple(notes), devices)
 
 
-def plan_run(config: RankConfig, sets: Mapping[str, SampleSet], console: Console, rate: float | None = None) -> Plan:
+def plan_run(config: RankConfig, sets: Mapping[str, SampleSet], console: Console, devices: int = 1) -> Plan:
     """Prints the plan of a run; of the model only its configuration is read.
 
     Args:
         config: the run's settings, with a model.
         sets: the tokenised samples.
         console: where the lines go.
-        rate: FLOP/s; measured on the run's device if not given.
+        devices: that the run is to have.
 
     Returns:
         The plan.
@@ -135,20 +160,53 @@ def plan_run(config: RankConfig, sets: Mapping[str, SampleSet], console: Console
         sets = {which: samples for which, samples in sets.items() if which != "retain" or len(left)}
         if "retain" in sets:  # a store spares a pass over the others
             sets["retain"] = sets["retain"][left.start : left.stop]
-    program = resident_bytes() if device.type == "cpu" else 0
-    rate = measured_rate(device) if rate is None else rate
-    found = plan(model, scope, sets, config, rate=rate, program_bytes=program, device_type=device.type)
+    rates = _rates(config, device)
+    program = program_bytes() if device.type == "cpu" else 0
+    found = plan(
+        model, scope, sets, config,
+        rates=rates, program_bytes=program, device_type=device.type, devices=devices,
+    )  # fmt: skip
     console.say("\n".join(found.lines()))
     return found
 
 
+def _rates(config: RankConfig, device: torch.device) -> Rates:
+    """Those given, and those measured on the device for the others."""
+    given = {"flops": config.plan_flops, "bandwidth": config.plan_bandwidth}
+    measured = [name for name, value in given.items() if value is None]
+    flops = measured_rate(device) if given["flops"] is None else given["flops"]
+    bandwidth = measured_bandwidth(device) if given["bandwidth"] is None else given["bandwidth"]
+    return Rates(flops, bandwidth, config.plan_link, measured)
+
+
+def _check_memory(model: nn.Module, scope: Sequence[TensorInfo], devices: Devices) -> dict[str, int]:
+    """What the check before the passes takes beside the weights, but for two samples' activations."""
+    if devices.sharded:
+        return check_bytes(model, scope, devices, _wide(model))
+    narrow = any(p.is_floating_point() and p.element_size() < 4 for p in model.parameters())
+    return {"copy in float32, to compare gradients": 4 * sum(p.numel() for p in model.parameters())} if narrow else {}
+
+
+def _larger(passes: dict[str, int], check: dict[str, int]) -> tuple[dict[str, int], list[str]]:
+    """The memory of whichever takes more, and a note where that is the check."""
+    if sum(check.values()) <= sum(passes.values()):
+        return passes, []
+    note = f"the peak is that of the check before the passes; they take {in_bytes(sum(passes.values()))}"
+    return check, [note]
+
+
+def _wide(model: nn.Module) -> int:
+    """Bytes of an accumulator's entry."""
+    return max(4, next(iter(model.parameters())).element_size())
+
+
 def _accumulators(
-    config: RankConfig, scope: Sequence[TensorInfo], model: nn.Module, sets: Mapping[str, SampleSet]
+    config: RankConfig, scope: Sequence[TensorInfo], model: nn.Module, sets: Mapping[str, SampleSet], devices: Devices
 ) -> dict[str, int]:
     if not sets:
         return {}
-    itemsize = max(4, next(iter(model.parameters())).element_size())
-    plain = accumulator_bytes(scope, itemsize)
+    itemsize = _wide(model)
+    plain = accumulator_bytes(scope, itemsize, devices=devices)
     if config.sketched:
         return _sketch_memory(config, scope, sets, plain)
     if config.exact_gram:
@@ -165,7 +223,7 @@ def _accumulators(
     if config.canonical_method == "soir" and config.curvature == "diagonal":
         out |= {"diagonal Fisher of the retain set": plain, "update u": plain}
     elif config.canonical_method == "soir":
-        out["weighted sums"] = accumulator_bytes(scope, itemsize, expanded=True)
+        out["weighted sums"] = accumulator_bytes(scope, itemsize, expanded=True, devices=devices)
         out["two scalars a sample and tensor"] = _SCALAR_BYTES * len(sets["retain"]) * len(scope)
     elif config.canonical_method != "saliency":
         out["mean retain gradient"] = plain

@@ -4,12 +4,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from fillm.capture import ONE_SIDED
-from fillm.data import SampleSet
 from fillm.rank.config import FORGET_ALONE, WITHOUT_GRADIENTS, RankConfig
 from fillm.rank.costs import BatchShape, Costs
 from fillm.rank.gram_sources import needs_mean
 from fillm.rank.path_step import MOST_LENGTHS
-from fillm.rank.plan_lines import PassPlan
 
 
 class MethodPass(NamedTuple):
@@ -19,9 +17,11 @@ class MethodPass(NamedTuple):
         name: what its line of the plan says.
         which: `forget` or `retain`.
         products: per weight in scope.
+        sums: of these, how many add to an accumulator; the others are dots with one.
         norms: whether norms of samples' gradients are taken.
         times: how often.
         forward: whether it ends with the losses, without a backward pass.
+        led: whether its first batch fixes something for all others, and is a round by itself.
     """
 
     name: str
@@ -30,6 +30,8 @@ class MethodPass(NamedTuple):
     norms: bool = False
     times: int = 1
     forward: bool = False
+    sums: int = 0
+    led: bool = False
 
 
 def passes_of(config: RankConfig) -> list[MethodPass]:
@@ -42,20 +44,23 @@ def passes_of(config: RankConfig) -> list[MethodPass]:
         formed = int(config.sketched and config.compression in ONE_SIDED)
         mean = int(needs_mean(method) and not config.exact_gram)
         out = [
-            MethodPass("forget pass", "forget", formed + mean, True),
+            MethodPass("forget pass", "forget", formed + mean, True, sums=mean),
             MethodPass("retain pass", "retain", formed, True),
         ]
         if config.asks_for_update:  # sketches cannot be asked for it
-            out += [MethodPass("forget pass for v", "forget", 1), MethodPass("update pass", "retain", 1)]
+            out += [
+                MethodPass("forget pass for v", "forget", 1, sums=1),
+                MethodPass("update pass", "retain", 1, sums=1),
+            ]
             out += [MethodPass("damage pass", "retain", 1)] if config.objective != "forget" else []
         return out
-    out = [MethodPass("forget pass", "forget", 1)]
+    out = [MethodPass("forget pass", "forget", 1, sums=1)]
     if method in FORGET_ALONE:
         return out
     if method == "path":
         return [*out, *_along_the_step(config.path_points, config.path_rounds)]
     certified = method == "soir" and config.curvature == "datainf"
-    out.append(MethodPass("retain pass", "retain", 2 if certified else 1, certified))
+    out.append(MethodPass("retain pass", "retain", 2 if certified else 1, certified, sums=1, led=certified))
     if config.objective != "forget":
         out.append(MethodPass("damage pass", "retain", 1))
     return out
@@ -69,21 +74,18 @@ def _along_the_step(points: int, rounds: int) -> list[MethodPass]:
     return [
         MethodPass("retain pass, forward", "retain", forward=True),
         MethodPass(f"search of the length, {lengths} x forward", "forget", times=lengths, forward=True),
-        MethodPass(f"forget passes along the step, {places} x", "forget", 1, times=places),
-        MethodPass(f"retain passes along the step, {places} x", "retain", 1, times=places),
+        MethodPass(f"forget passes along the step, {places} x", "forget", 1, times=places, sums=1),
+        MethodPass(f"retain passes along the step, {places} x", "retain", 1, times=places, sums=1),
         MethodPass(f"{ends}, forward", "retain", times=rounds, forward=True),
     ]
 
 
-def planned(
-    one: MethodPass, samples: SampleSet, shapes: Sequence[BatchShape], costs: Costs, checkpointing: bool
-) -> PassPlan:
-    """What a pass costs, all its times together.
+def planned_flop(one: MethodPass, shapes: Sequence[BatchShape], costs: Costs, checkpointing: bool) -> dict[str, float]:
+    """FLOP of a pass gone through once, by what they are spent on.
 
     Args:
         one: the pass.
-        samples: of its set.
-        shapes: of its batches.
+        shapes: of the batches.
         costs: of a token in the model.
         checkpointing: whether the layers are computed again in the backward pass.
     """
@@ -99,6 +101,4 @@ def planned(
             flop["forward of the layers, again"] = attention + sum(costs.layers_forward(shape) for shape in shapes)
     if one.norms:
         flop["ghost norms"] = sum(costs.ghost_norms(shape) for shape in shapes)
-    tokens = sum(sample.num_tokens for sample in samples)
-    flop = {name: one.times * value for name, value in flop.items()}
-    return PassPlan(one.name, one.times * len(samples), one.times * tokens, one.times * len(shapes), flop)
+    return flop

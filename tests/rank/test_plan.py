@@ -14,12 +14,14 @@ from fillm.rank.activations import saved_activation_bytes
 from fillm.rank.config import RankConfig
 from fillm.rank.console import Console
 from fillm.rank.costs import accumulator_bytes, batch_shapes, estimated_activation_bytes
-from fillm.rank.machine import measured_rate
+from fillm.rank.machine import measured_bandwidth, measured_rate
 from fillm.rank.plan import plan, plan_run
+from fillm.rank.plan_lines import Rates
 from fillm.statistics import EXPANSION_NUMEL, EXPANSION_TERMS
 from tests.families import FAMILIES, build_family, build_lora
 
 CONFIG = RankConfig(model="m", tokens_per_batch=48)
+RATES = Rates(1.0)
 
 
 def sample_set(lengths, prompt=3, vocabulary=90):
@@ -70,7 +72,7 @@ def kept_bytes(model, rows, tokens):
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2", "qwen3", "phi3", "mixtral"])
 def test_flop_are_those_that_torch_counts(family):
     model = with_attention(build_family(family), "eager")
-    planned = plan(model, catalogue(model), SETS, CONFIG, rate=1.0)
+    planned = plan(model, catalogue(model), SETS, CONFIG, rates=RATES)
     for one, which in zip(planned.passes, ("forget", "retain"), strict=True):
         passes = ("forward", "backward of activations", "attention, forward and backward")
         expected = counted_flop(model, SETS[which], CONFIG)
@@ -83,9 +85,9 @@ def test_flop_are_those_that_torch_counts(family):
 def test_passes_along_the_step_and_forward_alone():
     model = build_family("llama")
     config = dataclasses.replace(CONFIG, method="path", path_points=3)
-    planned = plan(model, catalogue(model), SETS, config, rate=1.0)
+    planned = plan(model, catalogue(model), SETS, config, rates=RATES)
     forget, retain, search, *along, end = planned.passes
-    saliency = plan(model, catalogue(model), SETS, dataclasses.replace(CONFIG, method="saliency"), rate=1.0)
+    saliency = plan(model, catalogue(model), SETS, dataclasses.replace(CONFIG, method="saliency"), rates=RATES)
     assert forget.flop == saliency.passes[0].flop
     assert along[0].flop == {name: 3 * value for name, value in forget.flop.items()}
     assert [one.samples for one in planned.passes] == [3, 5, 18 * 3, 3 * 3, 3 * 5, 5]
@@ -96,7 +98,7 @@ def test_passes_along_the_step_and_forward_alone():
     weights = sum(info.numel for info in catalogue(model))
     kept = [value for name, value in planned.memory.items() if name.endswith(("weights", "they came", "step"))]
     assert kept == [4 * weights, 4 * weights, 4 * weights, weights]
-    rounds = plan(model, catalogue(model), SETS, dataclasses.replace(config, path_rounds=5), rate=1.0)
+    rounds = plan(model, catalogue(model), SETS, dataclasses.replace(config, path_rounds=5), rates=RATES)
     assert rounds.passes[0] == forget and [one.samples for one in rounds.passes[2:]] == [5 * 54, 45, 75, 25]
     assert rounds.memory["scores of what is left out, and its round"] == 5 * weights
 
@@ -105,7 +107,7 @@ def test_products_and_ghost_norms_by_hand():
     model = build_family("llama")
     scope = [info for info in catalogue(model) if info.name.endswith("layers.0.mlp.up_proj.weight")]
     sets = {"forget": sample_set([6, 6]), "retain": sample_set([6, 4, 44], prompt=2)}
-    planned = plan(model, scope, sets, CONFIG, rate=1.0)
+    planned = plan(model, scope, sets, CONFIG, rates=RATES)
     weights, inputs, outputs = 56 * 32, 32, 56
     forget, retain = planned.passes
     assert forget.flop["products with weights in scope"] == 2 * weights * 12 and "ghost norms" not in forget.flop
@@ -160,7 +162,7 @@ def test_a_model_that_looks_at_values_is_estimated_from_shapes():
     forward = model.model.layers[0].mlp.forward
     model.model.layers[0].mlp.forward = lambda x: forward(x) if x.sum().item() < 1e9 else x
     assert saved_activation_bytes(model, 2, 8) is None
-    planned = plan(model, catalogue(model), SETS, CONFIG, rate=1.0)
+    planned = plan(model, catalogue(model), SETS, CONFIG, rates=RATES)
     assert "activations are estimated from shapes" in planned.notes
     assert 0.3 < estimated_activation_bytes(model, catalogue(model), 3, 20) / kept_bytes(model, 3, 20) < 3.0
 
@@ -168,7 +170,7 @@ def test_a_model_that_looks_at_values_is_estimated_from_shapes():
 def test_memory_line_by_line():
     model = build_family("llama")
     infos = catalogue(model)
-    planned = plan(model, infos, SETS, CONFIG, rate=1.0, program_bytes=1000)
+    planned = plan(model, infos, SETS, CONFIG, rates=RATES, program_bytes=1000)
     numel = sum(p.numel() for p in model.parameters())
     memory = dict(planned.memory)
     assert memory["weights"] == memory["mean forget gradient v"] == 4 * numel
@@ -179,7 +181,7 @@ def test_memory_line_by_line():
     rows = max(shape.answered for which in SETS for shape in batch_shapes(SETS[which], 48, "right"))
     assert memory[f"logits ({rows} rows x 97, 3 copies)"] == 4 * 3 * rows * 97
     assert memory["activations"] == max(saved_activation_bytes(model, 3, 16), saved_activation_bytes(model, 3, 14))
-    on_gpu = plan(model, infos, SETS, CONFIG, rate=1.0, device_type="cuda").memory
+    on_gpu = plan(model, infos, SETS, CONFIG, rates=RATES, device_type="cuda").memory
     assert "allocator slack" in memory and "allocator slack" not in on_gpu
 
 
@@ -233,7 +235,7 @@ def test_large_tensors_have_one_weighted_sum():
 )
 def test_passes_and_accumulators_of_the_methods(changes, passes, lines):
     model = build_family("llama")
-    planned = plan(model, catalogue(model), SETS, dataclasses.replace(CONFIG, **changes), rate=1.0)
+    planned = plan(model, catalogue(model), SETS, dataclasses.replace(CONFIG, **changes), rates=RATES)
     assert [one.name for one in planned.passes] == passes
     assert set(lines) <= set(planned.memory)
     told = {"weighted sums", "mean retain gradient", "update u", "weights of the base model"}
@@ -247,16 +249,16 @@ def test_sketches_and_gram_matrices_by_hand():
     infos = [info for info in catalogue(model) if info.name == "model.layers.0.self_attn.q_proj.weight"]
     (outputs, inputs), numel = infos[0].shape, infos[0].numel
     sketched = dataclasses.replace(CONFIG, compression="sjlt", sketch_dim=100, sketch_dtype="bfloat16")
-    memory = plan(model, infos, SETS, sketched, rate=1.0).memory
+    memory = plan(model, infos, SETS, sketched, rates=RATES).memory
     assert memory["sketches of the forget set"] == 3 * 100 * 4
     assert memory["sketches of the retain set"] == 5 * 100 * 2
     assert (
-        plan(model, infos, SETS, dataclasses.replace(sketched, sketch_dim=numel), rate=1.0).memory[
+        plan(model, infos, SETS, dataclasses.replace(sketched, sketch_dim=numel), rates=RATES).memory[
             "sketches of the retain set"
         ]
         == 5 * numel * 2
     )
-    exact = plan(model, infos, SETS, dataclasses.replace(CONFIG, curvature="woodbury"), rate=1.0)
+    exact = plan(model, infos, SETS, dataclasses.replace(CONFIG, curvature="woodbury"), rates=RATES)
     tokens = sum(
         len(members) * max(samples.lengths[i] for i in members)
         for samples in SETS.values()
@@ -270,15 +272,15 @@ def test_sketches_and_gram_matrices_by_hand():
 
 def test_gradient_checkpointing_takes_less():
     model = build_family("llama")
-    full = plan(model, catalogue(model), SETS, CONFIG, rate=1.0).memory["activations"]
+    full = plan(model, catalogue(model), SETS, CONFIG, rates=RATES).memory["activations"]
     config = dataclasses.replace(CONFIG, gradient_checkpointing=True)
-    assert plan(model, catalogue(model), SETS, config, rate=1.0).memory["activations"] < 0.8 * full
+    assert plan(model, catalogue(model), SETS, config, rates=RATES).memory["activations"] < 0.8 * full
 
 
 def test_gradient_checkpointing_computes_the_layers_twice():
     model = build_family("llama")
     config = dataclasses.replace(CONFIG, gradient_checkpointing=True)
-    once, twice = (plan(model, catalogue(model), SETS, c, rate=1.0).flop for c in (CONFIG, config))
+    once, twice = (plan(model, catalogue(model), SETS, c, rates=RATES).flop for c in (CONFIG, config))
     again = twice.pop("forward of the layers, again")
     assert twice == once
     assert 0 < again < once["forward"] + once["attention, forward and backward"]
@@ -286,8 +288,8 @@ def test_gradient_checkpointing_computes_the_layers_twice():
 
 def test_time_is_flop_over_rate_and_the_lines_say_it_all():
     model = build_family("llama").to("meta")
-    planned = plan(model, catalogue(model), SETS, CONFIG, rate=2e6)
-    assert planned.seconds == sum(planned.flop.values()) / 2e6
+    planned = plan(model, catalogue(model), SETS, CONFIG, rates=Rates(2e6, measured=["bandwidth"]))
+    assert planned.seconds == pytest.approx(sum(planned.flop.values()) / 2e6, rel=1e-12)
     lines = planned.lines()
     shown = "\n".join(lines)
     for text in ("tensors in scope", "3 samples, 34 tokens", "expected peak", "ghost norms", "at 0.0 GFLOP/s"):
@@ -295,13 +297,14 @@ def test_time_is_flop_over_rate_and_the_lines_say_it_all():
     # Every figure begins in the same column, two spaces after the longest name.
     column = 2 + max(len(name) for name in (*planned.memory, *planned.flop)) + 2
     for line in lines:
-        if not line.startswith(("note: ", "memory", "FLOP")):
+        if not line.startswith(("note: ", "memory", "work")):
             assert line[column - 2 : column] == "  " and line[column] != " "
 
 
 def test_the_measured_rate_is_that_of_a_product():
     rate = measured_rate(torch.device("cpu"), seconds=0.0)
     assert 1e7 < rate < 1e15
+    assert 1e7 < measured_bandwidth(torch.device("cpu"), seconds=0.0) < 1e15
 
 
 def test_a_dry_run_reads_only_the_configuration(tmp_path):
@@ -309,14 +312,14 @@ def test_a_dry_run_reads_only_the_configuration(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
     out, err = io.StringIO(), io.StringIO()
     config = dataclasses.replace(CONFIG, model=str(tmp_path), include="mlp", device="cpu")
-    planned = plan_run(config, SETS, Console(out, err), rate=1e9)
+    planned = plan_run(config, SETS, Console(out, err))
     assert planned.tensors == 6 and planned.parameters == 6 * 32 * 56
     assert out.getvalue().splitlines() == planned.lines() and err.getvalue() == ""
     assert planned.memory["program"] > 1 << 20
-    half = plan_run(dataclasses.replace(config, dtype="bfloat16"), SETS, Console.silent(), rate=1e9)
+    half = plan_run(dataclasses.replace(config, dtype="bfloat16"), SETS, Console.silent())
     assert half.memory["weights"] == planned.memory["weights"] // 2
     with pytest.raises(UsageError):
-        plan_run(dataclasses.replace(config, include="nothing*"), SETS, Console.silent(), rate=1e9)
+        plan_run(dataclasses.replace(config, include="nothing*"), SETS, Console.silent())
 
 
 def test_a_dry_run_with_an_adapter(tmp_path):
@@ -329,12 +332,12 @@ def test_a_dry_run_with_an_adapter(tmp_path):
     config = dataclasses.replace(
         CONFIG, model=str(tmp_path / "base"), adapter=str(tmp_path / "adapter"), include="lora", device="cpu"
     )
-    planned = plan_run(config, SETS, Console.silent(), rate=1e9)
+    planned = plan_run(config, SETS, Console.silent())
     assert planned.tensors == 4 and planned.parameters == 2 * (3 * 32 + 3 * 32)
 
 
 def test_a_configuration_that_cannot_be_read_is_one_line(tmp_path):
     (tmp_path / "config.json").write_text("{", encoding="utf-8")
     with pytest.raises(ModelError, match="its configuration cannot be read") as caught:
-        plan_run(dataclasses.replace(CONFIG, model=str(tmp_path)), SETS, Console.silent(), rate=1e9)
+        plan_run(dataclasses.replace(CONFIG, model=str(tmp_path)), SETS, Console.silent())
     assert "\n" not in str(caught.value)

@@ -201,10 +201,9 @@ def test_an_end_in_the_midst_of_a_batch_is_told_once(fault, line, started, as_th
     assert_same(tmp_path / "run", tmp_path / "whole")
 
 
-def test_a_plan_of_shards_is_not_made(arguments, fails) -> None:
-    assert fails(arguments("--shard", "--dry-run")) == (
-        "--dry-run plans a whole model in one process and not its shards; leave out --shard"
-    )
+def test_a_plan_of_shards_is_for_several_devices(arguments, fails) -> None:
+    asked = "--shard --dry-run plans for several devices; say for how many with --plan-devices N"
+    assert fails(arguments("--shard", "--dry-run")) == asked
 
 
 def test_one_process_shards_nothing(arguments, fails) -> None:
