@@ -7,6 +7,7 @@ from fillm.models.finite import spoilt_weight
 from fillm.models.heads import HeadLayout, head_layout
 from fillm.models.loading import (
     DTYPES,
+    imported_peft,
     load_model,
     load_tokenizer,
     quiet_transformers,
@@ -26,6 +27,7 @@ __all__ = [
     "catalogue",
     "check_differentiable",
     "head_layout",
+    "imported_peft",
     "load_model",
     "load_sharded",
     "load_tokenizer",

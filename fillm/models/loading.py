@@ -208,11 +208,22 @@ def load_config(model: str, trust_remote_code: bool) -> Any:
     return config
 
 
-def _with_adapter(model: PreTrainedModel, adapter: str) -> Any:
+def imported_peft(needed_by: str) -> Any:
+    """The package peft, without what the packages that it looks for have to say.
+
+    Raises:
+        ModelError: it is not installed; begins with `needed_by`.
+    """
     try:
-        import peft
+        with quiet_transformers():
+            import peft
     except ImportError:
-        raise ModelError(f"--adapter {adapter}: needs the package peft; pip install 'fillm[adapters]'") from None
+        raise ModelError(f"{needed_by} needs the package peft; pip install 'fillm[adapters]'") from None
+    return peft
+
+
+def _with_adapter(model: PreTrainedModel, adapter: str) -> Any:
+    peft = imported_peft(f"--adapter {adapter}:")
     folder = local_folder(adapter)
     if folder is None:
         # Fetched by name: left to itself, peft falls back to an adapter_model.bin where it finds no safetensors.
@@ -235,16 +246,18 @@ def _with_adapter(model: PreTrainedModel, adapter: str) -> Any:
 def quiet_transformers() -> Iterator[None]:
     """No loading bars and no advice from transformers and its Hub: what matters of it is raised as an error."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    hub = logging.getLogger("huggingface_hub")  # tells of every attempt to reach a network that is not there
-    hub_level = hub.level
-    hub.setLevel(logging.ERROR)
+    # The Hub's tells of every attempt to reach a network that is not there, the other's of kernels it could have.
+    others = {logger: logger.level for logger in map(logging.getLogger, ("huggingface_hub", "bitsandbytes"))}
+    for logger in others:
+        logger.setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(level)
-        hub.setLevel(hub_level)
+        for logger, before in others.items():
+            logger.setLevel(before)
         if bars:
             transformers_logging.enable_progress_bar()
 

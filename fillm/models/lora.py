@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fillm.errors import ModelError
+from fillm.models.loading import imported_peft
 
 
 def with_lora(model: nn.Module, rank: int, seed: int, targets: str | Sequence[str] = "all-linear") -> Any:
@@ -26,10 +26,7 @@ def with_lora(model: nn.Module, rank: int, seed: int, targets: str | Sequence[st
     Raises:
         ModelError: without the package peft.
     """
-    try:
-        import peft
-    except ImportError:
-        raise ModelError("--lora-rank needs the package peft; pip install 'fillm[adapters]'") from None
+    peft = imported_peft("--lora-rank")
     settings = peft.LoraConfig(
         r=rank,
         lora_alpha=2 * rank,

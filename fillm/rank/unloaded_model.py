@@ -7,7 +7,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fillm.errors import ModelError
-from fillm.models import DTYPES, quiet_transformers
+from fillm.models import DTYPES, imported_peft, quiet_transformers
 from fillm.rank.config import RankConfig
 
 
@@ -29,10 +29,7 @@ def meta_model(config: RankConfig) -> nn.Module:
 
 
 def _with_adapter(model: nn.Module, adapter: str) -> nn.Module:
-    try:
-        import peft
-    except ImportError:
-        raise ModelError(f"--adapter {adapter}: needs the package peft; pip install 'fillm[adapters]'") from None
+    peft = imported_peft(f"--adapter {adapter}:")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)  # peft reads what transformers has deprecated
         return peft.get_peft_model(model, peft.PeftConfig.from_pretrained(adapter))
