@@ -249,8 +249,6 @@ def _check_groups(config: RankConfig) -> None:
         why = "exact inner products are taken in groups of tensors that fit --memory"
     elif method == "path":
         why = "--method path moves all weights in scope together"
-    elif config.dry_run:
-        why = "--dry-run plans all tensors in scope at once"
     if why is not None:
         raise UsageError(f"--groups {config.groups} is not taken here: {why}; leave it out")
 

@@ -21,9 +21,11 @@ from fillm.rank.costs import (
 )
 from fillm.rank.gram_groups import check_planned
 from fillm.rank.gram_sources import memory_budget, needs_mean, retain_left, sketch_maps
+from fillm.rank.layer_groups import layer_groups
 from fillm.rank.machine import measured_bandwidth, measured_rate, program_bytes
 from fillm.rank.path_step import MOST_LENGTHS
 from fillm.rank.plan_devices import Devices
+from fillm.rank.plan_groups import largest, passes_of_all
 from fillm.rank.plan_lines import PassPlan, Plan, Rates, in_bytes
 from fillm.rank.plan_passes import passes_of
 from fillm.rank.plan_shards import check_bytes, gathered_bytes
@@ -82,12 +84,17 @@ def plan(
     every = [shape for batches in shapes.values() for shape in batches]
     kept, counted = _activations(model, everything, every, config.gradient_checkpointing) if every else (0, True)
     densest = max((shape.tokens for shape in every), default=1)
-    traffic = Traffic.of(model, everything, scope, over, kept / densest, _vocabulary(model) if every else 0)
-    passes = [
-        planned(one, sets[one.which], shapes[one.which], costs, traffic, config.gradient_checkpointing)
-        for one in passes_of(config)
-        if one.which in sets
-    ]
+    groups = [scope] if config.groups == 1 else layer_groups(scope, config.groups)
+    by_group = []
+    for infos in groups:
+        of_group = costs if infos is scope else Costs.of(model, everything, infos)
+        traffic = Traffic.of(model, everything, infos, over, kept / densest, _vocabulary(model) if every else 0)
+        by_group.append([
+            planned(one, sets[one.which], shapes[one.which], of_group, traffic, config.gradient_checkpointing)
+            for one in passes_of(config)
+            if one.which in sets
+        ])  # fmt: skip
+    passes = passes_of_all(by_group)
     weights = {"weights": sum(over.held(p.shape) * p.element_size() for p in model.parameters())}
     stacks = [p for p in everything if p.kind == "expert" and len(p.shape) == 3]
     if stacks and device_type == "cpu" and not over.sharded:
@@ -98,7 +105,7 @@ def plan(
     notes = [choice] if choice else []
     if config.canonical_method == "parameter-shift":
         memory["weights of the base model"] = memory["weights"]
-    memory |= _accumulators(config, scope, model, sets, over)
+    memory |= largest([_accumulators(config, infos, model, sets, over) for infos in groups])
     if config.exact_gram and sets:
         check_planned(model, scope, [one for some in shapes.values() for one in some], memory_budget(config))
         kept, flop = costs.gram_matrices(list(shapes.values()))
@@ -118,6 +125,10 @@ def plan(
             memory["allocator slack"] = int(_SLACK * (kept + logits))
         memory, more = _larger(memory, weights | _check_memory(model, scope, over))
         notes += more
+        if len(groups) > 1:
+            notes.append(
+                "accumulators are those of the largest group; a backward pass ends at its group, and is counted whole"
+            )
         notes.append(f"activations are {'counted on the graph' if counted else 'estimated from shapes'}")
         if config.exact_gram:
             notes.append("exact Gram matrices: a pass over each set for every group of tensors whose gradients fit")

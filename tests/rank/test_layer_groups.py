@@ -236,7 +236,6 @@ def test_the_files_of_groups_are_those_of_one(arguments, tmp_path, nothing_drawn
         (["--groups", "2", "--method", "path"], "--method path moves all weights in scope together"),
         (["--groups", "2", "--compression", "sjlt"], "sketches are of all tensors in scope at once"),
         (["--groups", "2", "--curvature", "woodbury"], "exact inner products are taken in groups of tensors that fit"),
-        (["--groups", "2", "--dry-run"], "--dry-run plans all tensors in scope at once"),
     ],
 )
 def test_what_has_no_groups_is_refused(arguments, fails, further, line) -> None:
