@@ -13,8 +13,8 @@ from fillm.runs import RUN_RECORD, read_record
 # Where and how a run went on, not what it computed.
 _BOOKKEEPING = {
     "checkpoint_every", "checkpoint_seconds", "data_root", "debug", "device", "dry_run", "gradient_checkpointing",
-    "groups", "layout", "memory", "offload", "out", "overwrite", "resume", "skip_bad_rows", "store", "strict", "tokens_per_batch",
-    "trust_remote_code",
+    "groups", "layout", "memory", "offload", "out", "overwrite", "resume", "skip_bad_rows", "store", "strict",
+    "tokens_per_batch", "trust_remote_code",
 }  # fmt: skip
 # What a ranking shares with the unlearning, or what its repeats differ in.
 _OF_A_RANKING = {"model", "adapter", "tokenizer", "method", "forget", "retain", "template", "seed", "save_update"}
