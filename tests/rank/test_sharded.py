@@ -97,19 +97,22 @@ def test_an_end_in_one_process_ends_all_and_resumes(started, as_they_have, tmp_p
         {"argv": started(tmp_path / "stop", "llama", *always, "--resume")},
         {"argv": started(tmp_path / "forget", "llama", *always), "fault": "stop", "pass": "forget pass", "batch": 1},
         {"argv": started(tmp_path / "forget", "llama", *always, "--resume")},
+        {"argv": started(tmp_path / "groups", "llama", *always, "--groups", "2"), "fault": "stop"},
+        {"argv": started(tmp_path / "groups", "llama", *always, "--groups", "2", "--resume")},
         {"argv": started(tmp_path / "row", "llama", "--shard", "--granularity", "row")},
     ]
     codes, said = run_jobs(2, jobs, tmp_path)
-    assert codes == [[code] * 2 for code in (2, 0, 3, 0, 3, 0, 2)], said
+    assert codes == [[code] * 2 for code in (2, 0, 3, 0, 3, 0, 3, 0, 2)], said
     told = [line.removeprefix("fillm rank: ") for line in said.splitlines() if line.startswith("fillm rank: ")]
     assert told == [
         "a number is nan",
         "stopped by a signal to another process in the retain pass; continue with --resume",
         "stopped by a signal to another process in the forget pass; continue with --resume",
+        "stopped by a signal to another process in the retain pass, group 1 of 2; continue with --resume",
         "--shard does not take --granularity row: it ranks whole tensors by the size of soir's update; leave one of "
         "them out",
     ]
-    for name in ("error", "stop", "forget"):
+    for name in ("error", "stop", "forget", "groups"):
         assert_same(tmp_path / name, tmp_path / "whole")
 
 
