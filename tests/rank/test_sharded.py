@@ -155,6 +155,8 @@ def test_an_end_in_one_process_ends_all_and_resumes(started, as_they_have, tmp_p
         {"argv": started(tmp_path / "stop", *update, "--resume")},
         {"argv": started(tmp_path / "forget", *update), "fault": "stop", "pass": "forget pass", "batch": 1},
         {"argv": started(tmp_path / "forget", *update, "--resume")},
+        {"argv": started(tmp_path / "groups", *update, "--groups", "2"), "fault": "stop"},
+        {"argv": started(tmp_path / "groups", *update, "--groups", "2", "--resume")},
         {"argv": started(tmp_path / "damage by weights", *damage, *always), "fault": "stop", "pass": "damage pass"},
         {"argv": started(tmp_path / "damage by weights", *damage, *always, "--resume")},
         {"argv": started(tmp_path / "ratio", *ratio, *always), "fault": "stop"},
@@ -162,17 +164,18 @@ def test_an_end_in_one_process_ends_all_and_resumes(started, as_they_have, tmp_p
         {"argv": started(tmp_path / "path", "llama", "--shard", "--method", "path")},
     ]
     codes, said = run_jobs(2, jobs, tmp_path)
-    assert codes == [[code] * 2 for code in (2, 0, 3, 0, 3, 0, 3, 0, 3, 0, 2)], said
+    assert codes == [[code] * 2 for code in (2, 0, 3, 0, 3, 0, 3, 0, 3, 0, 3, 0, 2)], said
     told = [line.removeprefix("fillm rank: ") for line in said.splitlines() if line.startswith("fillm rank: ")]
     assert told == [
         "a number is nan",
         "stopped by a signal to another process in the retain pass; continue with --resume",
         "stopped by a signal to another process in the forget pass; continue with --resume",
+        "stopped by a signal to another process in the retain pass, group 1 of 2; continue with --resume",
         "stopped by a signal to another process in the damage pass; continue with --resume",
         "stopped by a signal to another process in the retain pass; continue with --resume",
         "--shard does not take --method path: it ranks by means and sums of gradients alone; leave one of them out",
     ]
-    for name in ("error", "stop", "forget"):
+    for name in ("error", "stop", "forget", "groups"):
         assert_same(tmp_path / name, tmp_path / "whole")
     for name in ("damage by weights", "ratio"):
         assert_same(tmp_path / name, tmp_path / "alone" / name)
