@@ -15,7 +15,7 @@ import fillm_kernels
 import torch
 import transformers
 
-from benchmarks.end_to_end.settings import BenchConfig, command_line, shown
+from benchmarks.end_to_end.settings import PROGRAM, command_line, shown
 from benchmarks.end_to_end.workload import Workload
 from fillm.errors import UsageError
 from fillm.models import model_fingerprint
@@ -35,8 +35,14 @@ PROVENANCE = (
 Row = dict[str, Any]
 
 
-def provenance(config: BenchConfig, work: Workload) -> Row:
-    """The machine, the versions, the inputs and the command of a run."""
+def provenance(config: Any, work: Workload, program: str = PROGRAM) -> Row:
+    """The machine, the versions, the inputs and the command of a run.
+
+    Args:
+        config: the settings, a dataclass of `option`s with `forget` and `retain` among them.
+        work: what was measured on.
+        program: what is run.
+    """
     parameters = dict(work.model.named_parameters())
     return {
         "cpu": processor(),
@@ -54,7 +60,7 @@ def provenance(config: BenchConfig, work: Workload) -> Row:
         "model_fingerprint": model_fingerprint(work.model)[:16],
         "forget": shown(config.forget),
         "retain": shown(config.retain),
-        "command": command_line(config),
+        "command": command_line(config, program),
     }
 
 
@@ -84,14 +90,20 @@ def spread_of(name: str, values: Sequence[float]) -> Row:
     return {name: median(values), f"{name}_min": min(values), f"{name}_max": max(values)}
 
 
-def write_csv(path: Path, rows: Sequence[Row], made: Mapping[str, Any]) -> None:
+def write_csv(path: Path, rows: Sequence[Row], made: Mapping[str, Any], measured: Sequence[str] = MEASURED) -> None:
     """One line a row, the provenance repeated in each; the file appears whole.
+
+    Args:
+        path: of the file.
+        rows: what was measured.
+        made: what `provenance` says.
+        measured: columns of the rows.
 
     Raises:
         UsageError: if it cannot be written.
     """
     text = StringIO()
-    writer = csv.DictWriter(text, [*MEASURED, *PROVENANCE], restval="", lineterminator="\n")
+    writer = csv.DictWriter(text, [*measured, *PROVENANCE], restval="", lineterminator="\n")
     writer.writeheader()
     for row in rows:
         writer.writerow({name: _cell(value) for name, value in {**row, **made}.items()})

@@ -1,7 +1,9 @@
 """The things that are measured side by side."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+
+from torch import nn
 
 from benchmarks.end_to_end.published import OporpPerTensor, published_scores, trainable
 from benchmarks.end_to_end.settings import BenchConfig
@@ -122,19 +124,24 @@ def plain_key(budget: int) -> str:
 
 
 def plain(work: Workload, tokens_per_batch: int) -> Outcome:
-    """Forward + backward as in training: gradients of all parameters in `.grad`, set to None after every batch."""
-    with trainable(work.model):
-        for samples in (work.forget, work.retain):
+    """Forward + backward over both sets."""
+    forward_backward(work.model, (work.forget, work.retain), tokens_per_batch)
+    return Outcome()
+
+
+def forward_backward(model: nn.Module, sets: Sequence[SampleSet], tokens_per_batch: int) -> None:
+    """As in training: gradients of all parameters in `.grad`, set to None after every batch."""
+    with trainable(model):
+        for samples in sets:
             for members in plan_batches(samples.lengths, tokens_per_batch):
-                batch = collate(samples, members)
-                work.model(
+                batch = collate(samples, members).to(model.device)
+                model(
                     input_ids=batch.input_ids,
                     attention_mask=batch.attention_mask,
                     labels=batch.labels,
                     use_cache=False,
                 ).loss.backward()
-                work.model.zero_grad(set_to_none=True)
-    return Outcome()
+                model.zero_grad(set_to_none=True)
 
 
 def soir(work: Workload, config: BenchConfig, need_update: bool) -> Outcome:
