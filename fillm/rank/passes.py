@@ -158,6 +158,7 @@ class Passes:
             self._finish({**row, **(meta if finished is not None else {})}, losses)
             return
         begun = last_save = time.monotonic()
+        self.processes.in_step = in_step
         with self.console.progress(label, len(chosen)) as bar:
             bar.skip(sum(size for size, _ in sizes[:start]))
             error: Exception | None = None
@@ -191,6 +192,7 @@ class Passes:
                     last_save = now
                 if stopped:
                     self.processes.end(InterruptedRun(f"stopped by {stopped} in the {label}; continue with --resume"))
+        self.processes.in_step = False
         if stored is not None:
             stored.close()
         heard = dealing.close(losses, {"fallback": capture.fallback, "peak_memory_bytes": peak_memory(capture.device)})

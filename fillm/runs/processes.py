@@ -37,6 +37,7 @@ class Processes:
         index, count: of this process, and how many there are.
         device: where this process computes.
         ended: whether the run ends and the others know, or are gone.
+        in_step: whether the others may be in the midst of what all compute together, and not on the way to a meeting.
 
     Raises:
         UsageError: several processes without the package accelerate, or more than this machine has GPUs.
@@ -46,6 +47,7 @@ class Processes:
         self._state: Any = None
         self.index, self.count = 0, 1
         self.ended = False
+        self.in_step = False
         self._words: Any = None  # the group in which numbers and texts go round; always on the CPU
         self._board: Any = None  # where a process that leaves at once says so
         if several_started() and not alone:
@@ -272,6 +274,8 @@ class Processes:
                 self.meet()
                 done = True
             except BaseException as error:
+                if not self.ended and self.in_step and self.count > 1:
+                    self.abandon(error)
                 if not self.ended:
                     self.meet(error=error)
                 raise
@@ -307,7 +311,7 @@ class Processes:
         lost = InterruptedRun("another process of the run has died; continue with --resume")
         return lost if self.first else EndedByAnother(lost.exit_code)
 
-    def abandon(self, error: Exception) -> NoReturn:
+    def abandon(self, error: BaseException) -> NoReturn:
         """Ends all processes from the midst of what they compute together, where the others are at no meeting.
 
         They find this one gone, and on the board that it has told why.
@@ -335,7 +339,7 @@ def _no_longer_stopped() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _is_lost_connection(error: Exception) -> bool:
+def _is_lost_connection(error: BaseException) -> bool:
     """Whether torch.distributed finds another process gone; gloo says so in the words of a RuntimeError."""
     told = isinstance(error, RuntimeError) and ("gloo" in str(error) or "Connection " in str(error))
     return told or isinstance(error, torch.distributed.DistError)

@@ -169,3 +169,40 @@ def test_half_precision_models_rank_like_float32(dtype, rtol, settings):
         assert abs(score - wide.scores[key]) <= rtol * scale, key
     if found.updates is not None:
         assert {u.dtype for u in found.updates.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "gpt2", "mixtral"])
+def test_the_float32_copy_is_the_model_and_shares_nothing_with_it(family):
+    model = build_family(family, dtype=torch.bfloat16)
+    found = precision.float32_copy(model, torch.device("cpu"))
+    wanted = build_family(family, dtype=torch.bfloat16).float()
+    assert [name for name, _ in found.named_parameters()] == [name for name, _ in wanted.named_parameters()]
+    for (name, one), other in zip(found.state_dict().items(), wanted.state_dict().values(), strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other), name
+    own = {t.data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    assert not own & {t.data_ptr() for t in [*found.parameters(), *found.buffers()]}
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and not any(
+        p.requires_grad for p in found.parameters()
+    )
+
+
+def test_the_copy_goes_where_there_is_room(monkeypatch):
+    model = build_family("llama")
+    assert precision.place_of_copy(model) == torch.device("cpu")
+    weights = 4 * sum(p.numel() for p in model.parameters())
+
+    class OnGpu(torch.nn.Module):
+        """What is asked of a model on a device that is not here."""
+
+        def parameters(self, recurse=True):
+            return (Elsewhere(p) for p in model.parameters())
+
+    class Elsewhere:
+        device = torch.device("cuda", 0)
+
+        def __init__(self, parameter):
+            self.numel, self.is_floating_point = parameter.numel, parameter.is_floating_point
+
+    for free, place in ((2 * weights, "cuda"), (weights, "cpu")):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
+        assert precision.place_of_copy(OnGpu()).type == place

@@ -204,6 +204,19 @@ def test_an_end_in_the_midst_of_a_batch_is_told_once(fault, line, started, as_th
     assert_same(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.slow
+def test_an_end_between_two_batches_does_not_leave_the_others_waiting(started, as_they_have, tmp_path) -> None:
+    """As where nobody reads any more what the first process says: the others are on the way to the next batch."""
+    argv = started(tmp_path / "run", "llama", "--tokens-per-batch", "1", "--shard")
+    job = {"command": "rank", "argv": argv, "fault": "error", "hook": "telling of a batch", "process": 0, "at": 2}
+    jobs = tmp_path / "jobs.json"
+    jobs.write_text(json.dumps([job]), encoding="utf-8")
+    done = torchrun(2, "-m", "tests.runs.jobs", str(jobs))
+    assert done.returncode != 0
+    told = [said for said in done.stderr.splitlines() if said.startswith("fillm rank: ")]
+    assert told == ["fillm rank: a number is nan"], done.stderr
+
+
 def test_a_plan_of_shards_is_for_several_devices(arguments, fails) -> None:
     asked = "--shard --dry-run plans for several devices; say for how many with --plan-devices N"
     assert fails(arguments("--shard", "--dry-run")) == asked

@@ -30,6 +30,7 @@ HOOKS = {
     "forming of a step": "fillm.unlearn.gradients.StepGradients.form",
     "curvature of a step": "fillm.unlearn.sophia.sampled_gradients",
     "recording a batch": "fillm.unlearn.reference.record",
+    "telling of a batch": "fillm.rank.console.Bar.advance",
     "keeping a pass": "fillm.runs.RunFolder.save_stage",
     "gradients of a batch": "fillm.rank.passes.Passes._batch",
     "handing over gradients": "fillm.rank.dealt_grams.pack",
