@@ -56,12 +56,13 @@ PEERS = (
     Peer("bergson-whole", "bergson, unprojected", "whole gradients, on disk", "bergson",
          partial(bergson_index.index, dim=None), SOME),
     Peer("dattri-logra", "dattri LoGra, 64 x 64", "projected gradients, in memory", "dattri",
-         partial(logra_cache.cache, dim=64)),
+         partial(logra_cache.cache, dim=64), budgets=(1024,)),  # compiles anew for every shape that it meets
     Peer("opacus-ghost", "Opacus ghost norms", "gradient norms", "opacus", opacus_samples.ghost_norms),
     Peer("opacus-gradients", "Opacus per-sample gradients", "whole gradients, dropped", "opacus",
          opacus_samples.gradients),
     Peer("vmap", "`torch.func.vmap(grad)`", "whole gradients, dropped", "torch", vmapped.gradients),
-    Peer("trak", "vmap + TRAK projector, 512", "projected gradients, dropped", "traker", vmapped.trak, FEW, BUDGETS[-1:]),
+    Peer("trak", "vmap + TRAK projector, 512", "projected gradients, dropped", "traker",
+         vmapped.trak, FEW, BUDGETS[-1:]),
     Peer("dattri-projector", "vmap + dattri projector, 512", "projected gradients, dropped", "dattri",
          vmapped.dattri, FEW, BUDGETS[-1:]),
 )  # fmt: skip
