@@ -1,9 +1,10 @@
-"""The ranking of randomly initialised models beside plain forward + backward, for `python -m benchmarks.gpu`."""
+"""Rankings of random models, and a masked step, beside plain forward + backward: for `python -m benchmarks.gpu`."""
 
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -11,15 +12,24 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.end_to_end.published import trainable
-from benchmarks.kernels.gpu_timing import Clock
+from benchmarks.end_to_end.sketched import rank_sketched
+from benchmarks.end_to_end.variants import batch_losses, forward_backward
+from benchmarks.kernels.gpu_timing import Clock, ceilings
+from benchmarks.masked_training import some_rows
+from fillm import MaskedOptimizer, frozen_outside
 from fillm.capture import Capture, verify
-from fillm.data import Sample, SampleSet, collate, plan_batches
+from fillm.data import Sample, SampleSet
+from fillm.models import catalogue
+from fillm.rank.config import RankConfig
 from fillm.rank.console import Console
+from fillm.rank.costs import Costs, batch_shapes
 from fillm.rank.passes import Passes
+from fillm.rank.plan_passes import MethodPass, passes_of, planned
 from fillm.rank.soir import rank_soir
 
 TOKENS_PER_BATCH = 8192
+SKETCH, SKETCH_DIM = "factored-sjlt", 512  # two halves of 16 x 16
+MASK_SHARE = 0.1  # of the rows of every matrix
 # TOFU's rows: 28, 62 and 112 tokens at the least, in the middle and at the most.
 LENGTHS = (28, 44, 56, 62, 70, 84, 112)
 Row = dict[str, Any]
@@ -89,17 +99,6 @@ def random_samples(count: int, vocabulary: int, seed: int) -> SampleSet:
     return SampleSet(samples, "random")
 
 
-def plain(model: nn.Module, sets: tuple[SampleSet, ...]) -> None:
-    """Forward and backward with parameter gradients over the same batches."""
-    with trainable(model):
-        for samples in sets:
-            for members in plan_batches(samples.lengths, TOKENS_PER_BATCH):
-                batch = collate(samples, members).to(model.device)
-                model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels,
-                      use_cache=False).loss.backward()  # fmt: skip
-                model.zero_grad(set_to_none=True)
-
-
 def soir(model: nn.Module, sets: tuple[SampleSet, ...], need_update: bool) -> None:
     """The ranking as `fillm.rank` does it, checks included."""
     capture = Capture(model, [name for name, _ in model.named_parameters()])
@@ -108,8 +107,60 @@ def soir(model: nn.Module, sets: tuple[SampleSet, ...], need_update: bool) -> No
     rank_soir(passes, capture, *sets, damping=0.1, tolerance=1e-3, need_update=need_update)
 
 
+def masked_step(model: nn.Module, sets: tuple[SampleSet, ...]) -> Callable[[], None]:
+    """One step of unlearning inside a tenth of the rows of every matrix; the optimiser is made before.
+
+    The loss of the forget set rises and that of the retain set falls (`grad-diff`): forward and backward over both,
+    then clipping and AdamW on float32 copies of the selected weights, as `fillm.unlearn` does it.
+    """
+    mask = some_rows(model, MASK_SHARE)
+    selected = [parameter for name, parameter in model.named_parameters() if name in mask]
+    optimizer = MaskedOptimizer(torch.optim.AdamW(selected, lr=1e-6), mask, model, master_weights=True)
+
+    def step() -> None:
+        with frozen_outside(model, mask):
+            for sign, samples in zip((-1.0, 1.0), sets, strict=True):
+                for loss in batch_losses(model, samples, TOKENS_PER_BATCH):
+                    (sign * loss).backward()
+            optimizer.clip_grad_norm_(1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def matrix_flop(model: nn.Module, sets: tuple[SampleSet, ...]) -> dict[str, float]:
+    """FLOP of matrix products that each thing needs, by `fillm.rank.costs`; the head counts where loss is carried.
+
+    Plain forward + backward and the masked step compute the head at every position, and a sketch projects: neither is
+    counted, so what they reach is more than the utilisation says.
+    """
+    tensors = catalogue(model)
+    costs = Costs.of(model, tensors, tensors)
+
+    by_set = dict(zip(("forget", "retain"), sets, strict=True))
+
+    def needed(passes: Iterable[MethodPass]) -> float:
+        total = 0.0
+        for one in passes:
+            samples = by_set[one.which]
+            shapes = batch_shapes(samples, TOKENS_PER_BATCH, "right")
+            total += sum(planned(one, samples, shapes, costs, checkpointing=False).flop.values())
+        return total
+
+    both, sketches = (passes_of(config) for config in (RankConfig(), RankConfig(compression=SKETCH)))
+    plain = needed(MethodPass("plain", which, products=1) for which in by_set)
+    return {
+        "plain": plain,
+        "certified": needed(one._replace(products=1) for one in both),  # without the weighted sum
+        "with u": needed(both),
+        SKETCH: needed(sketches),
+        "masked step": plain,
+    }
+
+
 def ranking_rows(device: torch.device, shrink: int, clock: Clock) -> Iterator[Row]:
-    """Samples a second, ratio to plain and peak memory of the ranking, for every shape and element type.
+    """Samples a second, ratio to plain, share of the matrix ceiling and peak memory, for every shape and element type.
 
     A shape for which memory or time does not suffice, and a ranking that breaks, are a row that says so.
     """
@@ -157,17 +208,23 @@ def _measured(device: torch.device, shape: Shape, dtype: torch.dtype, shrink: in
     sets = tuple(
         random_samples(max(7, count // shrink), model.config.vocab_size, seed) for seed, count in ((1, 40), (2, 360))
     )
-    calls: dict[str, Callable[[], None]] = {
-        "plain": lambda: plain(model, sets),
-        "certified": lambda: soir(model, sets, False),
-        "with u": lambda: soir(model, sets, True),
+    # Each makes what is timed: nothing of the masked step's is to stay in memory beside the others.
+    calls: dict[str, Callable[[], Callable[[], object]]] = {
+        "plain": lambda: partial(forward_backward, model, sets, TOKENS_PER_BATCH),
+        "certified": lambda: partial(soir, model, sets, False),
+        "with u": lambda: partial(soir, model, sets, True),
+        SKETCH: lambda: partial(rank_sketched, model, *sets, SKETCH, SKETCH_DIM, TOKENS_PER_BATCH),
+        "masked step": lambda: masked_step(model, sets),
     }
+    flop = matrix_flop(model, sets)
+    rate = ceilings(device, shrink)[f"matrix {dtype}"]
     taken: dict[str, list[float]] = {name: [] for name in calls}
     peaks: dict[str, int] = {}
     for turn in range(shape.rounds + 1):
         if turn > 1 and clock.left() <= 0:
             break
-        for name, call in calls.items():
+        for name, make in calls.items():
+            call = make()
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
@@ -178,6 +235,7 @@ def _measured(device: torch.device, shape: Shape, dtype: torch.dtype, shrink: in
                 peaks[name] = torch.cuda.max_memory_allocated(device)
             if turn:
                 taken[name].append(time.perf_counter() - begun)
+            del call
     count = sum(len(samples) for samples in sets)
     rows = []
     for name, own in taken.items():
@@ -185,6 +243,7 @@ def _measured(device: torch.device, shape: Shape, dtype: torch.dtype, shrink: in
         rows.append({
             "what": name, "samples": count, "rounds": len(own), "samples_per_second": count / median(own),
             "over_plain": median(ratios), "over_plain_min": min(ratios), "over_plain_max": max(ratios),
+            "matrix_flop": flop[name], "matrix_ceiling": rate, "flop_utilisation": flop[name] / median(own) / rate,
             "peak_bytes": peaks.get(name, ""), "verdict": "no target",
         })  # fmt: skip
     return rows

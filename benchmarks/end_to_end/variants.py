@@ -1,9 +1,9 @@
 """The things that are measured side by side."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.end_to_end.published import OporpPerTensor, published_scores, trainable
 from benchmarks.end_to_end.settings import BenchConfig
@@ -133,15 +133,17 @@ def forward_backward(model: nn.Module, sets: Sequence[SampleSet], tokens_per_bat
     """As in training: gradients of all parameters in `.grad`, set to None after every batch."""
     with trainable(model):
         for samples in sets:
-            for members in plan_batches(samples.lengths, tokens_per_batch):
-                batch = collate(samples, members).to(model.device)
-                model(
-                    input_ids=batch.input_ids,
-                    attention_mask=batch.attention_mask,
-                    labels=batch.labels,
-                    use_cache=False,
-                ).loss.backward()
+            for loss in batch_losses(model, samples, tokens_per_batch):
+                loss.backward()
                 model.zero_grad(set_to_none=True)
+
+
+def batch_losses(model: nn.Module, samples: SampleSet, tokens_per_batch: int) -> Iterator[Tensor]:
+    """The model's own loss of every batch, a scalar in nats a counted token."""
+    for members in plan_batches(samples.lengths, tokens_per_batch):
+        batch = collate(samples, members).to(model.device)
+        asked = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
+        yield model(**asked, use_cache=False).loss
 
 
 def soir(work: Workload, config: BenchConfig, need_update: bool) -> Outcome:

@@ -6,14 +6,16 @@ import fillm_kernels as fk
 import pytest
 import torch
 from fillm_kernels import dispatch
+from transformers import LlamaForCausalLM
 
 from benchmarks import gpu
-from benchmarks.gpu_ranking import SHAPES
+from benchmarks.gpu_ranking import MASK_SHARE, SHAPES, masked_step, matrix_flop, random_samples
 from benchmarks.kernels import gpu_peers
 from benchmarks.kernels.gpu_calls import TOLERANCE, Call, excess_of, registered
 from benchmarks.kernels.gpu_cases import cases
 from benchmarks.kernels.gpu_checks import DTYPES, checks
 from benchmarks.kernels.gpu_timing import Clock
+from benchmarks.masked_training import some_rows
 
 CPU = torch.device("cpu")
 SMALL = ["--device", "cpu", "--shrink", "128", "--seed", "0", "--minutes", "60"]
@@ -58,7 +60,11 @@ def test_every_op_is_checked_and_timed_and_the_models_are_ranked(tmp_path):
     assert all(float(row["peer / sketch"]) > 0.0 for row in peers if row["peer"] == "index_add_")
     ranked = rows_of(tmp_path, "rank")
     runs = sum(len(shape.dtypes) for shape in SHAPES)
-    assert [row["what"] for row in ranked] == runs * ["plain", "certified", "with u"]
+    assert [row["what"] for row in ranked] == runs * ["plain", "certified", "with u", "factored-sjlt", "masked step"]
+    for row in ranked:
+        taken = float(row["samples"]) / float(row["samples_per_second"])
+        share = float(row["matrix_flop"]) / taken / float(row["matrix_ceiling"])
+        assert float(row["flop_utilisation"]) == pytest.approx(share)
 
 
 def test_an_op_that_is_off_gets_no_time_and_fails_the_run(tmp_path, monkeypatch):
@@ -151,6 +157,41 @@ def test_a_peer_that_is_not_there_says_so(monkeypatch):
     monkeypatch.setattr(gpu_peers, "import_module", lambda name: __import__("no_such_package_" + name))
     rows = [row for row in gpu_peers.peer_rows(CPU, 128, Clock(10), 1.0) if row["peer"].startswith(("sjlt", "fast_jl"))]
     assert rows and all(row["verdict"].startswith("left out: not installed") for row in rows)
+
+
+def ranked_sets():
+    return tuple(random_samples(7, 256, seed) for seed in (1, 2))
+
+
+def test_flop_of_plain_is_that_of_the_shapes_and_the_ranking_costs_what_its_products_do():
+    """Two batches of 7 rows of 112 tokens: 6 FLOP a weight and token, of the head where loss is, and attention."""
+    shape = SHAPES[0]
+    with torch.device("meta"):
+        model = LlamaForCausalLM(shape.config(128))
+    flop = matrix_flop(model, ranked_sets())
+    body = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name)
+    head = model.config.vocab_size * model.config.hidden_size
+    answered = sum(sample.num_counted for samples in ranked_sets() for sample in samples)
+    attention = model.config.num_hidden_layers * model.config.num_attention_heads * model.config.head_dim
+    expected = 6.0 * body * 2 * 7 * 112 + 6.0 * head * answered + 3 * 4.0 * attention * 2 * 7 * 112**2
+    assert flop["plain"] == flop["masked step"] == pytest.approx(expected)
+    weights = 2.0 * (body * 7 * 112 + head * answered / 2)  # one product over one set
+    assert flop["with u"] - flop["certified"] == pytest.approx(weights)
+    assert flop["factored-sjlt"] < flop["certified"]
+
+
+def test_a_masked_step_changes_the_selected_rows_and_nothing_else():
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(SHAPES[0].config(128)).eval().requires_grad_(False)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    masked_step(model, ranked_sets())()
+    mask = some_rows(model, MASK_SHARE)
+    for name, parameter in model.named_parameters():
+        changed = (parameter != before[name]).flatten(1).any(1) if parameter.ndim == 2 else (parameter != before[name])
+        rows = changed.nonzero().flatten().tolist()
+        assert set(rows) <= (set(mask[name].rows.tolist()) if name in mask else set()), name
+        assert parameter.grad is None and not parameter.requires_grad
+    assert any(bool((p != before[name]).any()) for name, p in model.named_parameters())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -65,6 +65,7 @@ def test_vmap_gives_the_gradient_of_every_sample(setting):
     assert sorted(seen) == list(range(len(samples))) and len(setting.batches(48)) > 1
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 def test_the_norms_of_opacus_are_those_of_the_samples(setting):
     pytest.importorskip("opacus")
     expected, read = gradients_one_by_one(setting), []
