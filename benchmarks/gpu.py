@@ -6,8 +6,8 @@ First correctness: every op, element type and odd shape on fresh random inputs b
 (gpu_correct.csv); an op that is off anywhere gets no timing. Then the machine's two ceilings and every op as a fraction
 of its floor (gpu_ops.csv), public projections beside `sketch` (gpu_peers.csv), and last rankings of randomly
 initialised models of Llama-3.2-1B's and, if memory allows, Llama-3.1-8B's shape, exact and from sketches, and a step of
-unlearning inside a mask, beside plain forward + backward (gpu_rank.csv). What does not fit in `--minutes` or in memory is a row that says so. `--device cpu --shrink 64` tries
-the whole of it without a GPU.
+unlearning inside a mask, beside plain forward + backward (gpu_rank.csv). What does not fit in `--minutes` or in memory
+is a row that says so. `--device cpu --shrink 64` tries the whole of it without a GPU.
 """
 
 import argparse
