@@ -24,7 +24,7 @@ from fillm.rank.config import RankConfig
 from fillm.rank.console import Console
 from fillm.rank.costs import Costs, batch_shapes
 from fillm.rank.passes import Passes
-from fillm.rank.plan_passes import MethodPass, passes_of, planned
+from fillm.rank.plan_passes import MethodPass, passes_of, planned_flop
 from fillm.rank.soir import rank_soir
 
 TOKENS_PER_BATCH = 8192
@@ -143,9 +143,8 @@ def matrix_flop(model: nn.Module, sets: tuple[SampleSet, ...]) -> dict[str, floa
     def needed(passes: Iterable[MethodPass]) -> float:
         total = 0.0
         for one in passes:
-            samples = by_set[one.which]
-            shapes = batch_shapes(samples, TOKENS_PER_BATCH, "right")
-            total += sum(planned(one, samples, shapes, costs, checkpointing=False).flop.values())
+            shapes = batch_shapes(by_set[one.which], TOKENS_PER_BATCH, "right")
+            total += one.times * sum(planned_flop(one, shapes, costs, checkpointing=False).values())
         return total
 
     both, sketches = (passes_of(config) for config in (RankConfig(), RankConfig(compression=SKETCH)))
