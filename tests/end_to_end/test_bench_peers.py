@@ -9,8 +9,8 @@ import torch
 from benchmarks.end_to_end import bench_peers
 from benchmarks.end_to_end.bench_peers import PeersConfig, check
 from benchmarks.end_to_end.peers import common, opacus_samples, own, registry, rounds, vmapped
-from benchmarks.end_to_end.peers.common import Absent, Ready, Setting
 from benchmarks.end_to_end.peers.registry import FEW, PEERS, SOME, Peer
+from benchmarks.end_to_end.peers.setting import Absent, Ready, Setting
 from benchmarks.end_to_end.workload import Workload
 from fillm.data import Sample, SampleSet
 from fillm.errors import UsageError

@@ -7,7 +7,7 @@ import shutil
 from datasets import Dataset
 from torch import nn
 
-from benchmarks.end_to_end.peers.common import Ready, Setting, imported
+from benchmarks.end_to_end.peers.setting import Ready, Setting, imported
 from fillm.data import plan_batches
 
 

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from benchmarks.end_to_end.peers.common import Ready, Setting, imported, mean_losses
+from benchmarks.end_to_end.peers.setting import Ready, Setting, imported, mean_losses
 
 FIELDS = ("input_ids", "attention_mask", "labels")
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from benchmarks.end_to_end.peers.common import Ready, Setting, imported, sample_losses
+from benchmarks.end_to_end.peers.setting import Ready, Setting, imported, sample_losses
 
 
 def ghost_norms(setting: Setting) -> Ready:

@@ -1,6 +1,6 @@
 """Plain forward + backward, and fillm's rankings."""
 
-from benchmarks.end_to_end.peers.common import Ready, Setting
+from benchmarks.end_to_end.peers.setting import Ready, Setting
 from benchmarks.end_to_end.settings import BenchConfig
 from benchmarks.end_to_end.sketched import rank_sketched
 from benchmarks.end_to_end.variants import forward_backward, soir

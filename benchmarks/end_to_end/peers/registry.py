@@ -6,7 +6,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
 from benchmarks.end_to_end.peers import bergson_index, logra_cache, opacus_samples, own, vmapped
-from benchmarks.end_to_end.peers.common import Ready, Setting
+from benchmarks.end_to_end.peers.setting import Ready, Setting
 
 BUDGETS = (256, 512, 1024, 2048)  # tokens a batch, of which a peer takes its fastest
 ALL, SOME, FEW = "all", "some", "few"  # of the samples

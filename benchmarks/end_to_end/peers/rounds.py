@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.end_to_end.peers.common import Absent, Ready, Setting
 from benchmarks.end_to_end.peers.registry import ALL, FEW, PLAIN, SOME, Peer
+from benchmarks.end_to_end.peers.setting import Absent, Ready, Setting
 from benchmarks.end_to_end.results import Row, spread_of
 from benchmarks.end_to_end.workload import Workload, spread
 from fillm.data import SampleSet

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
-from benchmarks.end_to_end.peers.common import Ready, Setting, imported, mean_losses
+from benchmarks.end_to_end.peers.setting import Ready, Setting, imported, mean_losses
 
 PROJECTED = 512
 TRAK_BATCH = 32  # samples that TRAK's kernel on a GPU takes at a time
