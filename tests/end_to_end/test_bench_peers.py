@@ -8,9 +8,9 @@ import torch
 
 from benchmarks.end_to_end import bench_peers
 from benchmarks.end_to_end.bench_peers import PeersConfig, check
-from benchmarks.end_to_end.peers import common, opacus_samples, own, registry, rounds, vmapped
+from benchmarks.end_to_end.peers import opacus_samples, own, registry, rounds, vmapped
 from benchmarks.end_to_end.peers.registry import FEW, PEERS, SOME, Peer
-from benchmarks.end_to_end.peers.setting import Absent, Ready, Setting
+from benchmarks.end_to_end.peers.setting import Absent, Ready, Setting, imported
 from benchmarks.end_to_end.workload import Workload
 from fillm.data import Sample, SampleSet
 from fillm.errors import UsageError
@@ -108,7 +108,7 @@ def test_a_peer_that_is_missing_or_breaks_is_a_row_with_its_reason(work, tmp_pat
 
         return Ready(run, 1)
 
-    peers = [plain_peer(), scripted("gone", lambda s: common.imported("no_such_module")),
+    peers = [plain_peer(), scripted("gone", lambda s: imported("no_such_module")),
              scripted("late", breaks_later, budgets=(32,))]  # fmt: skip
     said = []
     entries = rounds.prepared(peers, work, 4, 2, tmp_path, said.append)
@@ -160,7 +160,7 @@ def test_what_is_asked_for_is_checked():
 
 def test_absence_names_what_is_lacking():
     with pytest.raises(Absent, match="not installed: No module named 'no_such_module'"):
-        common.imported("no_such_module")
+        imported("no_such_module")
 
 
 @pytest.mark.slow
