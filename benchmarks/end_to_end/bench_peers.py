@@ -56,7 +56,7 @@ class PeersConfig:
     retain: str | None = option(None, "data spec of the rows to keep (default: as bench_rank)", "SPEC")
     data_root: str | None = option(None, "folder that holds tofu/ (or set FILLM_DATA)", "DIR")
     samples_per_set: int | None = option(None, "use this many samples of each set at most, for a trial run", "N")
-    some: int = option(60, "samples of what keeps whole gradients, and of the trial for batches", "N")
+    some: int = option(60, "samples of what keeps whole gradients", "N")
     few: int = option(8, "samples of dense projections, which take seconds each", "N")
     rounds: int = option(5, "rounds; every round runs everything once, after a warm-up", "N")
     only: str | None = option(None, f"comma-separated keys: {', '.join(peer.key for peer in PEERS)}", "KEYS")

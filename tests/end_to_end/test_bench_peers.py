@@ -130,10 +130,12 @@ def test_a_fault_of_ours_is_not_a_row(work, tmp_path):
 
 
 def test_a_peer_takes_its_fastest_batches_and_its_own_part_of_the_samples(work, tmp_path, monkeypatch):
-    costs, clock = {32: 3.0, 64: 1.0, 128: 2.0}, [0.0]
+    costs, clock, given = {32: 3.0, 64: 1.0, 128: 2.0}, [0.0], []
     monkeypatch.setattr(rounds.time, "perf_counter", lambda: clock[0])
 
     def make(setting):
+        given.append(len(setting.samples))
+
         def run(tokens):
             clock[0] += costs[tokens]
 
@@ -144,6 +146,7 @@ def test_a_peer_takes_its_fastest_batches_and_its_own_part_of_the_samples(work, 
     tuned, some, few = rounds.prepared(peers, work, 4, 2, tmp_path, lambda line: None)
     assert (tuned.tokens, some.tokens, few.tokens) == (64, 32, 128)
     assert (tuned.num_samples, some.num_samples, few.num_samples) == (7, 4, 2)
+    assert given == [7, 7, 4, 2]  # the trial, then the peers themselves
     assert len({id(entry.setting.model) for entry in (tuned, some, few)}) == 3
     rounds.measure([tuned, few], 2, lambda line: None)
     assert tuned.seconds == [pytest.approx(1.0 / 7)] * 2 and few.seconds == [pytest.approx(2.0 / 2)] * 2

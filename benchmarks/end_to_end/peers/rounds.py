@@ -26,7 +26,7 @@ MEASURED = (
     "seconds_per_sample", "seconds_per_sample_min", "seconds_per_sample_max",
     "over_plain", "over_plain_min", "over_plain_max", "covered", "extra_bytes", "note",
 )  # fmt: skip
-TUNING_RUNS = 2  # timed ones, for every budget
+TUNING_RUNS = 2  # of every budget; the least counts, so that the first may be slow
 
 
 @dataclass
@@ -74,31 +74,29 @@ def portion(work: Workload, count: int) -> tuple[SampleSet, SampleSet]:
 def prepared(
     peers: Sequence[Peer], work: Workload, some: int, few: int, folder: Path, say: Callable[[str], None]
 ) -> list[Entry]:
-    """Every peer made, warm, and with the batches that were its fastest on `some` samples or its own few."""
+    """Every peer made, warm, and with the batches that were its fastest."""
     entries = []
     for peer in peers:
         entry = Entry(peer, settings_of(peer, work, some, few, folder))
         entries.append(entry)
-        attempt(entry, lambda entry=entry: _prepare(entry, work, some))
+        attempt(entry, lambda entry=entry: _prepare(entry))
         say(f"{peer.key}: {entry.why or 'ready'}" + (f", {entry.tokens} tokens a batch" if entry.tokens else ""))
     return entries
 
 
-def _prepare(entry: Entry, work: Workload, some: int) -> None:
+def _prepare(entry: Entry) -> None:
     peer, setting = entry.peer, entry.setting
     if len(peer.budgets) == 1:
         entry.tokens = peer.budgets[0]
     if len(peer.budgets) > 1:  # on a model of its own: hooks are set when a peer is made
-        forget, retain = portion(work, min(some, entry.num_samples))
         folder = setting.folder / "tuning"
         folder.mkdir()
-        trial = dataclasses.replace(
-            setting, model=copy.deepcopy(work.model), forget=forget, retain=retain, folder=folder
-        )
-        ready, taken = peer.make(trial), {}
-        for tokens in peer.budgets:
-            ready.run(tokens)
-            taken[tokens] = min(_seconds(ready, tokens, setting.device) for _ in range(TUNING_RUNS))
+        # Over all of its samples: a small part pads wide batches more, and would favour narrow ones.
+        trial = dataclasses.replace(setting, model=copy.deepcopy(setting.model), folder=folder)
+        ready = peer.make(trial)
+        taken = {
+            tokens: min(_seconds(ready, tokens, setting.device) for _ in range(TUNING_RUNS)) for tokens in peer.budgets
+        }
         entry.tokens = min(taken, key=taken.__getitem__)
     entry.ready = peer.make(setting)
     entry.ready.run(entry.tokens)
