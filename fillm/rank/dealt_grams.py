@@ -54,7 +54,7 @@ def grams_of(
             processes.abandon(caught)
         try:
             gram = None if own is None else tensor_gram(own[0], shapes[own[0]], *own[1], *sizes)
-        except Exception as caught:
+        except Exception as caught:  # raised where the processes meet
             gram, error = None, caught
         processes.meet(error=error)
         for sender, name in enumerate(turn):
