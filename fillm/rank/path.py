@@ -60,11 +60,6 @@ def _refuse_narrow(job: Job) -> None:
             )
 
 
-def _mean(job: Job, stage: str) -> float:
-    """The mean loss over the samples of a set, as a pass found it."""
-    return float(job.passes.losses[stage].mean())
-
-
 class _Path:
     """A round: the passes along a step, and what they add up to.
 
