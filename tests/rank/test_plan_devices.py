@@ -146,10 +146,12 @@ def test_the_check_before_the_passes_may_take_more():
     model = build_family("llama", dtype=torch.bfloat16)
     few = {which: sample_set([8], prompt=7) for which in SETS}
     scope = [info for info in catalogue(model) if info.kind == "norm"]
-    found = plan(model, scope, few, CONFIG, rates=RATES, device_type="cuda")
+    found = {device: plan(model, scope, few, CONFIG, rates=RATES, device_type=device) for device in ("cpu", "cuda")}
     copy = 4 * sum(p.numel() for p in model.parameters())
-    assert found.memory["copy in float32, to compare gradients"] == copy
-    assert any("the check before the passes" in note for note in found.notes)
+    line = "copy in float32, to compare gradients"
+    assert found["cpu"].memory[line] == copy
+    assert any("the check before the passes" in note for note in found["cpu"].notes)
+    assert line not in found["cuda"].memory  # it lies in CPU memory where the device has no room
     sharded = planned(2, sets=few, shard=True).memory
     assert ("gradients of two samples" in sharded) != ("weighted sums" in sharded)
 
