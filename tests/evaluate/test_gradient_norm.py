@@ -16,6 +16,10 @@ from fillm.rank.passes import Passes
 from tests.evaluate.answers import random_samples
 from tests.families import build_family
 
+# Relative. Where positions are rotary, their sines and cosines are float32 in a model of any dtype, and
+# on some processors their last bit goes by how many are computed at once, so by padding: 2^-24 a layer, some times.
+ROUNDING = {"gpt2": 1e-9, "llama": 4e-6, "llama-tied": 4e-6}
+
 
 def passes(**settings: int) -> Passes:
     return Passes(Console.silent(), **settings)
@@ -42,14 +46,14 @@ def test_against_autograd(family: str) -> None:
     assert list(found) == ["forget", "holdout"]
     for which, samples in sets.items():
         assert found[which].dtype == np.float64
-        np.testing.assert_allclose(found[which], slow_norms(model, samples), rtol=1e-9)
+        np.testing.assert_allclose(found[which], slow_norms(model, samples), rtol=ROUNDING[family])
 
 
 def test_chosen_tensors() -> None:
     model = build_family("llama", dtype=torch.float64)
     samples = random_samples(5, seed=3)
     found = gradient_norms(model, {"all": samples}, passes(), include="*down_proj*")["all"]
-    np.testing.assert_allclose(found, slow_norms(model, samples, "down_proj"), rtol=1e-9)
+    np.testing.assert_allclose(found, slow_norms(model, samples, "down_proj"), rtol=ROUNDING["llama"])
 
 
 def test_batches_and_order_do_not_matter() -> None:
