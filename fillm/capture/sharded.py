@@ -5,7 +5,7 @@ what the statistics gather and add up. Each process runs its own batch; what bac
 layer is done, and is then handed out tensor by tensor in one order, the same in all processes whatever a batch reaches.
 """
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -61,6 +61,11 @@ class ShardedCapture(Capture):
             alike._above = [name for name in self._above if name in alike.parameters]
         return alike
 
+    def take_order_of(self, parts: Sequence["ShardedCapture"]) -> None:
+        """What captures of parts of the tensors have seen complete before the last layer counts for all of them."""
+        above = {name for part in parts for name in part._above or ()}
+        self._above = [name for name in self._names.get(_OUTSIDE, []) if name in above]
+
     def run(self, batch: Batch, samples: SampleSet, observe: Observe) -> Tensor:
         """As `Capture.run`, in step with the other processes: `observe` is called for every tensor in scope."""
         return self._run(batch, observe, batch.indices)
@@ -98,6 +103,8 @@ class ShardedCapture(Capture):
         with frozen(self.model), torch.enable_grad(), self._watched(layer_done, above_done):
             losses = self._run_rules(batch.to(self.device), hold, loud)
         with torch.no_grad():
+            if self._above is None:  # no gradient goes into the last layer: all there are came before it
+                above_done()
             hand_out([name for name in self.parameters if name not in done])
         if self.fallback:
             name, reason = next(iter(self.fallback.items()))

@@ -6,6 +6,7 @@ processes go through the same number of forward passes.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,17 +23,46 @@ from fillm.errors import ModelError
 from fillm.models.sharded_tensors import local, own_rows, sum_in_order
 
 
-def verify_sharded(capture: ShardedCapture, samples: SampleSet, layout: str = "right") -> Verification:
+def verify_sharded(
+    capture: ShardedCapture,
+    samples: SampleSet,
+    layout: str = "right",
+    groups: Sequence[Sequence[str]] | None = None,
+) -> Verification:
     """Compares rules and autograd on two samples, in all processes together.
 
     Tensors whose two gradients disagree far below the largest are taken for rounding noise and noted in
     `capture.noise`; no float64 copy of a sharded model is made to tell.
 
-    Memory: two samples' gradients of the rows that the process holds, float32, and one tensor's whole gradient.
+    Args:
+        capture: of the tensors to check.
+        samples: of which two are taken.
+        layout: of the batch of the two.
+        groups: names of tensors that are checked at a time; without them, all at once.
+
+    Memory: of a group's tensors, two samples' gradients of the rows that the process holds, float32, and one tensor's
+    whole gradient.
 
     Raises:
         ModelError: the rules do not hold for a tensor, or samples see each other in a batch.
     """
+    like = next(iter(capture.parameters.values()))
+    tolerance = min(ROUNDINGS * unit_roundoff(like.dtype), LARGEST_TOLERANCE)
+    rows = {name: row for row, name in enumerate(capture.parameters)}
+    squares = torch.zeros(len(rows), 2, dtype=torch.float64, device=capture.device)
+    reached = torch.zeros(len(rows), dtype=torch.float64, device=capture.device)
+    parts = [capture] if groups is None else [capture.like(names) for names in groups]
+    for part in parts:
+        places = torch.tensor([rows[name] for name in part.parameters], device=capture.device)
+        found, hit = _check_group(part, samples, layout, tolerance)
+        squares[places], reached[places] = found, hit
+    capture.take_order_of(parts)
+    squares, reached = sum_in_order(squares, like), sum_in_order(reached, like)
+    return _judged(capture, squares.tolist(), reached.tolist(), tolerance)
+
+
+def _check_group(capture: ShardedCapture, samples: SampleSet, layout: str, tolerance: float) -> tuple[Tensor, Tensor]:
+    """Of this process's rows of every tensor: |g - g_autograd|^2 and |g_autograd|^2, [tensors, 2]; 1 where reached."""
     chosen = two_lengths(samples)
     kept: dict[tuple[str, int], Tensor] = {}
 
@@ -44,7 +74,6 @@ def verify_sharded(capture: ShardedCapture, samples: SampleSet, layout: str = "r
             kept[name, position] = gradients.materialise(row)[begin : begin + length].clone()
 
     together = capture.run(collate(samples, chosen, layout), samples, keep)
-    tolerance = min(ROUNDINGS * unit_roundoff(next(iter(capture.parameters.values())).dtype), LARGEST_TOLERANCE)
     squares = torch.zeros(len(capture.parameters), 2, dtype=torch.float64, device=capture.device)
     reached = torch.zeros(len(capture.parameters), dtype=torch.float64, device=capture.device)
     for row, position in enumerate(chosen):
@@ -54,9 +83,7 @@ def verify_sharded(capture: ShardedCapture, samples: SampleSet, layout: str = "r
                 f"--shard: sample {samples[position].id} has loss {alone:.6g} alone and {float(together[row]):.6g} in "
                 f"a {layout} batch: its samples see each other; leave out --shard"
             )
-    like = next(iter(capture.parameters.values()))
-    squares, reached = sum_in_order(squares, like), sum_in_order(reached, like)
-    return _judged(capture, squares.tolist(), reached.tolist(), tolerance)
+    return squares, reached
 
 
 def _compare(
@@ -77,7 +104,7 @@ def _compare(
             loss = sample_losses(capture.model, batch, capture.loss_reduction).sum()
             loss.backward()
         for row, (name, parameter) in enumerate(parameters.items()):
-            found = kept.get((name, position))
+            found = kept.pop((name, position), None)
             if parameter.grad is None:
                 if found is not None:
                     squares[row, 0] += torch.linalg.vector_norm(found).double().square()

@@ -4,7 +4,7 @@ import dataclasses
 import io
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from fillm.data import Reading, Row, SampleSet, check_fits_model
 from fillm.data.reading import DataLike, forget_and_retain, skipped_lines
 from fillm.errors import StoreError, UsageError
 from fillm.models import (
+    TensorInfo,
     catalogue,
     check_differentiable,
     load_model,
@@ -31,6 +32,7 @@ from fillm.models import (
 from fillm.rank.config import FORGET_ALONE, ON_CPU, WITHOUT_GRADIENTS, RankConfig, check, check_sharded
 from fillm.rank.console import Console
 from fillm.rank.default_model import DEFAULT_FORGET, DEFAULT_RETAIN, default_folder, default_model
+from fillm.rank.layer_groups import layer_groups
 from fillm.rank.methods import Job, Scores, rank
 from fillm.rank.passes import Passes
 from fillm.rank.plan import plan_run
@@ -265,7 +267,7 @@ def _rank(
     passes = Passes(console, config.layout, config.tokens_per_batch, folder, config.checkpoint_seconds, processes)
     checks: dict[str, Any] = {}
     if sets:
-        checks = _checks(capture, sets, config, console)
+        checks = _checks(capture, scope, sets, config, console)
     capture.offload = config.offload  # the checks before looked at gradients where they are
     empty = SampleSet([], "none")
     job = Job(
@@ -313,11 +315,14 @@ def _rank(
     )
 
 
-def _checks(capture: Capture, sets: dict[str, SampleSet], config: RankConfig, console: Console) -> dict[str, Any]:
+def _checks(
+    capture: Capture, scope: Sequence[TensorInfo], sets: dict[str, SampleSet], config: RankConfig, console: Console
+) -> dict[str, Any]:
     # Of both sets: were one of equal lengths throughout, it would say nothing of the padding that the other gets.
     both = SampleSet([sample for some in sets.values() for sample in some], "both sets")
     if isinstance(capture, ShardedCapture):
-        found = verify_sharded(capture, both, config.layout)
+        groups = [[info.name for info in infos] for infos in layer_groups(scope, config.groups)]
+        found = verify_sharded(capture, both, config.layout, groups)
         return {"largest_difference_to_autograd": max(found.error.values(), default=0.0)}
     found = verify(capture, both, config.layout)
     if capture.alone:

@@ -123,7 +123,7 @@ def plan(
             memory |= gathered_bytes(model, scope, over, _wide(model), densest, logits)
         if device_type == "cpu" and not config.memory_before_time:
             memory["allocator slack"] = int(_SLACK * (kept + logits))
-        memory, more = _larger(memory, weights | _check_memory(model, scope, over, device_type))
+        memory, more = _larger(memory, weights | _check_memory(model, groups, over, device_type))
         notes += more
         if len(groups) > 1:
             notes.append(
@@ -190,10 +190,12 @@ def _rates(config: RankConfig, device: torch.device) -> Rates:
     return Rates(flops, bandwidth, config.plan_link, measured)
 
 
-def _check_memory(model: nn.Module, scope: Sequence[TensorInfo], devices: Devices, device_type: str) -> dict[str, int]:
+def _check_memory(
+    model: nn.Module, groups: Sequence[Sequence[TensorInfo]], devices: Devices, device_type: str
+) -> dict[str, int]:
     """What the check before the passes takes beside the weights, but for two samples' activations."""
-    if devices.sharded:
-        return check_bytes(model, scope, devices, _wide(model))
+    if devices.sharded:  # tensors of one group at a time
+        return largest([check_bytes(model, infos, devices, _wide(model)) for infos in groups])
     if device_type == "cuda":  # the copy lies in CPU memory where the device has no room
         return {}
     narrow = any(p.is_floating_point() and p.element_size() < 4 for p in model.parameters())

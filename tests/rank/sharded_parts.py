@@ -1,7 +1,8 @@
 """What each process holds of a sharded model and its sums; under torchrun `-m tests.rank.sharded_parts MODEL OUT.json`.
 
 OUT.json gets, by process, the bytes of the weights and of the accumulators of the retain pass, and of the whole. The
-processes also hold the sharded tensors' own sums against those of whole tensors.
+processes also hold the sharded tensors' own sums against those of whole tensors, and the check by groups of tensors
+against that of all at once.
 """
 
 import json
@@ -10,14 +11,17 @@ from pathlib import Path
 
 import torch
 
-from fillm.capture import ShardedCapture, ShardedGradients
+from fillm.capture import ShardedCapture, ShardedGradients, verify_sharded
 from fillm.capture.gradients import DenseGradients
-from fillm.models import load_model, load_sharded, model_fingerprint
+from fillm.data import SampleSet
+from fillm.models import catalogue, load_model, load_sharded, model_fingerprint
 from fillm.models.sharded_tensors import into_shards, local, whole
+from fillm.rank.layer_groups import layer_groups
 from fillm.runs.processes import Processes
 from fillm.statistics import MeanPower, RetainMoments, StepDots, any_entry, inner, squared_norm
 from fillm.statistics import total as sum_of
 from fillm.statistics.accumulators import zeros_like
+from tests.rank.test_plan import sample_set
 
 
 def bytes_of(tensors: list[torch.Tensor]) -> int:
@@ -55,6 +59,20 @@ def check_sums(parameter: torch.Tensor, processes: Processes) -> None:
     assert abs(inner(total, sharded) - float((wanted.double() * v.double()).sum())) < 1e-4
 
 
+def check_groups(capture: ShardedCapture, samples: SampleSet) -> None:
+    """A check by groups finds what one of all tensors does, and hands tensors out in the same order afterwards."""
+    at_once = capture.like(list(capture.parameters))
+    wanted = verify_sharded(at_once, samples)
+    infos = catalogue(capture.model)
+    for count in (2, 3):
+        groups = [[info.name for info in group] for group in layer_groups(infos, count)]
+        by_groups = capture.like(list(capture.parameters))
+        found = verify_sharded(by_groups, samples, groups=groups)
+        assert found.unreached == wanted.unreached and list(found.error) == list(wanted.error)
+        assert max(abs(found.error[name] - error) for name, error in wanted.error.items()) < 1e-6
+        assert by_groups._above == at_once._above
+
+
 if __name__ == "__main__":
     processes = Processes("cpu")
     reference = load_model(sys.argv[1], device="cpu")
@@ -63,6 +81,7 @@ if __name__ == "__main__":
     capture = ShardedCapture(model, [name for name, _ in model.named_parameters()])
     for parameter in capture.parameters.values():
         check_sums(parameter, processes)
+    check_groups(capture, sample_set([9, 5, 7], prompt=2))
     v = {name: zeros_like(parameter) for name, parameter in capture.parameters.items()}
     moments = RetainMoments(v, 14, 0.1, weighted=v)
     sums = [total for totals in moments.sums.values() for total in totals]

@@ -211,7 +211,15 @@ def test_405_billion_parameters_on_64_devices(tmp_path, capsys):
     asked = re.search(r"--shard (--gradient-checkpointing) .*?(--dry-run .*?)$", page, re.DOTALL | re.MULTILINE)
     assert main([*argv, asked[1], *asked[2].split()]) == 0
     said = capsys.readouterr().out.splitlines()
-    shown = page.partition("```text\n")[2].partition("```")[0].splitlines()
+    shown, by_groups = (part.partition("```")[0].splitlines() for part in page.split("```text\n")[1:])
     assert [line for line in said if line in shown] == shown and len(shown) > 15
     # Weights, 2 bytes each: all first axes are multiples of 64. Sums, 4 bytes each.
     assert f"{405_853_388_800 * 2 / 64 / 2**30:.2f} GiB" in next(line for line in said if "  weights " in line)
+    groups = re.search(r"`(--groups \d)`", page.partition("405B")[2])
+    assert main([*argv, asked[1], *groups[1].split(), *asked[2].split()]) == 0
+    said = capsys.readouterr().out.splitlines()
+    peak = "  expected peak"  # which the process's own memory is part of
+    without = [line for line in by_groups if not line.startswith(peak)]
+    assert [line for line in said if line in without] == without and len(without) > 3
+    peaks = [float(line.split()[2]) for line in (*said, *by_groups) if line.startswith(peak)]
+    assert abs(peaks[0] - peaks[1]) < 0.5 and peaks[0] * 2**30 < 75e9

@@ -6,7 +6,8 @@ import pytest
 
 from fillm.models import catalogue
 from fillm.rank.layer_groups import layer_groups
-from fillm.rank.plan import plan
+from fillm.rank.plan import _check_memory, plan
+from fillm.rank.plan_devices import Devices
 from tests.families import build_family
 from tests.rank.test_plan import CONFIG, RATES, SETS
 
@@ -37,3 +38,17 @@ def test_accumulators_are_those_of_the_largest_group():
     assert several["weighted sums"] < one["weighted sums"]
     assert several["weights"] == one["weights"] and several["activations"] == one["activations"]
     assert any("largest group" in note for note in planned(2).notes)
+
+
+def test_the_check_of_shards_keeps_gradients_of_the_largest_group():
+    scope = [info for info in SCOPE if info.kind != "norm"]
+    parts = layer_groups(scope, 2)
+
+    def kept(groups):
+        return _check_memory(MODEL, groups, Devices(2, sharded=True), "cpu")["gradients of two samples"]
+
+    def half(infos):  # of the rows, rounded up
+        return sum(-(-info.shape[0] // 2) * info.numel // info.shape[0] for info in infos)
+
+    assert kept([scope]) == 2 * 4 * half(scope)
+    assert kept(parts) == 2 * 4 * max(map(half, parts)) < kept([scope])
