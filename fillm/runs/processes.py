@@ -274,6 +274,8 @@ class Processes:
                 self.meet()
                 done = True
             except BaseException as error:
+                if self.ended and isinstance(error, KeyboardInterrupt):
+                    self._tell_what_came_before(error)
                 if not self.ended and self.in_step and self.count > 1:
                     self.abandon(error)
                 if not self.ended:
@@ -310,6 +312,16 @@ class Processes:
             return EndedByAnother(int(self._board.get(_LEFT)))
         lost = InterruptedRun("another process of the run has died; continue with --resume")
         return lost if self.first else EndedByAnother(lost.exit_code)
+
+    def _tell_what_came_before(self, signalled: KeyboardInterrupt) -> None:
+        """Raises what was already ending the run when a signal came in: torchrun stops the rest where one is gone."""
+        before = signalled.__context__
+        while before is not None:
+            if isinstance(before, FillmError):
+                raise before
+            if _is_lost_connection(before):
+                raise self._why_lost() from before
+            before = before.__context__
 
     def abandon(self, error: BaseException) -> NoReturn:
         """Ends all processes from the midst of what they compute together, where the others are at no meeting.

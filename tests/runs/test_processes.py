@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fillm.errors import EndedByAnother, NumericsError, UsageError
+from fillm.errors import EndedByAnother, InterruptedRun, NumericsError, UsageError
 from fillm.runs import processes
 from fillm.runs.processes import Processes
 
@@ -35,3 +35,41 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(UsageError, match="4 processes on this machine, which has 2 CUDA devices"):
         Processes("cuda")
     assert Processes("cuda", alone=True).count == 1
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_signal_after_a_lost_process_does_not_hide_it(told: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun stops the others as soon as one is gone, maybe while they are finding that out."""
+
+    class Stopped(KeyboardInterrupt):
+        pass
+
+    def gone(*_: object, **__: object) -> None:
+        raise RuntimeError("gloo: Connection closed by peer")
+
+    class Board:
+        def check(self, keys: object) -> bool:
+            if not told:  # the signal comes in first
+                raise Stopped
+            return False
+
+    two = Processes("cpu")
+    monkeypatch.setattr(torch.distributed, "all_gather", gone)
+    monkeypatch.setattr(two, "_disband", lambda done: None)
+    two.count, two._board = 2, Board()
+    with pytest.raises(InterruptedRun, match="another process of the run has died"), two.together():
+        try:
+            two.meet()
+        except InterruptedRun as lost:
+            raise Stopped from lost
+        except Stopped:
+            two._board.check = lambda keys: False
+            raise
+
+
+def test_a_signal_by_itself_stays_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    two = Processes("cpu")
+    monkeypatch.setattr(two, "_disband", lambda done: None)
+    two.count, two.ended = 2, True
+    with pytest.raises(KeyboardInterrupt), two.together():
+        raise KeyboardInterrupt
