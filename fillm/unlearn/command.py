@@ -230,8 +230,6 @@ def _load(config: UnlearnConfig, device: torch.device) -> tuple[nn.Module, dict[
 def _unlearn(
     config: UnlearnConfig, given: _Given, folder: Folder, processes: Processes, console: Console, show: bool
 ) -> tuple[UnlearnResult, dict[str, Any]]:
-    if config.loss == INFLUENCE and processes.count > 1:
-        raise UsageError("--loss influence is one step for one process; start it without torchrun")
     if config.lora_rank is not None and (given.masks is not None or hasattr(given.model, "merge_and_unload")):
         raise UsageError("--lora-rank puts adapters into a plain model, the same for all samples")
     check_differentiable(given.model)

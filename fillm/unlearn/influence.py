@@ -7,6 +7,7 @@ set's mean loss:
     by (8) of the retain set, with its Fisher matrix for H: -eta * mean_i(s_i) + (eta^2 / 2) * mean_i(s_i^2)
 """
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -150,15 +151,17 @@ def predicted(
         retain: the same.
         eta: length of the step; None takes the smallest with a predicted forget rise of `ONE_SHOT_RISE`, or the longest
             whose forget prediction is not doubtful, if that is shorter.
-        passes: runs them.
+        passes: runs them, dealt out to its processes.
 
     Raises:
-        UsageError: no `eta` is given, and none is predicted to raise the forget loss that far.
+        UsageError: the processes do not compute the same; no `eta` is given, and none is predicted to raise the forget
+            loss that far.
     """
     sets = {"forget": forget, "retain": retain}
     capture = Capture(model, list(update))
     verify(capture, SampleSet([*forget, *retain], "both sets"))
     along = CurvatureAlong.tried(model, update, list(sets.values()), capture.alone)
+    passes.processes.agree(json.dumps([along.step, capture.alone, sorted(capture.fallback)]))
     found = {}
     for which, samples in sets.items():
         dots, curvature = SummedDots(update, len(samples)), SummedCurvature()

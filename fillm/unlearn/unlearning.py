@@ -193,7 +193,12 @@ def _prepared_step(job: Job) -> Callable[[Evaluation], _Outcome]:
 
 
 def _one_step(job: Job, update: Mapping[str, Tensor], before: Evaluation) -> _Outcome:
-    passes = Passes(job.console, folder=job.folder, checkpoint_seconds=job.config.checkpoint_every or 1e-9)
+    passes = Passes(
+        job.console,
+        folder=job.folder if job.processes.first else None,  # what it has saved is a part of the sum of all
+        checkpoint_seconds=job.config.checkpoint_every or 1e-9,
+        processes=job.processes,
+    )
     with passes.stopping():
         one_shot = predicted(job.model, update, job.forget, job.evaluated, job.config.eta, passes)
     take_step(SelectedEntries(job.model, job.mask), update, job.mask, one_shot.eta)

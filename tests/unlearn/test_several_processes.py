@@ -109,13 +109,11 @@ def test_unlearning_is_that_of_one_process(processes, argv, alone, tmp_path) -> 
 
 
 @pytest.mark.slow
-def test_what_ends_one_process_ends_all_and_is_told_once(argv, alone, make_ranking, tmp_path) -> None:
+def test_what_ends_one_process_ends_all_and_is_told_once(argv, alone, tmp_path) -> None:
     def job(name: str, *flags: str, changes: dict[str, Any] | None = None, **faults: Any) -> dict[str, Any]:
         return {"command": "unlearn", "argv": [*argv(tmp_path / name, **(changes or {})), *flags], **faults}
 
     step = {"hook": "gradient of a step"}
-    one_shot = dict.fromkeys(("lr", "max_steps", "batch_size", "eval_every", "retain_loss"))
-    one_shot |= {"loss": "influence", "ranking": make_ranking("with u", "--save-update")}
     jobs = [
         job("error", **step, fault="error", process=2, at=3),
         job("error", "--resume"),
@@ -128,14 +126,13 @@ def test_what_ends_one_process_ends_all_and_is_told_once(argv, alone, make_ranki
         job("recording", hook="recording a batch", fault="stop", process=0, at=1),
         job("recording", "--resume"),
         job("drifted", hook="forming of a step", fault="drift", at=4),
-        job("influence", changes=one_shot),
         job("range", "--lr", "-1"),
         job("stop"),
         job("other", further=["--num-retain", "5"]),
         job("dry", "--dry-run"),
     ]
     codes, said = run_jobs(3, jobs, tmp_path)
-    assert codes == [[code] * 3 for code in (2, 0, 1, 3, 0, 2, 2, 0, 3, 0, 2, 2, 2, 2, 2, 0)], said
+    assert codes == [[code] * 3 for code in (2, 0, 1, 3, 0, 2, 2, 0, 3, 0, 2, 2, 2, 2, 0)], said
     stopped = "after step 3 of 4, saved; continue with --resume"
     unlike = "the processes do not compute the same: give all of them the same files, fillm and hardware"
     assert lines_of(said, "unlearn") == [
@@ -145,17 +142,40 @@ def test_what_ends_one_process_ends_all_and_is_told_once(argv, alone, make_ranki
         "no space left on the disk",
         "stopped by SIGTERM before the first step; continue with --resume",
         unlike,
-        "--loss influence is one step for one process; start it without torchrun",
         "--lr -1.0: has to be above 0",
         f"{tmp_path / 'stop'} exists; give --overwrite or another --out",
         unlike,
     ], said
     assert said.count("Fault of ours: a fault of ours") == 1
-    assert not any(
-        (tmp_path / name).exists() for name in ("bug", "disk", "drifted", "influence", "range", "other", "dry")
-    )
+    assert not any((tmp_path / name).exists() for name in ("bug", "disk", "drifted", "range", "other", "dry"))
     for name in ("error", "stop", "full", "recording"):
         assert_same(tmp_path / name, alone / "npo")
+
+
+@pytest.mark.slow
+def test_the_step_along_u_is_that_of_one_process(argv, one_thread, make_ranking, tmp_path) -> None:
+    one_shot = dict.fromkeys(("lr", "max_steps", "batch_size", "eval_every", "retain_loss"))
+    one_shot |= {"loss": "influence", "ranking": make_ranking("with u", "--save-update"), "checkpoint_every": 0.0}
+    assert main(argv(tmp_path / "alone", **one_shot)) == 0
+    run = {name: {"command": "unlearn", "argv": argv(tmp_path / name, **one_shot)} for name in ("dealt", "stopped")}
+    stopped = {**run["stopped"], "hook": "gradients of a batch", "fault": "stop", "process": 0, "at": 2}
+    again = {"command": "unlearn", "argv": [*argv(tmp_path / "stopped", **one_shot), "--resume"]}
+    codes, said = run_jobs(3, [run["dealt"], stopped, again], tmp_path)
+    assert codes == [[0] * 3, [3] * 3, [0] * 3], said
+    told = {
+        name: json.loads((tmp_path / name / "verification.json").read_text()) for name in ("alone", "dealt", "stopped")
+    }
+    for name in ("dealt", "stopped"):
+        assert told[name]["outside_mask_bit_equal"] and told[name]["mask_applied"]
+        ours, wanted = told[name]["influence"], told["alone"]["influence"]
+        assert ours["eta"] == pytest.approx(wanted["eta"], rel=1e-6)
+        for which in ("forget_change", "retain_change"):
+            # Measured is the difference of two losses, each within 1e-6.
+            loss = told["alone"][which.replace("change", "loss")]["before"]
+            assert ours[which].pop("measured") == pytest.approx(wanted[which]["measured"], abs=2e-6 * loss)
+            assert ours[which] == pytest.approx({k: v for k, v in wanted[which].items() if k != "measured"}, rel=1e-5)
+        for tensor, value in weights(tmp_path / "alone").items():
+            torch.testing.assert_close(weights(tmp_path / name)[tensor], value, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.slow
