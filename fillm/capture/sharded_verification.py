@@ -102,7 +102,8 @@ def _compare(
             parameter.requires_grad_(True)
         with torch.enable_grad():
             loss = sample_losses(capture.model, batch, capture.loss_reduction).sum()
-            loss.backward()
+            if loss.requires_grad:  # not where no tensor in scope is reached
+                loss.backward()
         for row, (name, parameter) in enumerate(parameters.items()):
             found = kept.pop((name, position), None)
             if parameter.grad is None:
