@@ -26,8 +26,8 @@ from fillm.models.sharded_tensors import local, own_rows, sum_in_order
 def verify_sharded(
     capture: ShardedCapture,
     samples: SampleSet,
+    groups: Sequence[Sequence[str]],
     layout: str = "right",
-    groups: Sequence[Sequence[str]] | None = None,
 ) -> Verification:
     """Compares rules and autograd on two samples, in all processes together.
 
@@ -37,8 +37,8 @@ def verify_sharded(
     Args:
         capture: of the tensors to check.
         samples: of which two are taken.
+        groups: names of the tensors that are checked at a time; together all of the capture's.
         layout: of the batch of the two.
-        groups: names of tensors that are checked at a time; without them, all at once.
 
     Memory: of a group's tensors, two samples' gradients of the rows that the process holds, float32, and one tensor's
     whole gradient.
@@ -51,7 +51,7 @@ def verify_sharded(
     rows = {name: row for row, name in enumerate(capture.parameters)}
     squares = torch.zeros(len(rows), 2, dtype=torch.float64, device=capture.device)
     reached = torch.zeros(len(rows), dtype=torch.float64, device=capture.device)
-    parts = [capture] if groups is None else [capture.like(names) for names in groups]
+    parts = [capture.like(names) for names in groups]
     for part in parts:
         places = torch.tensor([rows[name] for name in part.parameters], device=capture.device)
         found, hit = _check_group(part, samples, layout, tolerance)

@@ -29,7 +29,7 @@ from fillm.models import (
     model_fingerprint,
     select_tensors,
 )
-from fillm.rank.config import FORGET_ALONE, ON_CPU, WITHOUT_GRADIENTS, RankConfig, check, check_sharded
+from fillm.rank.config import FORGET_ALONE, ON_CPU, WITHOUT_GRADIENTS, RankConfig, check, check_link, check_sharded
 from fillm.rank.console import Console
 from fillm.rank.default_model import DEFAULT_FORGET, DEFAULT_RETAIN, default_folder, default_model
 from fillm.rank.layer_groups import layer_groups
@@ -123,6 +123,7 @@ def run(config: RankConfig) -> None:
 def _run(config: RankConfig, processes: Processes, console: Console) -> None:
     check(config)
     devices = config.plan_devices or processes.count  # with --dry-run those that are planned for
+    check_link(config, devices)
     if config.shard:
         check_sharded(config, devices)
     check_inputs_outside(config)
@@ -248,6 +249,7 @@ def _rank(
     for which, samples in sets.items():
         check_fits_model(samples, model, f"--{which}")
     scope = select_tensors(catalogue(model), config.include, config.exclude)
+    groups = layer_groups(scope, config.groups)
     kind = ShardedCapture if config.shard else Capture
     capture = kind(model, [info.name for info in scope], config.loss_reduction)
     if config.offload and capture.device.type == "cpu":
@@ -267,7 +269,7 @@ def _rank(
     passes = Passes(console, config.layout, config.tokens_per_batch, folder, config.checkpoint_seconds, processes)
     checks: dict[str, Any] = {}
     if sets:
-        checks = _checks(capture, scope, sets, config, console)
+        checks = _checks(capture, groups, sets, config, console)
     capture.offload = config.offload  # the checks before looked at gradients where they are
     empty = SampleSet([], "none")
     job = Job(
@@ -316,13 +318,17 @@ def _rank(
 
 
 def _checks(
-    capture: Capture, scope: Sequence[TensorInfo], sets: dict[str, SampleSet], config: RankConfig, console: Console
+    capture: Capture,
+    groups: Sequence[Sequence[TensorInfo]],
+    sets: dict[str, SampleSet],
+    config: RankConfig,
+    console: Console,
 ) -> dict[str, Any]:
     # Of both sets: were one of equal lengths throughout, it would say nothing of the padding that the other gets.
     both = SampleSet([sample for some in sets.values() for sample in some], "both sets")
     if isinstance(capture, ShardedCapture):
-        groups = [[info.name for info in infos] for infos in layer_groups(scope, config.groups)]
-        found = verify_sharded(capture, both, config.layout, groups)
+        names = [[info.name for info in infos] for infos in groups]
+        found = verify_sharded(capture, both, names, config.layout)
         return {"largest_difference_to_autograd": max(found.error.values(), default=0.0)}
     found = verify(capture, both, config.layout)
     if capture.alone:

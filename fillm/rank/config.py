@@ -275,8 +275,19 @@ def _check_planned(config: RankConfig) -> None:
             raise UsageError(f"{flag_name(name)} {value} has no effect without --dry-run; leave it out")
         if value is not None and not 0 < value < math.inf:
             raise UsageError(f"{flag_name(name)} must be above 0 and finite, not {value}")
-    if config.plan_link is not None and config.plan_devices == 1:
-        raise UsageError(f"--plan-link {config.plan_link} has no effect with --plan-devices 1; leave one of them out")
+
+
+def check_link(config: RankConfig, devices: int) -> None:
+    """Refuses the rate of what other devices send where there are none.
+
+    Raises:
+        UsageError: naming the option.
+    """
+    if config.plan_link is not None and devices == 1:
+        raise UsageError(
+            f"--plan-link {config.plan_link} has no effect on one device; say on how many with --plan-devices N, or "
+            "leave it out"
+        )
 
 
 def check_sharded(config: RankConfig, processes: int) -> None:

@@ -11,7 +11,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def start(config: ReportConfig) -> None:
         from fillm.report.command import run  # torch is loaded only once the flags are known to be right
+        from fillm.runs.processes import refuse_several
 
+        refuse_several("fillm.report")
         run(config)
 
     return run_command(ReportConfig, start, argv, "fillm report")

@@ -345,6 +345,18 @@ def several_started() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+def refuse_several(command: str) -> None:
+    """Ends a command that takes one process where there are several; the first of them tells of it.
+
+    Raises:
+        UsageError: in the first.
+        EndedByAnother: in the others.
+    """
+    if several_started():
+        error = UsageError(f"{command} runs in one process; start it without torchrun")
+        raise error if os.environ.get("RANK", "0") == "0" else EndedByAnother(error.exit_code)
+
+
 def _no_longer_stopped() -> None:
     """Where one process is gone torchrun stops the others: what is to be said of it is not to be replaced by that."""
     if threading.current_thread() is threading.main_thread():

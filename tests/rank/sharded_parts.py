@@ -62,12 +62,12 @@ def check_sums(parameter: torch.Tensor, processes: Processes) -> None:
 def check_groups(capture: ShardedCapture, samples: SampleSet) -> None:
     """A check by groups finds what one of all tensors does, and hands tensors out in the same order afterwards."""
     at_once = capture.like(list(capture.parameters))
-    wanted = verify_sharded(at_once, samples)
+    wanted = verify_sharded(at_once, samples, [list(capture.parameters)])
     infos = catalogue(capture.model)
     for count in (2, 3):
         groups = [[info.name for info in group] for group in layer_groups(infos, count)]
         by_groups = capture.like(list(capture.parameters))
-        found = verify_sharded(by_groups, samples, groups=groups)
+        found = verify_sharded(by_groups, samples, groups)
         assert found.unreached == wanted.unreached and list(found.error) == list(wanted.error)
         assert max(abs(found.error[name] - error) for name, error in wanted.error.items()) < 1e-6
         assert by_groups._above == at_once._above

@@ -172,7 +172,6 @@ def test_a_model_whose_layers_are_not_told_is_not_sharded(monkeypatch):
         ({"dry_run": True, "plan_devices": 0}, "--plan-devices must be above 0 and finite, not 0"),
         ({"dry_run": True, "plan_flops": math.inf}, "--plan-flops must be above 0 and finite, not inf"),
         ({"dry_run": True, "plan_link": math.nan}, "--plan-link must be above 0 and finite, not nan"),
-        ({"dry_run": True, "plan_devices": 1, "plan_link": 1e9}, "--plan-link .* has no effect with --plan-devices 1"),
     ],
 )
 def test_what_only_a_plan_looks_at(given, line):

@@ -5,11 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import transformers
 
 from fillm.errors import UsageError
 from fillm.rank.__main__ import main
 from fillm.rank.config import RankConfig, check_sharded
-from tests.families import build_family
+from tests.families import VOCAB_SIZE, build_family
 from tests.rank.conftest import word_tokenizer
 from tests.rank.test_several_processes import alone as alone
 from tests.rank.test_several_processes import as_they_have as as_they_have
@@ -97,6 +98,29 @@ def test_the_ranking_is_that_of_the_whole_model(processes, started, as_they_have
         jobs.append({"argv": started(tmp_path / name, family, *further, "--shard")})
     codes, said = run_jobs(processes, jobs, tmp_path)
     assert codes == [[0] * processes] * len(jobs), said
+    for name in runs:
+        assert_same(tmp_path / name, tmp_path / "whole" / name)
+
+
+@pytest.mark.slow
+def test_tensors_that_no_gradient_reaches_are_unused(started, as_they_have, tmp_path) -> None:
+    """A decoder's attention to an encoder that is not there; alone in scope, and alone in a group."""
+    config = transformers.BartConfig(
+        vocab_size=VOCAB_SIZE, d_model=16, decoder_layers=2, encoder_layers=1, decoder_attention_heads=2,
+        encoder_attention_heads=2, decoder_ffn_dim=24, encoder_ffn_dim=24, max_position_embeddings=64,
+        is_decoder=True, is_encoder_decoder=False,
+    )  # fmt: skip
+    transformers.BartForCausalLM(config).save_pretrained(tmp_path / "bart")
+    word_tokenizer().save_pretrained(tmp_path / "bart")
+    alone, mixed = ["--include", "*encoder_attn*"], ["--include", "*layers.0.encoder_attn*,*layers.1.fc1*"]
+    runs = {"alone": alone, "mixed": mixed, "mixed, in groups": [*mixed, "--groups", "2"]}
+    jobs = []
+    for name, further in runs.items():
+        argv = [*started(tmp_path / name, "llama", *further), "--model", str(tmp_path / "bart")]
+        assert main([*argv, "--out", str(tmp_path / "whole" / name)]) == 0, name
+        jobs.append({"argv": [*argv, "--shard"]})
+    codes, said = run_jobs(2, jobs, tmp_path)
+    assert codes == [[0, 0]] * len(jobs), said
     for name in runs:
         assert_same(tmp_path / name, tmp_path / "whole" / name)
 
@@ -220,6 +244,13 @@ def test_an_end_between_two_batches_does_not_leave_the_others_waiting(started, a
 def test_a_plan_of_shards_is_for_several_devices(arguments, fails) -> None:
     asked = "--shard --dry-run plans for several devices; say for how many with --plan-devices N"
     assert fails(arguments("--shard", "--dry-run")) == asked
+
+
+@pytest.mark.parametrize("devices", [(), ("--plan-devices", "1")])
+def test_one_device_receives_nothing_from_others(devices, arguments, fails) -> None:
+    assert fails(arguments("--dry-run", "--plan-link", "1e9", *devices)) == (
+        "--plan-link 1000000000.0 has no effect on one device; say on how many with --plan-devices N, or leave it out"
+    )
 
 
 def test_one_process_shards_nothing(arguments, fails) -> None:

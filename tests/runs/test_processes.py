@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from fillm.errors import EndedByAnother, InterruptedRun, NumericsError, UsageError
+from fillm.finetune.__main__ import main as finetune
+from fillm.report.__main__ import main as report
 from fillm.runs import processes
 from fillm.runs.processes import Processes
 
@@ -35,6 +37,25 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(UsageError, match="4 processes on this machine, which has 2 CUDA devices"):
         Processes("cuda")
     assert Processes("cuda", alone=True).count == 1
+
+
+@pytest.mark.parametrize("index", ["0", "1"])
+@pytest.mark.parametrize(
+    ("main", "argv"),
+    [
+        (finetune, ["--architecture", "tiny", "--data", "fictional-small:forget05", "--out", "never"]),
+        (report, ["runs", "--out", "never"]),
+    ],
+)
+def test_a_command_of_one_process_is_refused_in_several(index, main, argv, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", index)
+    assert main(argv) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == (1 if index == "0" else 0)
+    assert all("runs in one process; start it without torchrun" in line for line in said)
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("told", [True, False])
