@@ -4,6 +4,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+import fillm
+
 COMMANDS = {
     "evaluate": "say what a model still knows of a forget set and what it kept, by the field's metrics",
     "finetune": "make the model that is to forget: train a new or a given causal language model",
@@ -17,7 +19,15 @@ def usage() -> str:
     """What `fillm --help` prints."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {line}" for name, line in COMMANDS.items()]
-    return "\n".join(["usage: fillm COMMAND ...", "", *lines, "", "fillm COMMAND --help lists a command's options"])
+    return "\n".join(
+        [
+            "usage: fillm COMMAND ...",
+            "",
+            *lines,
+            "",
+            "fillm COMMAND --help lists a command's options, fillm --version says which this is",
+        ]
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
+        return 0
+    if arguments[0] == "--version":
+        print(f"fillm {fillm.__version__}")
         return 0
     command, *rest = arguments
     if command not in COMMANDS:

@@ -20,6 +20,7 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin,
 
 import yaml
 
+import fillm
 from fillm.documents import read_yaml_document
 from fillm.errors import EndedByAnother, FillmError, InterruptedRun, OutOfMemoryError, UsageError
 
@@ -94,6 +95,7 @@ def build_parser(cls: type, prog: str) -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,  # an abbreviation in somebody's script would change its meaning with the next option
     )
+    parser.add_argument("--version", action="version", version=f"fillm {fillm.__version__}", help="print it and stop")
     parser.add_argument("--config", metavar="FILE", help="a YAML file of settings; a run.yaml replays its run")
     parser.add_argument("--print_config", "--print-config", action="store_true", help="print the settings and stop")
     hints = get_type_hints(cls)

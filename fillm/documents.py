@@ -77,6 +77,10 @@ def parse_yaml(text: str) -> Any:
         return loader.construct_document(node)
     except RecursionError:
         raise ValueError("nested too deep") from None
+    except yaml.MarkedYAMLError as error:
+        where = error.problem_mark or error.context_mark
+        at = f" (line {where.line + 1}, column {where.column + 1})" if where else ""
+        raise ValueError(", ".join(filter(None, (error.context, error.problem))) + at) from None
     # What it makes of tags on values that do not fit them (`!!bool maybe`, `2001-99-99`) has no kind of its own.
     except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None

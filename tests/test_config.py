@@ -9,6 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fillm
 from fillm.config import (
     arguments,
     flag_name,
@@ -125,7 +126,10 @@ def test_mistakes_on_the_command_line(argv, said, capsys):
         ("3: soir\nb: 1", "no setting is called 3, 'b'"),
         ("- 1", "expected a mapping"),
         ("", "expected a mapping"),
-        ("a: [", "not YAML"),
+        (
+            "a: [",
+            "while parsing a flow node, expected the node content, but found '<stream end>' (line 1, column 5)",
+        ),
         ("!!python/object/apply:os.getcwd []", "not YAML"),
     ],
 )
@@ -143,6 +147,13 @@ def test_file_that_is_not_text(tmp_path, capsys):
     path.write_bytes(b"\xff\xfe\x00")
     assert _run(["--config", str(path)]) == 2
     assert "not YAML" in capsys.readouterr().err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        _run(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr() == (f"fillm {fillm.__version__}\n", "")
 
 
 def test_help_names_every_flag_and_default(capsys):

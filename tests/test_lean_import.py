@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import fillm
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -74,3 +76,5 @@ def test_help_prints_and_exits_zero(command: tuple[str, ...]) -> None:
     assert done.returncode == 0, done.stderr
     assert "usage" in done.stdout.lower() and done.stderr == ""
     assert ("--retain" in done.stdout) == (command == ("-m", "fillm.rank"))
+    said = run(*command, "--version")
+    assert (said.returncode, said.stdout, said.stderr) == (0, f"fillm {fillm.__version__}\n", "")

@@ -12,6 +12,7 @@ from typing import Any
 from fillm.data.files import Record, read_records
 from fillm.data.specs import DataSpec
 from fillm.errors import DataError, UsageError
+from fillm.hub import announce, quiet_loggers
 
 DATA_ROOT_VARIABLE = "FILLM_DATA"
 
@@ -95,7 +96,9 @@ def load_from_hub(name: str, config: str | None, split: str | None) -> list[Reco
     except ImportError:
         raise DataError(f"{name}: the package datasets is not installed; pip install datasets") from None
     try:
-        loaded = datasets.load_dataset(name, config, split=split)
+        announce(name, "not among the files here")
+        with quiet_loggers():
+            loaded = datasets.load_dataset(name, config, split=split)
     except Exception as error:  # the Hub client, its HTTP library and the file readers each raise their own kinds
         reason = (str(error).strip() or "no reason given").splitlines()[0]
         raise DataError(f"{name} could not be had from the Hub ({type(error).__name__}: {reason})") from None

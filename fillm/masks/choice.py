@@ -136,7 +136,10 @@ def parse_select(text: str) -> dict[str, Any]:
             raise ValueError
     except ValueError:
         raise UsageError(f"--select {text}: {_GRAMMAR}") from None
-    make_choice(**arguments)
+    try:
+        make_choice(**arguments)
+    except UsageError as error:
+        raise UsageError(f"--select {text}: {str(error).removeprefix('select: ')}") from None
     return arguments
 
 

@@ -1,24 +1,21 @@
 """Load a causal language model and its tokenizer: safetensors only, no remote code unless asked, errors on one line."""
 
 import contextlib
-import logging
 import re
-import sys
 import warnings
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import torch
 import transformers
-from huggingface_hub.constants import HF_HUB_OFFLINE
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from fillm.errors import ModelError
+from fillm.hub import announce, quiet_loggers
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -164,7 +161,7 @@ def local_folder(source: str) -> Path | None:
         raise ModelError(f"{source}: is a file; give the folder that holds config.json and the weights")
     if not _HUB_ID.fullmatch(source):
         raise ModelError(f"{source}: no such folder")
-    _announce(source)
+    announce(source, "no such folder")
     return None
 
 
@@ -175,17 +172,12 @@ def _refuse_endless(folder: Path) -> None:
             raise ModelError(f"{path}: larger than {_LARGEST >> 20} MiB, which no configuration or tokenizer is")
 
 
-@cache
-def _announce(source: str) -> None:
-    """Without a network the Hub's client tries for most of a minute before it gives up."""
-    if not HF_HUB_OFFLINE:
-        print(f"{source}: no such folder; asking the Hub", file=sys.stderr)
-
-
 def _require_config(source: str, folder: Path) -> None:
     if not (folder / "config.json").is_file():
         is_adapter = (folder / "adapter_config.json").is_file()
         hint = " (an adapter: give its base as --model and it as --adapter)" if is_adapter else ""
+        if (folder / "model" / "config.json").is_file():  # a run's folder, one level too high
+            hint = f" (there is one in {Path(source) / 'model'}: give that)"
         raise ModelError(f"{source}: no config.json in it{hint}; not a model's folder")
 
 
@@ -246,18 +238,13 @@ def _with_adapter(model: PreTrainedModel, adapter: str) -> Any:
 def quiet_transformers() -> Iterator[None]:
     """No loading bars and no advice from transformers and its Hub: what matters of it is raised as an error."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    # The Hub's tells of every attempt to reach a network that is not there, the other's of kernels it could have.
-    others = {logger: logger.level for logger in map(logging.getLogger, ("huggingface_hub", "bitsandbytes"))}
-    for logger in others:
-        logger.setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        yield
+        with quiet_loggers("bitsandbytes"):  # it tells of kernels that it could have
+            yield
     finally:
         transformers_logging.set_verbosity(level)
-        for logger, before in others.items():
-            logger.setLevel(before)
         if bars:
             transformers_logging.enable_progress_bar()
 

@@ -76,9 +76,12 @@ class Bar:
         return f"{_rate(self._samples / seconds)} samples/s, {_rate(self._tokens / seconds)} tokens/s"
 
     def summary(self) -> str:
-        """`retain pass: 360 samples in 7.3 s, 49.3 samples/s, 3050 tokens/s`; the rates are those of this run's own."""
-        line = f"{self._label}: {self._done} samples in {self._console.clock() - self._begun:.1f} s"
-        return ", ".join(part for part in (line, self._rates()) if part)
+        """`retain pass: 360 samples in 7.3 s, 49.3 samples/s, 3050 tokens/s`; time and rates are of this run's own."""
+        earlier = self._done - self._samples
+        samples = f"{self._done} samples" if not earlier else f"{self._samples} of {self._done} samples"
+        line = f"{self._label}: {samples} in {self._console.clock() - self._begun:.1f} s"
+        done = f"{earlier} were done before" if earlier else ""
+        return ", ".join(part for part in (line, self._rates(), done) if part)
 
 
 class Console:

@@ -129,7 +129,10 @@ def plan(
             notes.append(
                 "accumulators are those of the largest group; a backward pass ends at its group, and is counted whole"
             )
-        notes.append(f"activations are {'counted on the graph' if counted else 'estimated from shapes'}")
+        notes.append(
+            "what a batch keeps for its backward pass is "
+            + ("counted in the model's own graph" if counted else "estimated from shapes: the model needs its values")
+        )
         if config.exact_gram:
             notes.append("exact Gram matrices: a pass over each set for every group of tensors whose gradients fit")
         elif config.canonical_method == "soir" and not (config.needs_update or config.sketched):

@@ -172,3 +172,8 @@ def test_other_texts_are_refused_with_what_may_stand_there(text):
 def test_choices_that_cannot_be_are_refused(choice, complaint):
     with pytest.raises(UsageError, match=complaint):
         make_choice(**choice)
+
+
+def test_a_fraction_out_of_bounds_is_refused_in_the_words_of_the_command():
+    with pytest.raises(UsageError, match=r"^--select top:2: fraction=2.0 must be above 0"):
+        parse_select("top:2")

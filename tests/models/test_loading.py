@@ -212,6 +212,10 @@ def test_tokenizer(folder, tmp_path, offline):
         load_tokenizer(str(tmp_path / "empty"), option="--tokenizer")
     with pytest.raises(ModelError, match="no config.json in it; not a model's folder"):
         load_tokenizer(str(tmp_path / "empty"))
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "model" / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"no config.json in it \(there is one in \S+run/model: give that\)"):
+        load_tokenizer(str(tmp_path / "run"))
     with pytest.raises(ModelError, match="no such folder"):
         load_tokenizer(str(tmp_path / "nowhere"))
     with pytest.raises(ModelError, match="the Hub does not give it"):

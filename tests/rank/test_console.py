@@ -84,7 +84,7 @@ def test_what_an_earlier_run_did_moves_the_bar_but_not_the_rates(console, stream
         bar.advance(10, 100)
     lines = streams[1].getvalue().splitlines()
     assert lines[1] == "retain pass: 90 of 100 samples, 1.0 samples/s, 10.0 tokens/s, 10 s, 10 s left"
-    assert lines[2] == "retain pass: 100 samples in 20.0 s, 1.0 samples/s, 10.0 tokens/s"
+    assert lines[2] == "retain pass: 20 of 100 samples in 20.0 s, 1.0 samples/s, 10.0 tokens/s, 80 were done before"
 
 
 def test_a_clock_that_stands_still_is_no_error(console, streams):

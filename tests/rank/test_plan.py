@@ -163,7 +163,9 @@ def test_a_model_that_looks_at_values_is_estimated_from_shapes():
     model.model.layers[0].mlp.forward = lambda x: forward(x) if x.sum().item() < 1e9 else x
     assert saved_activation_bytes(model, 2, 8) is None
     planned = plan(model, catalogue(model), SETS, CONFIG, rates=RATES)
-    assert "activations are estimated from shapes" in planned.notes
+    assert (
+        "what a batch keeps for its backward pass is estimated from shapes: the model needs its values" in planned.notes
+    )
     assert 0.3 < estimated_activation_bytes(model, catalogue(model), 3, 20) / kept_bytes(model, 3, 20) < 3.0
 
 

@@ -39,6 +39,13 @@ def interrupted(out, **options):
         folder.save_state("retain", 3, STATE, {"batches": 7})
 
 
+def test_a_folder_inside_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(RunFolderError, match=r"--out \S+file/deep/run: \S+file is a file; name a folder in a folder"):
+        start(tmp_path / "file" / "deep" / "run")
+    assert names(tmp_path) == ["file"]
+
+
 def test_a_finished_folder_holds_what_was_written_and_nothing_else(tmp_path):
     with start(tmp_path / "deep" / "run") as folder:
         folder.check_identity({"model": "m"})
@@ -358,12 +365,6 @@ def test_payloads_are_plain_safetensors(tmp_path):
     interrupted(tmp_path / "run")
     (payload,) = (tmp_path / "run.partial").glob("state.*.safetensors")
     assert torch.equal(load_file(payload)["sum"], STATE["sum"])
-
-
-def test_a_parent_that_is_a_file_is_one_line(tmp_path):
-    (tmp_path / "file").write_text("x", encoding="utf-8")
-    with pytest.raises(RunFolderError, match=r"cannot write: .*; give another --out"):
-        start(tmp_path / "file" / "run")
 
 
 def test_what_the_writer_returns_comes_back_and_its_files_are_as_readable_as_the_record(tmp_path):
