@@ -14,7 +14,7 @@ from torch import nn
 from fillm.config import from_mapping
 from fillm.data import Row
 from fillm.errors import UsageError
-from fillm.evaluate.config import COMMAND_ONLY, FREE_ON_RESUME, EvaluateConfig, check_dealt_out, resolved
+from fillm.evaluate.config import COMMAND_ONLY, FREE_ON_RESUME, EvaluateConfig, resolved
 from fillm.evaluate.dealing import Deal
 from fillm.evaluate.evidence import Evidence, gather, prepare
 from fillm.evaluate.general import general_metric
@@ -42,8 +42,6 @@ def run(config: EvaluateConfig) -> None:
 
 def _run(config: EvaluateConfig, processes: Processes, console: Console) -> None:
     config = resolved(config)
-    if processes.count > 1:
-        check_dealt_out(config)
     check_inputs_outside(config)
     if config.from_log is not None:
         from fillm.evaluate.from_log import run_from_log

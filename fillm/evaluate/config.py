@@ -97,16 +97,6 @@ def resolved(config: EvaluateConfig, *, given: bool = False) -> EvaluateConfig:
     return replace(config, forget=config.forget.removeprefix(f"{config.benchmark}:"))
 
 
-def check_dealt_out(config: EvaluateConfig) -> None:
-    """Refuses what several processes cannot share.
-
-    Raises:
-        UsageError: naming the option.
-    """
-    if config.lm_eval is not None:
-        raise UsageError("--lm-eval takes one process: the harness's own passes are not dealt out; leave out torchrun")
-
-
 def _check_from_log(config: EvaluateConfig) -> None:
     plain = EvaluateConfig()
     for field in fields(config):

@@ -10,6 +10,7 @@ import pytest
 
 from fillm.errors import DataError, UsageError
 from fillm.evaluate.config import EvaluateConfig
+from fillm.evaluate.dealing import Deal
 from fillm.evaluate.general import check_tasks, general_ability, general_metric
 from fillm.evaluate.metric import Needs
 
@@ -92,7 +93,7 @@ def test_a_task_that_fails_is_one_line(harness: ModuleType) -> None:
 
 def test_its_numbers_stand_in_the_summary(harness: ModuleType) -> None:
     harness.simple_evaluate = lambda **given: {"results": {"arc_easy": {"acc,none": 0.5, "acc_stderr,none": math.nan}}}
-    evidence = SimpleNamespace(config=EvaluateConfig(batch_size=2), model="model", tokenizer="tokenizer")
+    evidence = SimpleNamespace(config=EvaluateConfig(batch_size=2), model="model", tokenizer="tokenizer", deal=Deal())
     metric = general_metric("arc_easy")
     assert metric.needs({}) == Needs()
     outcome = metric.compute(evidence)

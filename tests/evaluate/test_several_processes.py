@@ -13,6 +13,7 @@ import yaml
 
 from fillm.evaluate.__main__ import main
 from tests.evaluate.conftest import arguments
+from tests.evaluate.stand_in_harness import write_harness
 from tests.rank.conftest import question_row, write_rows
 from tests.runs.jobs import lines_of, run_jobs, torchrun
 
@@ -126,7 +127,7 @@ def test_what_ends_one_process_ends_all_and_is_told_once(argv, alone, tmp_path) 
         "no space left on the disk",
         "no space left on the disk",
         "--forget forget77: no forget split of tofu; there are forget01, forget05, forget10",
-        "--lm-eval takes one process: the harness's own passes are not dealt out; leave out torchrun",
+        "--lm-eval arc_easy: the package lm-eval is not installed; pip install lm-eval, or leave out --lm-eval",
         "the processes do not compute the same: give all of them the same files, fillm and hardware",
         refused,
     ], said
@@ -176,3 +177,27 @@ def test_processes_that_torchrun_starts_again_resume(argv, alone, tmp_path) -> N
     assert done.stderr.count("nothing to resume; starting anew") == 1  # the first time
     assert done.stderr.count("answers: ") == 2  # which had finished this pass
     assert_same(tmp_path / "run", alone / "tofu")
+
+
+@pytest.mark.slow
+def test_requests_of_the_harness_are_dealt_out(argv, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(write_harness(tmp_path)))
+    asked = {"lm_eval": "counting", "metrics": "probability", "reference": None, "batch_size": 2}
+    summaries = []
+    for processes in (1, 2, 3):
+        out = tmp_path / f"run{processes}"
+        done = torchrun(processes, "-m", "fillm.evaluate", *argv(out, **asked))
+        assert done.returncode == 0, done.stderr
+        summaries.append(json.loads((out / "summary.json").read_text()))
+    whole, *dealt = ({name: v for name, v in one.items() if name.startswith("lm_eval/")} for one in summaries)
+    assert whole.pop("lm_eval/counting/generate_until_calls") == 3 * 23
+    for calls, some in ((36, dealt[0]), (24, dealt[1])):  # blocks of 12 and of 8 of 23 requests
+        assert some.pop("lm_eval/counting/generate_until_calls") == calls
+        for name, value in whole.items():
+            assert name.endswith("_calls") or some[name] == pytest.approx(value, rel=1e-12), name
+
+    monkeypatch.setenv("HARNESS_BREAKS", "yes")
+    done = torchrun(2, "-m", "fillm.evaluate", *argv(tmp_path / "broken", **asked))
+    failed = "--lm-eval counting: lm-eval failed (RuntimeError: a task of its own)"
+    assert done.returncode != 0 and lines_of(done.stderr, "evaluate") == [failed]
+    assert not (tmp_path / "broken").exists()

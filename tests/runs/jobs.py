@@ -47,7 +47,7 @@ def torchrun(processes: int, *words: str, restarts: int = 0) -> subprocess.Compl
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
          f"--max-restarts={restarts}", *words],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False,
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=800, check=False,
     )  # fmt: skip
 
 
