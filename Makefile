@@ -34,7 +34,7 @@ test: .venv-test/.made
 	.venv-test/bin/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
 
 slow: .venv-test/.made
-	.venv-test/bin/python -m pytest -m slow
+	.venv-test/bin/python -m pytest -m slow -n auto --maxprocesses 2 --dist loadfile --timeout 900
 
 test-all: .venv-test/.made
 	.venv-test/bin/python -m pytest

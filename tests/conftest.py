@@ -16,6 +16,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.pop("FILLM_BACKEND", None)
 
 import random
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -28,8 +29,18 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 THREADS = 2
+# With a limit, what has not begun by then is skipped and says so: a slow machine shows what it can of the slow tests.
+SECONDS = float(os.environ.get("FILLM_TEST_SECONDS") or "inf")
+_BEGUN = time.monotonic()
 
 torch.set_num_threads(min(THREADS, torch.get_num_threads()))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Before the fixtures, which may be what takes the time."""
+    if time.monotonic() - _BEGUN > SECONDS:
+        pytest.skip(f"not begun: FILLM_TEST_SECONDS={SECONDS:.0f} were up")
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import fillm
+from fillm.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -58,6 +59,7 @@ def test_package_and_function_are_importable_in_both_orders(statement: str) -> N
         "import types",
         "assert isinstance(fillm.rank, types.ModuleType)",
         "assert callable(rank_parameters) and fillm.rank_parameters is rank_parameters is fillm.rank.rank_parameters",
+        "assert fillm.rank.Ranking is fillm.Ranking",
     ]
     done = run("-c", "\n".join([statement, *checks]))
     assert done.returncode == 0, done.stderr
@@ -76,5 +78,8 @@ def test_help_prints_and_exits_zero(command: tuple[str, ...]) -> None:
     assert done.returncode == 0, done.stderr
     assert "usage" in done.stdout.lower() and done.stderr == ""
     assert ("--retain" in done.stdout) == (command == ("-m", "fillm.rank"))
-    said = run(*command, "--version")
-    assert (said.returncode, said.stdout, said.stderr) == (0, f"fillm {fillm.__version__}\n", "")
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr() == (f"fillm {fillm.__version__}\n", "")

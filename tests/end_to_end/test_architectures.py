@@ -80,6 +80,7 @@ def test_the_reference_is_the_gradient_of_the_loss():
     assert float((answer.v - gradient).norm()) < 1e-4 * float(gradient.norm())
 
 
+@pytest.mark.slow
 def test_a_part_joins_the_lines_that_are_there(tmp_path, capsys):
     out = tmp_path / "architectures.csv"
     command.main(["--only", "gpt2", "--out", str(out)])

@@ -116,6 +116,7 @@ def test_scores_are_those_of_the_command(one, tmp_path):
     assert utility == pytest.approx(3 / sum(1 / part for part in parts) if min(parts) else 0.0, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_the_one_shot_step_is_the_shortest_that_reaches_the_goal_and_stays_inside(one):
     before = weights(one.full)
     rank = fillm.rank_parameters(

@@ -20,6 +20,7 @@ COVERS = {
     "bench_weighted_outer": {"weighted_outer_"},
     "bench_matmul": set(),
 }
+LONG = ("bench_masked_steps", "bench_outer_sketch", "bench_factored_sketch")
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def test_every_op_has_a_benchmark():
     assert covered == {*fk.backends(), "outer_sketch"}
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in MODULES])
 def test_a_benchmark_writes_its_rows(name, small, tmp_path):
     module = importlib.import_module(f"benchmarks.kernels.{name}")
     module.main(["--threads", "1", "--csv", str(tmp_path / "rows.csv")])

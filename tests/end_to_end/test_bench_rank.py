@@ -188,6 +188,7 @@ def arguments(model, tmp_path_factory):
     }
 
 
+@pytest.mark.slow
 def test_the_command_writes_what_it_measured(arguments, tmp_path, capsys):
     out = tmp_path / "results" / "rank.csv"
     flags = [part for name, value in arguments.items() for part in ("--" + name.replace("_", "-"), str(value))]
@@ -223,6 +224,7 @@ def test_the_command_writes_what_it_measured(arguments, tmp_path, capsys):
     assert [path.name for path in out.parent.iterdir()] == ["rank.csv"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not peak_memory.available(), reason="this system does not tell a process's peak")
 def test_memory_is_that_of_a_process_of_its_own(arguments):
     ballast = torch.ones(2**28, dtype=torch.uint8)  # 256 MiB of this process, none of the other's

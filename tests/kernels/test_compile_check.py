@@ -62,6 +62,7 @@ def test_one_case_of_every_kernel_compiles_for_sm_90(tmp_path):
     assert all(int(row["shared"]) > 0 for row in matrix)  # operands of matrix units pass through it
 
 
+@pytest.mark.slow
 def test_every_kernel_parses_where_a_launch_takes_an_argument_of_one_for_a_constant(tmp_path):
     # Seeds, strides and counts of 1 become Python integers in a kernel, whose methods are not a tensor's.
     code = (
@@ -128,7 +129,12 @@ sys.exit(compile_check.main(["--target", "sm_90", "--cuda-sources", sys.argv[2]]
 
 
 @pytest.mark.parametrize(
-    ("kind", "words"), [("spills", "spills, stack of"), ("shared", "too much shared memory"), ("matrix", "no HGMMA")]
+    ("kind", "words"),
+    [
+        pytest.param("spills", "spills, stack of", marks=pytest.mark.slow),
+        ("shared", "too much shared memory"),
+        ("matrix", "no HGMMA"),
+    ],
 )
 def test_a_configuration_that_breaks_a_gate_fails_the_check(kind, words, tmp_path):
     script = tmp_path / "bad.py"  # Triton reads a kernel's source from its file

@@ -156,6 +156,7 @@ def test_extra_memory_of_a_mask_is_small(monkeypatch):
 @pytest.mark.parametrize("op", ["sketch", "top_mask"])
 def test_the_self_check_passes_and_finds_a_kernel_that_is_off(op, monkeypatch):
     module = {"sketch": cuda_sketch, "top_mask": cuda_top_mask}[op]
+    monkeypatch.setattr(dispatch, "_self_checks", dispatch.SelfChecks())
     for dtype in DTYPES:
         dispatch.select(op, "cpu", dtype)
     assert dispatch._self_checks.failure(op, "cuda") is None

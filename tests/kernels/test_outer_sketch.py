@@ -103,7 +103,7 @@ def test_triton_finds_everything_in_the_visit_that_sketches(kind, triton, monkey
     assert_within(found.sketch, sketched(x, dy, offsets, 64, kind), bound(x, dy, offsets, 64, kind))
 
 
-@pytest.mark.parametrize("kind", SPARSE)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind == "sjlt")) for kind in SPARSE])
 def test_triton_adds_integers_whose_order_and_company_do_not_matter(kind, triton, monkeypatch):
     lengths = [3, 0, 20, 1] * 5  # more samples than a program takes where nothing is summed over them
     x, dy, offsets = ragged(lengths, 40, 70)

@@ -211,7 +211,13 @@ def stopped_after(monkeypatch):
 
 
 @pytest.mark.usefixtures("nothing_drawn")
-@pytest.mark.parametrize(("kind", "seconds"), [*((kind, "0.000001") for kind in KINDS), ("retain", "1000")])
+@pytest.mark.parametrize(
+    ("kind", "seconds"),
+    [
+        *(pytest.param(kind, "0.000001", marks=[pytest.mark.slow] * (kind in ("path", "groups"))) for kind in KINDS),
+        ("retain", "1000"),
+    ],
+)
 def test_an_interrupted_run_ends_with_the_same_bytes(arguments, tmp_path, capsys, stopped_after, kind, seconds):
     """Stopped in the first and last batch of the run and around the ends of its passes, with states and without."""
     further = [*KINDS[kind], "--checkpoint-seconds", seconds]
@@ -279,7 +285,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("moment", ["forget-1", "retain-2"])
+@pytest.mark.parametrize("moment", ["forget-1", pytest.param("retain-2", marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_ends_with_the_same_bytes(arguments, tmp_path, moment):
     """SIGKILL right after a state was saved and another batch done: the process has no chance to tidy up."""
     assert main(arguments("--save-update", out=str(tmp_path / "whole"))) == 0

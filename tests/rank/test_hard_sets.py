@@ -13,7 +13,7 @@ from tests.rank.direct import FORGET_ROWS, RETAIN_ROWS, Direct, family, rows_of
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-@pytest.mark.parametrize("tolerance", [1e-3, 0.05])
+@pytest.mark.parametrize("tolerance", [pytest.param(1e-3, marks=pytest.mark.slow), 0.05])
 def test_many_rows_give_the_same_scores_however_they_are_batched(name, tolerance):
     """Enough rows that brackets certify: which sums are kept must not depend on where batches end."""
     model, _ = family(name)

@@ -2,8 +2,6 @@
 
 import copy
 import signal
-import subprocess
-import sys
 
 import datasets
 import pytest
@@ -31,23 +29,6 @@ def assert_same(one, other):
     if one.updates is not None:
         assert set(one.updates) == set(other.updates)
         assert all(torch.equal(one.updates[name], other.updates[name]) for name in one.updates)
-
-
-@pytest.mark.parametrize(
-    "lines",
-    [
-        ("import fillm.rank", "from fillm import rank_parameters"),
-        ("import fillm", "fillm.rank_parameters", "import fillm.rank"),
-    ],
-    ids=["package first", "function first"],
-)
-def test_function_and_package_are_imported_in_both_orders(lines):
-    code = "; ".join([*lines, "import fillm, fillm.rank, types", "assert callable(fillm.rank_parameters)",
-                      "assert isinstance(fillm.rank, types.ModuleType)",
-                      "assert fillm.rank.rank_parameters is fillm.rank_parameters",
-                      "assert fillm.rank.Ranking is fillm.Ranking"])  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 def test_rows_may_be_a_list_a_dataset_a_tuple_or_a_spec(tmp_path):

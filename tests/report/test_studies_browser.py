@@ -100,7 +100,7 @@ def test_the_rows_of_a_study_stand_under_its_title_and_sort(page):
     assert len(shown) == 18 and shown == sorted(shown)
 
 
-@pytest.mark.parametrize("width", [380, 1280])
+@pytest.mark.parametrize("width", [380, pytest.param(1280, marks=pytest.mark.slow)])
 def test_long_names_of_masks_and_wide_intervals_find_their_room(browser, tmp_path, width):
     runs = load_runs([Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "unlearning.csv"])
     write_page(tmp_path / "masks.html", runs, figures_of(runs), "Masks")
