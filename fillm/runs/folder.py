@@ -68,10 +68,10 @@ class RunFolder:
         self.partial = self.out.with_name(self.out.name + ".partial")
         self._lock: int | None = None
         self.resumed = False
-        for parent in self.out.parents:
-            if parent.exists() and not parent.is_dir():
-                raise RunFolderError(f"--out {out}: {parent} is a file; name a folder in a folder")
         with writing(self.out, "give another --out"):
+            for parent in self.out.parents:  # of which some may not be looked into
+                if parent.exists() and not parent.is_dir():
+                    raise RunFolderError(f"--out {out}: {parent} is a file; name a folder in a folder")
             self.out.parent.mkdir(parents=True, exist_ok=True)
             self._refuse_foreign()
             if _occupied(self.out) and not overwrite and not (resume and self._replaces()):

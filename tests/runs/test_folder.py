@@ -46,6 +46,15 @@ def test_a_folder_inside_a_file_is_refused(tmp_path):
     assert names(tmp_path) == ["file"]
 
 
+def test_a_parent_that_may_not_be_looked_into_is_one_line(tmp_path, monkeypatch):
+    def closed(path, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "exists", closed)
+    with pytest.raises(RunFolderError, match="cannot write: Permission denied; give another --out"):
+        start(tmp_path / "closed" / "run")
+
+
 def test_a_finished_folder_holds_what_was_written_and_nothing_else(tmp_path):
     with start(tmp_path / "deep" / "run") as folder:
         folder.check_identity({"model": "m"})
