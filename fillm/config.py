@@ -8,14 +8,14 @@ flag, a list of strings in Python and YAML.
 
 import argparse
 import dataclasses
+import os
 import signal
 import sys
 import threading
 import traceback
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from types import FrameType
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
@@ -23,6 +23,7 @@ import yaml
 import fillm
 from fillm.documents import read_yaml_document
 from fillm.errors import EndedByAnother, FillmError, InterruptedRun, OutOfMemoryError, UsageError
+from fillm.signals import handled
 
 Config = TypeVar("Config")
 
@@ -187,14 +188,11 @@ def _terminated_in_words() -> Iterator[None]:
         yield
         return
 
-    def stop(number: int, frame: FrameType | None) -> None:
+    def stop(number: int) -> None:
         raise _Terminated
 
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
+    with handled({signal.SIGTERM: stop}):
         yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _interruption(cls: type, by: KeyboardInterrupt) -> InterruptedRun:
@@ -205,6 +203,17 @@ def _interruption(cls: type, by: KeyboardInterrupt) -> InterruptedRun:
     return InterruptedRun(f"{how}; start it again")
 
 
+@contextmanager
+def _somewhere_to_write() -> Iterator[None]:
+    """Started with a closed stdout or stderr, python has none: what is written there goes nowhere."""
+    with ExitStack() as stack:
+        for stream, redirected in ((sys.stdout, redirect_stdout), (sys.stderr, redirect_stderr)):
+            if stream is None:
+                stack.enter_context(redirected(stack.enter_context(open(os.devnull, "w", encoding="utf-8"))))
+        yield
+
+
+@_somewhere_to_write()
 def run_command(cls: type[Config], main: Callable[[Config], None], argv: Sequence[str] | None, prog: str) -> int:
     """Parse, run, and turn named errors into one line on stderr and their exit code.
 

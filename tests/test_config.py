@@ -1,6 +1,7 @@
 """One dataclass per command: flags, YAML and Python arguments say the same; mistakes get one line and exit code 2."""
 
 import dataclasses
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,6 +42,17 @@ class Settings:
 
 def _run(argv, main=lambda config: None):
     return run_command(Settings, main, argv, "fillm test")
+
+
+def test_a_closed_stdout_is_written_to_in_vain(monkeypatch):
+    seen = []
+    with monkeypatch.context() as closed:
+        closed.setattr(sys, "stdout", None)
+        assert _run([], lambda config: seen.append(sys.stdout.isatty())) == 0
+        closed.setattr(sys, "stderr", None)
+        assert _run(["--nonsense"]) == 2
+        assert sys.stdout is None and sys.stderr is None
+    assert seen == [False]
 
 
 def test_flags_over_file_over_defaults(tmp_path):

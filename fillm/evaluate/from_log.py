@@ -5,6 +5,7 @@ every row set, in it fields such as `avg_gt_loss`, in these a value for every ro
 """
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,7 +142,7 @@ def read_log(path: str, option: str) -> Log:
     """
     where = f"{option} {path}"
     try:
-        raw = read_bytes(Path(path).expanduser(), _LARGEST_LOG)
+        raw = read_bytes(Path(os.path.expanduser(path)), _LARGEST_LOG)
         found = parse_json(raw)
     except OSError as error:
         raise DataError(f"{where}: {error.strerror or error}; give an eval_log_aggregated.json") from None

@@ -1,5 +1,6 @@
 """The run of the retain model that Forget Quality and its like compare with."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +115,7 @@ def load_reference(folder: str) -> Reference:
     Raises:
         RunFolderError: no such folder, not one of this command, or damaged.
     """
-    path = Path(folder).expanduser()
+    path = Path(os.path.expanduser(folder))
     if not (path / RUN_RECORD).is_file() or not (path / SUMMARY).is_file():
         found = "no such folder" if not path.is_dir() else f"no finished run of fillm evaluate (no {SUMMARY})"
         raise RunFolderError(f"--reference {folder}: {found}; give the folder of the retain model's evaluation")

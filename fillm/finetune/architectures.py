@@ -1,5 +1,6 @@
 """New models and the tokenizers trained for them."""
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def architecture_config(architecture: str) -> PretrainedConfig:
             max_position_embeddings=1024,
             tie_word_embeddings=False,
         )
-    path = Path(architecture).expanduser()
+    path = Path(os.path.expanduser(architecture))
     if not path.exists():
         raise UsageError(f"--architecture {architecture}: neither {' nor '.join(_SIZES)} nor an existing config.json")
     try:

@@ -60,7 +60,7 @@ def save_mask(
     record = {"provenance": dict(provenance), "model_fingerprint": model_fingerprint, "tensors": described}
     whole = {"format_version": FORMAT_VERSION, "sha256": _record_sha256(record), "record": record}
     streamed = {name: StreamedTensor("U8", (len(data),), [data.numpy()]) for name, data in stored.items()}
-    target = Path(path).expanduser()
+    target = Path(os.path.expanduser(path))
     with writing(target, _DISK):
         write_streamed(target, streamed, {_KEY: json.dumps(whole)})
 
@@ -132,7 +132,7 @@ def load_mask(path: str | os.PathLike[str]) -> tuple[MaskTensors, dict[str, Any]
     Raises:
         MaskError: naming the file and what is wrong with it.
     """
-    target = Path(path).expanduser()
+    target = Path(os.path.expanduser(path))
     opened = _open(target)
     try:
         text = (opened.metadata() or {}).get(_KEY)
@@ -195,7 +195,7 @@ def write_bools(path: str | os.PathLike[str], tensors: Mapping[str, TensorMask])
         RunFolderError: if the disk refuses.
     """
     streamed = {name: StreamedTensor("BOOL", tensor.shape, tensor.unpacked()) for name, tensor in tensors.items()}
-    target = Path(path).expanduser()
+    target = Path(os.path.expanduser(path))
     with writing(target, _DISK):
         write_streamed(target, streamed, {})
 
@@ -206,7 +206,7 @@ def read_bools(path: str | os.PathLike[str]) -> dict[str, TensorMask]:
     Raises:
         MaskError: naming the file and what is wrong with it.
     """
-    target, masks = Path(path).expanduser(), {}
+    target, masks = Path(os.path.expanduser(path)), {}
     opened = _open(target)
     try:
         for name in sorted(opened.keys()):

@@ -1,6 +1,7 @@
 """Load a causal language model and its tokenizer: safetensors only, no remote code unless asked, errors on one line."""
 
 import contextlib
+import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -153,7 +154,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 def local_folder(source: str) -> Path | None:
     """The folder, `None` for what can only be a Hub id."""
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.is_dir():
         _refuse_endless(path)
         return path
@@ -267,13 +268,13 @@ def explained(source: str) -> Iterator[None]:
             raise ModelError(
                 f"{source}: needs Python code that comes with it; read that code, then give --trust-remote-code"
             ) from None
-        if Path(source).expanduser().is_dir():
+        if Path(os.path.expanduser(source)).is_dir():
             raise ModelError(f"{source}: {_shortened(error)}") from None
         raise ModelError(f"{source}: no such folder, and the Hub does not give it: {_shortened(error)}") from None
 
 
 def _damaged_file(source: str) -> str:
-    for path in sorted(Path(source).expanduser().glob("*.safetensors")):
+    for path in sorted(Path(os.path.expanduser(source)).glob("*.safetensors")):
         try:
             with safe_open(str(path), framework="pt"):
                 pass

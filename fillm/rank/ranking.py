@@ -219,7 +219,7 @@ class Ranking:
         """
         with RunFolder(dir, overwrite=overwrite, resume=False) as folder:
             folder.finish(lambda path: write_files(self, path))
-        return Path(dir).expanduser()
+        return Path(os.path.expanduser(dir))
 
     @classmethod
     def load(cls, dir: str | os.PathLike[str]) -> "Ranking":
@@ -228,7 +228,7 @@ class Ranking:
         Raises:
             RunFolderError: saying which file is missing, damaged or not of a ranking, and how.
         """
-        folder = Path(dir).expanduser()
+        folder = Path(os.path.expanduser(dir))
         record = read_record(folder)
         files, described = record.pop("files"), record.pop("ranking")
         check_files(folder, files)

@@ -1,5 +1,6 @@
 """What a finished run left, read back: its record, its tables, its summary."""
 
+import os
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
@@ -62,7 +63,7 @@ class Run:
         A relative one starts in the folder in which the command was given, which a relative `out` tells; where that
         finds nothing, in the current one.
         """
-        path, out = Path(named).expanduser(), Path(str(self.settings.get("out") or "/"))
+        path, out = Path(os.path.expanduser(named)), Path(str(self.settings.get("out") or "/"))
         if path.is_absolute() or out.is_absolute() or self.path.parts[-len(out.parts) :] != out.parts:
             return path
         found = self.path.parents[len(out.parts) - 1] / path
@@ -86,7 +87,7 @@ def load_runs(paths: Sequence[str | Path], say: Callable[[str], None] = lambda l
     """
     if not paths:
         raise UsageError("give at least one run folder or result file")
-    given = [Path(path).expanduser().resolve() for path in paths]
+    given = [Path(os.path.expanduser(path)).resolve() for path in paths]
     runs = [load_run(path) for path in dict.fromkeys(one for path in given for one in _results(path, say))]
     for depth in range(2, 1 + max(len(run.path.parts) for run in runs)):
         names = [run.name for run in runs]
@@ -113,7 +114,7 @@ def load_run(path: str | Path) -> Run:
     Raises:
         RunFolderError: one line: nothing there, none of ours, not finished, of a newer version, or damaged.
     """
-    path = Path(path).expanduser().resolve()
+    path = Path(os.path.expanduser(path)).resolve()
     if path.is_file():
         return _result_file(path)
     record = _record(path)

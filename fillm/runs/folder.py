@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fillm.errors import RunFolderError, UsageError
+from fillm.runs.paths import out_path
 from fillm.runs.record import RUN_RECORD
 from fillm.runs.state_files import (
     ANEW,
@@ -62,7 +63,7 @@ class RunFolder:
     ) -> None:
         if overwrite and resume:
             raise UsageError("--resume continues a run and --overwrite replaces it: give one")
-        self.out = Path(out).expanduser().resolve()
+        self.out = out_path(out)
         if not self.out.name:
             raise RunFolderError(f"--out {out}: is the root of the file system; name a folder in it")
         self.partial = self.out.with_name(self.out.name + ".partial")

@@ -6,6 +6,7 @@ from typing import Any
 
 from fillm.config import flag_name
 from fillm.errors import RunFolderError
+from fillm.runs.paths import out_path
 
 _READ = (
     "model", "adapter", "tokenizer", "base_model", "ranking", "mask", "forget", "retain", "data", "eval_data",
@@ -25,7 +26,7 @@ def check_inputs_outside(config: Any) -> None:
     """
     if not config.overwrite or config.out is None:
         return
-    out = Path(config.out).expanduser().resolve()
+    out = out_path(config.out)
     given = [(f"{flag_name(name)} {value}", value) for name in _READ if (value := getattr(config, name, None))]
     given += [(run, run) for run in getattr(config, "runs", ())]
     for told, value in given:

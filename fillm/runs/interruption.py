@@ -4,7 +4,8 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+
+from fillm.signals import handled
 
 
 @contextmanager
@@ -25,14 +26,9 @@ def signals_noted() -> Iterator[Callable[[], str | None]]:
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def note(number: int, _: Any) -> None:
+    def note(number: int) -> None:
         noted.append(signal.Signals(number).name)
         signal.signal(number, before[number])
 
-    for number in before:
-        signal.signal(number, note)
-    try:
+    with handled(dict.fromkeys(before, note)):
         yield name
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -341,8 +341,21 @@ class Processes:
 
 
 def several_started() -> bool:
-    """Whether `torchrun` started this process beside others."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    """Whether `torchrun` started this process beside others.
+
+    Raises:
+        UsageError: what it sets is there in part; schedulers set some of it themselves.
+    """
+    count = os.environ.get("WORLD_SIZE", "1")
+    if not count.strip().isdecimal():
+        raise UsageError(f"the environment says WORLD_SIZE={count}: start several processes by torchrun, or unset it")
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if int(count) > 1 and missing:
+        raise UsageError(
+            f"the environment says WORLD_SIZE={count} without {', '.join(missing)}: start several processes by "
+            "torchrun, or unset WORLD_SIZE"
+        )
+    return int(count) > 1
 
 
 def refuse_several(command: str) -> None:

@@ -55,7 +55,7 @@ def read_refusals(path: str | os.PathLike[str] | None) -> tuple[str, ...]:
     if path is None:
         return REFUSALS
     try:
-        lines = read_text(Path(path).expanduser()).splitlines()
+        lines = read_text(Path(os.path.expanduser(path))).splitlines()
     except OSError as error:
         raise DataError(f"--idk {path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:

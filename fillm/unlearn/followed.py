@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fillm.runs import RunFolder
 from fillm.runs.folder import read_stage, read_state
+from fillm.runs.paths import out_path
 
 
 class FollowedFolder:
@@ -19,7 +20,7 @@ class FollowedFolder:
     """
 
     def __init__(self, out: str | os.PathLike[str]) -> None:
-        self.out = Path(out).expanduser().resolve()
+        self.out = out_path(out)
         self.partial = self.out.with_name(self.out.name + ".partial")
 
     def check_identity(self, identity: Mapping[str, str]) -> None:

@@ -1,11 +1,13 @@
-"""The first SIGINT or SIGTERM is noted, the second acts; handlers are put back."""
+"""The first SIGINT or SIGTERM is noted, the second acts; handlers are put back, and are this process's alone."""
 
+import os
 import signal
 import threading
 
 import pytest
 
 from fillm.runs import signals_noted
+from fillm.signals import handled
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -43,3 +45,20 @@ def test_outside_the_main_thread_nothing_is_touched():
     thread.start()
     thread.join()
     assert seen == [(None, before)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_forked_process_dies_of_a_signal_that_is_noted_here(number):
+    """A pool ends its workers by SIGTERM and waits for them: one that only noted it was waited for without end."""
+
+    def stop(_: int) -> None:
+        raise KeyboardInterrupt
+
+    with handled({number: stop}), signals_noted() as interrupted:
+        child = os.fork()
+        if child == 0:
+            signal.raise_signal(number)
+            os._exit(7)
+        _, status = os.waitpid(child, 0)
+        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == number
+        assert interrupted() is None

@@ -29,8 +29,26 @@ def test_an_end_told_elsewhere_has_the_others_exit_code() -> None:
     assert EndedByAnother(3).exit_code == 3
 
 
+def started(monkeypatch: pytest.MonkeyPatch, count: str, index: str = "0") -> None:
+    """As torchrun starts a process."""
+    of_one = {"WORLD_SIZE": count, "RANK": index, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in of_one.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize(
+    ("count", "said"), [("two", "WORLD_SIZE=two: start"), ("2", "WORLD_SIZE=2 without RANK, MASTER_ADDR, MASTER_PORT:")]
+)
+def test_what_a_scheduler_left_half_set_is_one_line(count: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", count)
+    with pytest.raises(UsageError, match=f"the environment says {said}"):
+        Processes("cpu")
+
+
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "4")
+    started(monkeypatch, "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setattr(processes, "resolve_device", lambda device: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -49,8 +67,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
 )
 def test_a_command_of_one_process_is_refused_in_several(index, main, argv, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", index)
+    started(monkeypatch, "2", index)
     assert main(argv) == 2
     said = capsys.readouterr().err.splitlines()
     assert len(said) == (1 if index == "0" else 0)
