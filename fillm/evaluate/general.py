@@ -111,8 +111,9 @@ def _dealt_out(kind: type, deal: Deal, batch_size: int) -> type:
 
         def answers(self: Any, requests: list[Any], *further: Any, **options: Any) -> list[Any]:
             # Neighbours often share their context, which is then gone through once; and many at a time can be sorted
-            # by their lengths.
-            size = max(1, min(BATCHES * batch_size, math.ceil(len(requests) / deal.processes.count)))
+            # by their lengths. Of what is drawn, the numbers are those of one process if one draws them all.
+            share = math.ceil(len(requests) / deal.processes.count)
+            size = max(1, len(requests) if any(map(_is_drawn, requests)) else min(BATCHES * batch_size, share))
             blocks = [requests[begin : begin + size] for begin in range(0, len(requests), size)]
             own: list[tuple[int, list[Any]]] = []
 
@@ -127,6 +128,15 @@ def _dealt_out(kind: type, deal: Deal, batch_size: int) -> type:
         return answers
 
     return type(f"Dealt{kind.__name__}", (kind,), {name: dealt(name) for name in REQUESTS})
+
+
+def _is_drawn(request: Any) -> bool:
+    """Whether an answer is drawn at random, and therefore depends on what was drawn before it."""
+    options = request.args[-1]
+    if not isinstance(options, dict):
+        return False
+    drawn = options.get("do_sample")
+    return bool(options.get("temperature")) if drawn is None else bool(drawn)
 
 
 @contextlib.contextmanager

@@ -1,18 +1,21 @@
 """As much of lm-evaluation-harness as `--lm-eval` uses, written to a folder for processes of their own to import.
 
-Its one task asks for all three kinds of answers about texts of several lengths. The answers are cheap functions of the
-texts; with HARNESS_BREAKS in the environment one of them is an error.
+Its one task asks for all three kinds of answers about texts of several lengths, and for some that are drawn at random.
+The answers are cheap functions of the texts and of what was drawn; with HARNESS_BREAKS in the environment one of them
+is an error.
 """
 
 from pathlib import Path
 
 _PACKAGE = """
 import os
+import random
 from types import SimpleNamespace
 TEXTS = [("word " * (1 + number % 5) + str(number), str(number % 7)) for number in range(23)]
 
 def simple_evaluate(model, tasks, log_samples, **seeds):
     found = {}
+    random.seed(seeds["random_seed"])
     for name in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
         answers = getattr(model, name)([SimpleNamespace(args=text) for text in TEXTS])
         assert len(answers) == len(TEXTS)
@@ -23,6 +26,11 @@ def simple_evaluate(model, tasks, log_samples, **seeds):
             answers = [len(text) for text in answers]
         found[name] = sum((place + 1) * answer for place, answer in enumerate(answers))
         found[name + "_calls"] = model.calls
+    model.calls = 0
+    for number, options in enumerate(({"do_sample": True}, {"temperature": 0.5}, {"do_sample": False})):
+        drawn = model.generate_until([SimpleNamespace(args=(text, options)) for text, _ in TEXTS])
+        found[f"drawn_{number}"] = sum((place + 1) * float(answer.split()[-1]) for place, answer in enumerate(drawn))
+        found[f"drawn_{number}_calls"] = model.calls
     return {"results": {task: found for task in tasks}} if os.environ.get("LOCAL_RANK", "0") == "0" else None
 """
 _TASKS = """
@@ -32,6 +40,7 @@ class TaskManager:
 """
 _MODEL = """
 import os
+import random
 class HFLM:
     def __init__(self, pretrained, tokenizer, batch_size):
         self.calls, self.tokenizer, self.size = 0, tokenizer, batch_size
@@ -50,7 +59,9 @@ class HFLM:
         return [-1 / (1 + len(text)) for text in self._asked(requests)]
 
     def generate_until(self, requests, disable_tqdm=False):
-        return [text.upper() for text in self._asked(requests)]
+        drawn = [request.args[1] for request in requests if isinstance(request.args[1], dict)]
+        chance = random.random if any("temperature" in one or one["do_sample"] for one in drawn) else lambda: 0.0
+        return [f"{text.upper()} {chance()}" for text in self._asked(requests)]
 """
 
 

@@ -191,6 +191,10 @@ def test_requests_of_the_harness_are_dealt_out(argv, tmp_path, monkeypatch) -> N
         summaries.append(json.loads((out / "summary.json").read_text()))
     whole, *dealt = ({name: v for name, v in one.items() if name.startswith("lm_eval/")} for one in summaries)
     assert whole.pop("lm_eval/counting/generate_until_calls") == 3 * 23
+    drawn = [f"lm_eval/counting/drawn_{number}_calls" for number in range(3)]
+    assert [whole[name] for name in drawn] == [23, 46, 69]
+    for some, greedy in ((dealt[0], 12), (dealt[1], 8)):  # what is drawn is not dealt out
+        assert [some[name] for name in drawn] == [23, 46, 46 + greedy]
     for calls, some in ((36, dealt[0]), (24, dealt[1])):  # blocks of 12 and of 8 of 23 requests
         assert some.pop("lm_eval/counting/generate_until_calls") == calls
         for name, value in whole.items():
