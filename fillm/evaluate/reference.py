@@ -117,7 +117,8 @@ def load_reference(folder: str) -> Reference:
     """
     path = Path(os.path.expanduser(folder))
     if not (path / RUN_RECORD).is_file() or not (path / SUMMARY).is_file():
-        found = "no such folder" if not path.is_dir() else f"no finished run of fillm evaluate (no {SUMMARY})"
+        absent = "is a file" if path.is_file() else "no such folder"
+        found = absent if not path.is_dir() else f"no finished run of fillm evaluate (no {SUMMARY})"
         raise RunFolderError(f"--reference {folder}: {found}; give the folder of the retain model's evaluation")
     try:
         record = read_record(path / RUN_RECORD, _REMEDY)

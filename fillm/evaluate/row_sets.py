@@ -129,7 +129,10 @@ def _percent(config: EvaluateConfig, percents: tuple[str, ...]) -> str:
     found = re.fullmatch(r"forget(\d\d)", str(config.forget))
     if found is None or found[1] not in percents:
         there = ", ".join(f"forget{one}" for one in percents)
-        raise UsageError(f"--forget {config.forget}: no forget split of {config.benchmark}; there are {there}")
+        raise UsageError(
+            f"--forget {config.forget}: no forget split of {config.benchmark}; there are {there} (rows of your own go "
+            "into a folder given as --data-root)"
+        )
     return found[1]
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from fillm.errors import UsageError
 from fillm.models.loading import imported_peft
 
 
@@ -25,8 +26,14 @@ def with_lora(model: nn.Module, rank: int, seed: int, targets: str | Sequence[st
 
     Raises:
         ModelError: without the package peft.
+        UsageError: the rank is larger than that of any matrix that would be adapted.
     """
     peft = imported_peft("--lora-rank")
+    largest = max(
+        (_rank(module) for name, module in model.named_modules() if _is_adapted(name, module, targets)), default=0
+    )
+    if rank > largest > 0:
+        raise UsageError(f"--lora-rank {rank}: no matrix here has a rank above {largest}; give a small one, such as 8")
     settings = peft.LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
@@ -43,3 +50,14 @@ def with_lora(model: nn.Module, rank: int, seed: int, targets: str | Sequence[st
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return wrapped
+
+
+def _is_adapted(name: str, module: nn.Module, targets: str | Sequence[str]) -> bool:
+    return isinstance(module, nn.Linear | Conv1D) and (isinstance(targets, str) or name in targets)
+
+
+def _rank(module: nn.Module) -> int:
+    """The most that a layer's matrix can have; of one in 4 bits the weight's own shape says nothing."""
+    return int(
+        min(module.in_features, module.out_features) if isinstance(module, nn.Linear) else min(module.weight.shape)
+    )

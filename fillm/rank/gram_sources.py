@@ -31,6 +31,7 @@ from fillm.statistics import (
     Together,
     holds_store,
     refuse_foreign,
+    refuse_read_only,
     sketched_products,
     squared_norm,
 )
@@ -132,6 +133,7 @@ def retain_left(
     if config.store is None or not holds_store(config.store):
         if config.store is not None:
             refuse_foreign(config.store)
+            refuse_read_only(config.store)
         _check_room(config, maps, len(retain))
         return None, range(len(retain))
     store, settings = SketchStore.open(config.store), store_settings(config)
@@ -143,6 +145,8 @@ def retain_left(
         positions, rows = range(0), store.rows
         if not rows:
             raise StoreError(f"{config.store}: holds no sample yet; give the --retain that it was begun with")
+    if len(positions):
+        refuse_read_only(config.store)
     _check_room(config, maps, rows)
     store.verify(maps)  # no pass is to end with rows that a damaged store cannot be ranked from
     return store, positions

@@ -209,7 +209,7 @@ def _larger(passes: dict[str, int], check: dict[str, int]) -> tuple[dict[str, in
     """The memory of whichever takes more, and a note where that is the check."""
     if sum(check.values()) <= sum(passes.values()):
         return passes, []
-    note = f"the peak is that of the check before the passes; they take {in_bytes(sum(passes.values()))}"
+    note = f"the peak is that of the check before the passes; the passes take {in_bytes(sum(passes.values()))}"
     return check, [note]
 
 

@@ -172,6 +172,8 @@ def read_record(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         if folder.with_name(folder.name + ".partial").is_dir():
             raise RunFolderError(f"{folder}: the run is not finished; continue it with --resume")
+        if folder.is_file():
+            raise RunFolderError(f"{folder}: is a file; give the run folder that it lies in")
         where = f"{path}: missing; not the folder of a finished run" if folder.is_dir() else f"{folder}: no such folder"
         raise RunFolderError(where)
     record = runs.read_record(path, _REMEDY)

@@ -35,7 +35,7 @@ from fillm.statistics.steps import UNEVEN, curved_step
 from fillm.statistics.store import SketchStore, holds_store
 from fillm.statistics.store_block import OpenBatch
 from fillm.statistics.store_format import DTYPES, StoreSettings
-from fillm.statistics.store_writer import StoredSketches, refuse_foreign
+from fillm.statistics.store_writer import StoredSketches, refuse_foreign, refuse_read_only
 
 __all__ = [
     "BAR",
@@ -79,6 +79,7 @@ __all__ = [
     "mean_absolute",
     "measured_noise",
     "refuse_foreign",
+    "refuse_read_only",
     "relative_width",
     "sketched_products",
     "squared_norm",

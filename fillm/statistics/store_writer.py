@@ -57,6 +57,19 @@ def refuse_foreign(path: str | os.PathLike[str]) -> None:
             raise StoreError(f"{folder}: is not a sketch store (no {MANIFEST}); give another --store")
 
 
+def refuse_read_only(path: str | os.PathLike[str]) -> None:
+    """No pass is to end with sketches that cannot be written.
+
+    Raises:
+        StoreError: if the folder, or the one that it would be made in, may not be written to.
+    """
+    there = expanded(path).absolute()
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise StoreError(f"{path}: cannot write into {there}; give another --store")
+
+
 class StoredSketches:
     """The statistic that a pass feeds: makes a store, continues one that was interrupted, or adds to one.
 

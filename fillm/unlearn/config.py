@@ -188,5 +188,5 @@ def _check_ranges(config: UnlearnConfig) -> None:
             raise UsageError(f"{flag_name(name)} {getattr(config, name)}: has to be finite, 0 or above")
     for name in ("stop_forget_loss", "stop_retain_loss"):
         value = getattr(config, name)
-        if value is not None and not math.isfinite(value):
-            raise UsageError(f"{flag_name(name)} {value}: has to be finite")
+        if value is not None and not 0 <= value < math.inf:
+            raise UsageError(f"{flag_name(name)} {value}: has to be finite, 0 or above")

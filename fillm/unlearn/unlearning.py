@@ -43,6 +43,7 @@ from fillm.unlearn.task_vector import negate
 from fillm.unlearn.training import Unlearning
 from fillm.unlearn.untouched import Untouched
 
+HARDLY_MOVED = 0.01  # nat per answer token; less of a rise is told
 _START = "start"  # the stage that holds the losses before the first step
 
 
@@ -131,6 +132,12 @@ def carry_out(job: Job) -> UnlearnResult:
             step = "lower --eta" if job.config.loss == INFLUENCE else REMEDY
             raise NumericsError(
                 f"forget and retain loss are {after.forget} and {after.retain} after the last step; {step}"
+            )
+        if verification.mask_applied and not outcome.stopped and after.forget - before.forget < HARDLY_MOVED:
+            more = "--eta" if job.config.loss in (INFLUENCE, TASK_VECTOR) else "--lr, or more --epochs,"
+            job.console.warn(
+                f"forget loss {before.forget:.4f} before and {after.forget:.4f} after: next to nothing is forgotten; "
+                f"a larger {more} forgets more"
             )
     return UnlearnResult(
         model=model,

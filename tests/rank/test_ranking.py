@@ -214,6 +214,8 @@ def test_a_missing_file_is_refused_by_name(full, tmp_path, name):
 
 
 def test_folders_that_are_no_finished_ranking_are_refused(full, tmp_path):
+    with pytest.raises(RunFolderError, match="is a file; give the run folder that it lies in"):
+        Ranking.load(__file__)
     with pytest.raises(RunFolderError, match="no such folder"):
         Ranking.load(tmp_path / "run")
     (tmp_path / "run.partial").mkdir()

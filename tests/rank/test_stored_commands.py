@@ -105,6 +105,13 @@ class TestRefusedBeforeAnyPass:
         assert "new: there is no store yet; give --retain" in self.refused(line, monkeypatch, fails)
         assert (tmp_path / "full" / "letters").exists() and not (tmp_path / "new").exists()
 
+    def test_a_folder_that_may_not_be_written_to(self, arguments, fails, tmp_path, monkeypatch, dry):
+        # Stands for a read-only file system, which binds root as well.
+        monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+        line = arguments(*SKETCHED, "--store", str(tmp_path / "new" / "store"), *dry)
+        said = f"new/store: cannot write into {tmp_path}; give another --store"
+        assert said in self.refused(line, monkeypatch, fails)
+
     def test_a_store_of_something_else(self, arguments, fails, store, tmp_path, monkeypatch, dry, capsys):
         assert main(arguments(*SKETCHED, "--include", "mlp", "--store", store)) == 0
         capsys.readouterr()

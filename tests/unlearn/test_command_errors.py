@@ -69,6 +69,7 @@ def refused(settings, capsys):
         ({"warmup": 20, "max_steps": None}, "--warmup 20: the run has no more than 10 steps"),
         ({"warmup": 9, "dry_run": True}, "--warmup 9: the run has no more than 3 steps"),
         ({"stop_retain_loss": "nan"}, "--stop-retain-loss nan: has to be finite"),
+        ({"stop_forget_loss": -2.0}, "--stop-forget-loss -2.0: has to be finite, 0 or above"),
         ({"eval_every": 0}, "--eval-every 0: has to be above 0"),
         ({"num_forget": 8}, "--num-forget 8"),
         ({"resume": True, "overwrite": True}, "--resume continues a run and --overwrite replaces it"),

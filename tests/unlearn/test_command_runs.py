@@ -245,6 +245,14 @@ def test_task_vector_goes_the_other_way(unlearn, model_folder):
         torch.testing.assert_close(negated[name].double() - start.double(), way / 2, rtol=1e-4, atol=1e-8)
 
 
+@pytest.mark.parametrize(
+    ("changes", "remedy"), [({"lr": 1e-9}, "--lr, or more --epochs,"), ({"loss": "task-vector", "eta": 1e-3}, "--eta")]
+)
+def test_a_run_that_forgets_next_to_nothing_says_so(unlearn, capsys, changes, remedy):
+    unlearn("run", **changes)
+    assert f"next to nothing is forgotten; a larger {remedy} forgets more" in capsys.readouterr().err
+
+
 def test_stops_when_forgotten_and_keeps_the_best(unlearn, capsys):
     told = json.loads((unlearn("free", max_steps=20, eval_every=1) / "verification.json").read_text())
     target = told["forget_loss"]["before"] + 0.3 * (told["forget_loss"]["after"] - told["forget_loss"]["before"])
@@ -253,6 +261,7 @@ def test_stops_when_forgotten_and_keeps_the_best(unlearn, capsys):
     assert found["forget_loss"]["after"] >= target
     assert 0 < found["steps"] == found["kept_step"] < 20
     assert found["stopped"].startswith("forget loss")
+    assert "next to nothing" not in capsys.readouterr().err
 
 
 def test_goes_back_when_too_much_is_lost(unlearn, model_folder):
