@@ -18,7 +18,7 @@ from fillm.runs.state_files import check_file, file_sha256
 
 RUN_RECORD = "run.yaml"  # what every finished run folder holds, and by which it is known
 _MARK = "# sha256 of what follows: "
-_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
+_PACKAGES = ("transformers", "tokenizers", "safetensors", "numpy")
 # What was said about the folder that lay there is no part of what a replay repeats.
 _NOT_REPEATED = ("resume", "overwrite", "debug")
 
@@ -44,6 +44,7 @@ def run_record(
         "versions": {
             "python": platform.python_version(),
             "fillm": fillm.__version__,
+            "torch": str(torch.__version__),  # with the build, which the package's own version may leave out
             **{name: importlib.metadata.version(name) for name in _PACKAGES},
         },
     }

@@ -114,7 +114,7 @@ def test_versions_count_what_is_written_and_backward_refuses_what_it_had_kept(st
 @every_step
 def test_the_profiler_and_dispatch_modes_see_one_op(step):
     given = tensors()
-    with Recorder() as recorder, profile(activities=[ProfilerActivity.CPU]) as profiled:
+    with Recorder() as recorder, profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiled:
         step(given)
     name = "fillm_kernels::masked_adamw_" if step is adamw else "fillm_kernels::masked_sophia_"
     assert [op.name() for op, _ in recorder.calls] == [name]

@@ -133,7 +133,7 @@ def test_a_kernel_that_is_off_leaves_the_op_to_the_next_backend_with_one_warning
         RuntimeWarning, match="ghost_norm does not use its triton backend; .* off from the reference"
     ) as seen:
         assert ghost_norm(X, X, OFFSETS).tolist() == [36.0]
-    assert len(seen) == 1
+    assert sum(one.category is RuntimeWarning for one in seen) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert ghost_norm(X, X, OFFSETS).tolist() == [36.0]
