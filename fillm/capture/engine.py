@@ -153,8 +153,12 @@ class Capture:
                 return
             if uses[name] == 1:
                 hand_over(name, gradients)
-            else:
-                pending.setdefault(name, []).append(gradients)
+                return
+            parts = pending.setdefault(name, [])
+            parts.append(gradients)
+            if len(parts) == uses[name]:  # at once: what a layer's many experts keep lasts no longer than the layer
+                del pending[name]
+                hand_over(name, combine(parts, count))
 
         def uncovered(name: str, operation: str) -> None:
             self.fallback.setdefault(name, f"no rule for {operation}")
@@ -179,7 +183,7 @@ class Capture:
             if losses.requires_grad:
                 (losses.sum() * self._scale).backward()
         with torch.no_grad():
-            for name, parts in pending.items():
+            for name, parts in pending.items():  # of uses that the loss does not depend on nothing comes
                 if name not in self.fallback:
                     hand_over(name, combine(parts, count))
         return losses.detach().double().cpu()

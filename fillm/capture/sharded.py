@@ -5,6 +5,7 @@ what the statistics gather and add up. Each process runs its own batch; what bac
 layer is done, and is then handed out tensor by tensor in one order, the same in all processes whatever a batch reaches.
 """
 
+import re
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -108,7 +109,8 @@ class ShardedCapture(Capture):
             hand_out([name for name in self.parameters if name not in done])
         if self.fallback:
             name, reason = next(iter(self.fallback.items()))
-            raise ModelError(f"--shard: {name}: {reason}; give --exclude for it, or leave out --shard")
+            alike = re.sub(r"\.\d+\.", ".*.", name)
+            raise ModelError(f"--shard: {name}: {reason}; give --exclude '{alike}', or leave out --shard")
         if loud and len(positions):
             position, names = next(iter(loud.items()))
             raise ModelError(

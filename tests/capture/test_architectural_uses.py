@@ -121,6 +121,24 @@ class AddedInPlace(nn.Module):
         return y
 
 
+class Sinks(nn.Module):
+    """What is joined to every sample's scores from a parameter, beside what is taken off them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sinks = nn.Parameter(torch.empty(HEADS))
+        self.offset = nn.Parameter(torch.empty(HEADS))
+
+    def forward(self, h: Tensor) -> Tensor:
+        heads = h.unflatten(-1, (HEADS, WIDTH)).transpose(1, 2)  # [B, heads, T, width]
+        scores = heads @ heads.transpose(2, 3)
+        scores = scores.masked_fill(torch.ones(h.shape[1], h.shape[1]).triu(1).bool(), -1e4)
+        sinks = self.sinks.reshape(1, -1, 1, 1).expand(h.shape[0], -1, h.shape[1], -1)
+        weights = torch.softmax(torch.cat([scores, sinks], dim=-1), -1)[..., :-1]
+        gates = torch.sigmoid(torch.logsumexp(scores, -1) - self.offset.view(1, -1, 1))
+        return ((weights @ heads) * gates[..., None]).transpose(1, 2).flatten(2)
+
+
 @pytest.mark.parametrize(
     ("body", "expected"),
     [
@@ -141,6 +159,7 @@ class AddedInPlace(nn.Module):
         (VectorOfPositions, {"body.table.weight": DenseGradients}),
         (IndexedPositions, {"body.table": LookupGradients}),
         (AddedInPlace, {"body.linear.weight": OuterGradients}),
+        (Sinks, {"body.sinks": DenseGradients, "body.offset": DenseGradients}),
     ],
 )
 def test_rules_cover_these_uses_exactly(body: Callable[[], nn.Module], expected: dict[str, type]) -> None:

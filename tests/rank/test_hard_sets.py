@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM, BertConfig, LlamaConfig
 
 from fillm import rank_parameters
 from fillm.capture import Capture, noise, verify
+from fillm.capture.rules import rounded_to_zero
 from fillm.data import Sample, SampleSet, collate
 from tests.capture.reference import reference_gradients, toy_samples
 from tests.families import build_family
@@ -155,6 +156,16 @@ def test_key_rows_of_a_fused_bias_are_no_ones_choice():
     assert len(keys) == width * model.config.n_layer
     assert all("unused" in row["note"] for row in keys)
     assert min(row["rank"] for row in keys) > len(ranking.scores) - len(keys) - 200
+
+
+@pytest.mark.parametrize(("roundings", "kept"), [(0, False), (222, False), (1000, True), (1e6, True)])
+def test_an_entry_of_a_fused_bias_is_noise_up_to_some_hundred_roundings(roundings, kept):
+    """Of a small GPT-2, forget Fisher over retain Fisher of such noise came out infinite and first."""
+    unit = torch.finfo(torch.float32).eps
+    summed = torch.tensor([[1.0, roundings * unit], [-2.0, -2 * roundings * unit]])
+    squares = torch.tensor([[1.0, 1.0], [4.0, 4.0]])
+    found = rounded_to_zero(summed, squares, torch.float32)
+    assert torch.equal(found, summed if kept else summed * torch.tensor([1.0, 0.0]))
 
 
 def test_one_retain_row_still_shows_a_model_that_mixes_its_batch():

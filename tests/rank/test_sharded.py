@@ -103,6 +103,27 @@ def test_the_ranking_is_that_of_the_whole_model(processes, started, as_they_have
 
 
 @pytest.mark.slow
+def test_a_stack_of_experts_is_complete_when_its_layer_is(started, as_they_have, tmp_path) -> None:
+    """Every expert is a use of the stack; gpt-oss stores it as one tensor, which shards take."""
+    config = transformers.GptOssConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=64,
+    )  # fmt: skip
+    transformers.GptOssForCausalLM(config).save_pretrained(tmp_path / "oss")
+    word_tokenizer().save_pretrained(tmp_path / "oss")
+    runs = {"u": ["--save-update"], "in groups": ["--groups", "2", "--gradient-checkpointing"]}
+    jobs = []
+    for name, further in runs.items():
+        argv = [*started(tmp_path / name, "llama", *further), "--model", str(tmp_path / "oss"), "--exclude", "*.sinks"]
+        assert main([*argv, "--out", str(tmp_path / "whole" / name)]) == 0, name
+        jobs.append({"argv": [*argv, "--shard"]})
+    codes, said = run_jobs(2, jobs, tmp_path)
+    assert codes == [[0, 0]] * len(jobs), said
+    for name in runs:
+        assert_same(tmp_path / name, tmp_path / "whole" / name)
+
+
+@pytest.mark.slow
 def test_tensors_that_no_gradient_reaches_are_unused(started, as_they_have, tmp_path) -> None:
     """A decoder's attention to an encoder that is not there; alone in scope, and alone in a group."""
     config = transformers.BartConfig(
