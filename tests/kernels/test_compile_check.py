@@ -89,11 +89,15 @@ def test_every_kernel_parses_where_a_launch_takes_an_argument_of_one_for_a_const
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_configuration_compiles(target, tmp_path):
-    done = check(tmp_path, "--target", target, "--csv", str(tmp_path / "rows.csv"))
+    # All of them for the NVIDIA device with least shared memory and for the one they were chosen for; of the
+    # others, which take as long, a case of every kernel. The command without --quick compiles all for all.
+    some = [] if target in ("sm_80", "sm_90") else ["--quick"]
+    done = check(tmp_path, "--target", target, *some, "--csv", str(tmp_path / "rows.csv"))
     assert done.returncode == 0, done.stdout + done.stderr
     rows = rows_of(tmp_path / "rows.csv")
     assert {row["target"] for row in rows} == {target}
-    assert len({row["kernel"] for row in rows}) == len(rows) == len(compile_check.cases())
+    assert len({row["kernel"] for row in rows}) == len(rows)
+    assert some or len(rows) == len(compile_check.cases())
 
 
 BAD_KERNELS = """
