@@ -126,7 +126,8 @@ def test_what_ends_one_process_ends_all_and_is_told_once(argv, alone, tmp_path) 
         "stopped by a signal to another process in answers; continue with --resume",
         "no space left on the disk",
         "no space left on the disk",
-        "--forget forget77: no forget split of tofu; there are forget01, forget05, forget10",
+        "--forget forget77: no forget split of tofu; there are forget01, forget05, forget10 (rows of your own go into "
+        "a folder given as --data-root)",
         "--lm-eval arc_easy: the package lm-eval is not installed; pip install lm-eval, or leave out --lm-eval",
         "the processes do not compute the same: give all of them the same files, fillm and hardware",
         refused,
