@@ -26,7 +26,7 @@ from fillm.errors import EndedByAnother, FillmError, InterruptedRun, OutOfMemory
 from fillm.signals import handled
 
 Config = TypeVar("Config")
-_MOST_NAMED = 4  # settings that a command does not have; more of them belong to another command
+_MOST_NAMED = 4  # unknown settings
 
 
 def option(default: Any, help: str, metavar: str | None = None) -> Any:
@@ -141,7 +141,7 @@ def from_mapping(cls: type[Config], settings: Mapping[str, Any], where: str = "s
     unknown = sorted(set(settings) - known, key=str)
     if unknown:
         first, more = unknown[:_MOST_NAMED], len(unknown) - _MOST_NAMED
-        others = f" and {more} more; they are another command's" if more > 0 else ""
+        others = f" and {more} more; are they another command's?" if more > 0 else ""
         raise UsageError(f"{where}: no setting is called {', '.join(map(repr, first))}{others}")
     return cls(**{name: _convert(cls, name, value) for name, value in settings.items()})
 

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # finetune stands before rank: ranking without a model trains the embedded one.
 ROOMS = ("data", "capture", "statistics", "masks", "figures", "finetune", "rank", "unlearn", "evaluate", "report")
-FOR_ALL = ("models", "runs", "config", "documents", "errors", "hub", "lazy", "signals")
+FOR_ALL = ("models", "runs", "config", "documents", "errors", "hub", "lazy", "paths", "signals")
 FORBIDDEN_NAMES = {"utils", "util", "common", "core", "helpers", "helper", "misc"}
 SOURCES = ("fillm", "kernels", "csrc", "tests", "benchmarks")
 LONGEST = 400  # lines

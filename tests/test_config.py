@@ -136,7 +136,7 @@ def test_mistakes_on_the_command_line(argv, said, capsys):
         ("forget_rows: 7", "--forget-rows: 7 is not of type str"),
         ("methd: soir", "no setting is called 'methd'"),
         ("3: soir\nb: 1", "no setting is called 3, 'b'"),
-        ("{a: 1, b: 1, c: 1, d: 1, e: 1, f: 1}", "called 'a', 'b', 'c', 'd' and 2 more; they are another command's"),
+        ("{a: 1, b: 1, c: 1, d: 1, e: 1, f: 1}", "called 'a', 'b', 'c', 'd' and 2 more; are they another command's"),
         ("- 1", "expected a mapping"),
         ("", "expected a mapping"),
         (

@@ -151,9 +151,6 @@ class Capture:
         def deliver(name: str, gradients: PerSampleGradients) -> None:
             if name in self.fallback:
                 return
-            if uses[name] == 1:
-                hand_over(name, gradients)
-                return
             parts = pending.setdefault(name, [])
             parts.append(gradients)
             if len(parts) == uses[name]:  # at once: what a layer's many experts keep lasts no longer than the layer

@@ -47,7 +47,7 @@ def joined(rules: Any, find: Any, tensors: Sequence[Tensor], dim: int = 0) -> An
 
     def site(dy: Tensor) -> None:
         wide = dy.to(torch.promote_types(dy.dtype, torch.float32))
-        formed = []
+        formed = []  # one by one: a parameter's piece of all samples at once would take as many times the memory
         for sample in range(samples):
             own = torch.zeros_like(wide)
             own[sample] = wide[sample]

@@ -3,13 +3,13 @@
 import csv
 import io
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from fillm.documents import read_bytes
 from fillm.errors import DataError
+from fillm.paths import expanded
 
 SKIPPABLE = "mend the row, or leave such rows out with --skip-bad-rows"
 LONGEST_LINE = 1 << 26  # bytes of a line of JSON; a sample has thousands
@@ -30,7 +30,7 @@ def read_records(path: str, lenient: bool = False) -> list[Record]:
     Raises:
         DataError: if the file is missing, empty, unreadable, not UTF-8 or not what its extension says.
     """
-    file = Path(os.path.expanduser(path))
+    file = expanded(path)
     reader = _READERS.get(file.suffix.lower())
     if reader is None:
         raise DataError(f"{path}: unknown extension {file.suffix!r}; rows are read from {', '.join(_READERS)}")

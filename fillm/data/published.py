@@ -13,6 +13,7 @@ from fillm.data.files import Record, read_records
 from fillm.data.specs import DataSpec
 from fillm.errors import DataError, UsageError
 from fillm.hub import announce, quiet_loggers
+from fillm.paths import expanded
 
 DATA_ROOT_VARIABLE = "FILLM_DATA"
 
@@ -50,7 +51,7 @@ def read_benchmark(spec: DataSpec, data_root: str | None) -> list[Record]:
     here: list[str] = []
     if root:
         flag = "--data-root" if data_root else DATA_ROOT_VARIABLE
-        folder = Path(os.path.expanduser(root))
+        folder = expanded(root)
         if not folder.is_dir():
             raise UsageError(f"{flag} {root}: no such folder; it should hold {spec.kind}/{spec.name}.json")
         files = _files_of(folder / spec.kind)

@@ -5,10 +5,8 @@ every row set, in it fields such as `avg_gt_loss`, in these a value for every ro
 """
 
 import hashlib
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +21,7 @@ from fillm.evaluate.results import EvaluateResult, merged, noted, write_result
 from fillm.evaluate.row_sets import FORGET, REAL_AUTHORS, RETAIN, WORLD_FACTS
 from fillm.evaluate.tofu import FORMS, SetScores, add_probability, add_rouge, add_truth_ratio
 from fillm.evaluate.utility import add_forget_quality, add_model_utility
+from fillm.paths import expanded
 from fillm.rank.console import Console
 from fillm.runs import RunFolder, run_identity, run_record
 
@@ -142,7 +141,7 @@ def read_log(path: str, option: str) -> Log:
     """
     where = f"{option} {path}"
     try:
-        raw = read_bytes(Path(os.path.expanduser(path)), _LARGEST_LOG)
+        raw = read_bytes(expanded(path), _LARGEST_LOG)
         found = parse_json(raw)
     except OSError as error:
         raise DataError(f"{where}: {error.strerror or error}; give an eval_log_aggregated.json") from None

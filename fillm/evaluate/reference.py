@@ -1,9 +1,7 @@
 """The run of the retain model that Forget Quality and its like compare with."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow
@@ -15,6 +13,7 @@ from fillm.errors import RunFolderError, UsageError
 from fillm.evaluate.metric import ANSWER
 from fillm.evaluate.results import ROWS, SUMMARY
 from fillm.evaluate.row_sets import FORGET
+from fillm.paths import expanded
 from fillm.runs import RUN_RECORD, check_recorded, read_record
 
 # Figures that compare with the reference run.
@@ -115,10 +114,10 @@ def load_reference(folder: str) -> Reference:
     Raises:
         RunFolderError: no such folder, not one of this command, or damaged.
     """
-    path = Path(os.path.expanduser(folder))
+    path = expanded(folder)
     if not (path / RUN_RECORD).is_file() or not (path / SUMMARY).is_file():
         absent = "is a file" if path.is_file() else "no such folder"
-        found = absent if not path.is_dir() else f"no finished run of fillm evaluate (no {SUMMARY})"
+        found = f"no finished run of fillm evaluate (no {SUMMARY})" if path.is_dir() else absent
         raise RunFolderError(f"--reference {folder}: {found}; give the folder of the retain model's evaluation")
     try:
         record = read_record(path / RUN_RECORD, _REMEDY)

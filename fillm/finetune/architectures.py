@@ -1,8 +1,6 @@
 """New models and the tokenizers trained for them."""
 
-import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -20,6 +18,7 @@ from fillm.data import Row
 from fillm.data.templates import CHAT, parse_template
 from fillm.errors import DataError, ModelError, UsageError
 from fillm.models import quiet_transformers
+from fillm.paths import expanded
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 _BYTES = 256
@@ -49,7 +48,7 @@ def architecture_config(architecture: str) -> PretrainedConfig:
             max_position_embeddings=1024,
             tie_word_embeddings=False,
         )
-    path = Path(os.path.expanduser(architecture))
+    path = expanded(architecture)
     if not path.exists():
         raise UsageError(f"--architecture {architecture}: neither {' nor '.join(_SIZES)} nor an existing config.json")
     try:

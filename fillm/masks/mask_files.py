@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fillm.errors import MaskError, UsageError
 from fillm.masks.tensor_mask import TensorMask, pack
+from fillm.paths import expanded
 from fillm.runs.state_files import writing
 from fillm.runs.tensor_files import StreamedTensor, write_streamed
 
@@ -60,7 +61,7 @@ def save_mask(
     record = {"provenance": dict(provenance), "model_fingerprint": model_fingerprint, "tensors": described}
     whole = {"format_version": FORMAT_VERSION, "sha256": _record_sha256(record), "record": record}
     streamed = {name: StreamedTensor("U8", (len(data),), [data.numpy()]) for name, data in stored.items()}
-    target = Path(os.path.expanduser(path))
+    target = expanded(path)
     with writing(target, _DISK):
         write_streamed(target, streamed, {_KEY: json.dumps(whole)})
 
@@ -132,7 +133,7 @@ def load_mask(path: str | os.PathLike[str]) -> tuple[MaskTensors, dict[str, Any]
     Raises:
         MaskError: naming the file and what is wrong with it.
     """
-    target = Path(os.path.expanduser(path))
+    target = expanded(path)
     opened = _open(target)
     try:
         text = (opened.metadata() or {}).get(_KEY)
@@ -195,7 +196,7 @@ def write_bools(path: str | os.PathLike[str], tensors: Mapping[str, TensorMask])
         RunFolderError: if the disk refuses.
     """
     streamed = {name: StreamedTensor("BOOL", tensor.shape, tensor.unpacked()) for name, tensor in tensors.items()}
-    target = Path(os.path.expanduser(path))
+    target = expanded(path)
     with writing(target, _DISK):
         write_streamed(target, streamed, {})
 
@@ -206,7 +207,7 @@ def read_bools(path: str | os.PathLike[str]) -> dict[str, TensorMask]:
     Raises:
         MaskError: naming the file and what is wrong with it.
     """
-    target, masks = Path(os.path.expanduser(path)), {}
+    target, masks = expanded(path), {}
     opened = _open(target)
     try:
         for name in sorted(opened.keys()):

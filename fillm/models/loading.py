@@ -1,7 +1,6 @@
 """Load a causal language model and its tokenizer: safetensors only, no remote code unless asked, errors on one line."""
 
 import contextlib
-import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from fillm.errors import ModelError
 from fillm.hub import announce, quiet_loggers
+from fillm.paths import expanded
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -154,7 +154,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 def local_folder(source: str) -> Path | None:
     """The folder, `None` for what can only be a Hub id."""
-    path = Path(os.path.expanduser(source))
+    path = expanded(source)
     if path.is_dir():
         _refuse_endless(path)
         return path
@@ -268,13 +268,13 @@ def explained(source: str) -> Iterator[None]:
             raise ModelError(
                 f"{source}: needs Python code that comes with it; read that code, then give --trust-remote-code"
             ) from None
-        if Path(os.path.expanduser(source)).is_dir():
+        if expanded(source).is_dir():
             raise ModelError(f"{source}: {_shortened(error)}") from None
         raise ModelError(f"{source}: no such folder, and the Hub does not give it: {_shortened(error)}") from None
 
 
 def _damaged_file(source: str) -> str:
-    for path in sorted(Path(os.path.expanduser(source)).glob("*.safetensors")):
+    for path in sorted(expanded(source).glob("*.safetensors")):
         try:
             with safe_open(str(path), framework="pt"):
                 pass

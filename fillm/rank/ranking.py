@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fillm.errors import NumericsError, RunFolderError, UsageError
 from fillm.masks import LAYOUT_SCHEMA, Mask, make_choice
+from fillm.paths import expanded
 from fillm.rank.ranking_files import LazyTensors, check_files, read_record, read_table, write_files
 from fillm.rank.selecting import mask_of, masks_of_samples
 from fillm.runs import RunFolder
@@ -219,7 +220,7 @@ class Ranking:
         """
         with RunFolder(dir, overwrite=overwrite, resume=False) as folder:
             folder.finish(lambda path: write_files(self, path))
-        return Path(os.path.expanduser(dir))
+        return expanded(dir)
 
     @classmethod
     def load(cls, dir: str | os.PathLike[str]) -> "Ranking":
@@ -228,7 +229,7 @@ class Ranking:
         Raises:
             RunFolderError: saying which file is missing, damaged or not of a ranking, and how.
         """
-        folder = Path(os.path.expanduser(dir))
+        folder = expanded(dir)
         record = read_record(folder)
         files, described = record.pop("files"), record.pop("ranking")
         check_files(folder, files)

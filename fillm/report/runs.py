@@ -1,6 +1,5 @@
 """What a finished run left, read back: its record, its tables, its summary."""
 
-import os
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +13,7 @@ import pyarrow.parquet as pq
 import fillm
 from fillm.documents import read_json_document
 from fillm.errors import RunFolderError, UsageError
+from fillm.paths import expanded
 from fillm.report.result_files import REMEDY, experiment_of, made_by, read_result, results_in
 from fillm.report.shapes import check_settings, check_summary, check_table
 from fillm.runs import RUN_RECORD, check_recorded, read_record
@@ -63,7 +63,7 @@ class Run:
         A relative one starts in the folder in which the command was given, which a relative `out` tells; where that
         finds nothing, in the current one.
         """
-        path, out = Path(os.path.expanduser(named)), Path(str(self.settings.get("out") or "/"))
+        path, out = expanded(named), Path(str(self.settings.get("out") or "/"))
         if path.is_absolute() or out.is_absolute() or self.path.parts[-len(out.parts) :] != out.parts:
             return path
         found = self.path.parents[len(out.parts) - 1] / path
@@ -87,7 +87,7 @@ def load_runs(paths: Sequence[str | Path], say: Callable[[str], None] = lambda l
     """
     if not paths:
         raise UsageError("give at least one run folder or result file")
-    given = [Path(os.path.expanduser(path)).resolve() for path in paths]
+    given = [expanded(path).resolve() for path in paths]
     runs = [load_run(path) for path in dict.fromkeys(one for path in given for one in _results(path, say))]
     for depth in range(2, 1 + max(len(run.path.parts) for run in runs)):
         names = [run.name for run in runs]
@@ -114,7 +114,7 @@ def load_run(path: str | Path) -> Run:
     Raises:
         RunFolderError: one line: nothing there, none of ours, not finished, of a newer version, or damaged.
     """
-    path = Path(os.path.expanduser(path)).resolve()
+    path = expanded(path).resolve()
     if path.is_file():
         return _result_file(path)
     record = _record(path)

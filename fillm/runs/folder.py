@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fillm.errors import RunFolderError, UsageError
-from fillm.runs.paths import out_path
+from fillm.paths import out_path
 from fillm.runs.record import RUN_RECORD
 from fillm.runs.state_files import (
     ANEW,

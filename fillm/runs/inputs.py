@@ -6,7 +6,7 @@ from typing import Any
 
 from fillm.config import flag_name
 from fillm.errors import RunFolderError
-from fillm.runs.paths import out_path
+from fillm.paths import out_path
 
 _READ = (
     "model", "adapter", "tokenizer", "base_model", "ranking", "mask", "forget", "retain", "data", "eval_data",

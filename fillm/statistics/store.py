@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fillm.data import Sample, SampleSet
 from fillm.errors import StoreError
+from fillm.paths import expanded
 from fillm.statistics.store_format import (
     DTYPES,
     MANIFEST,
@@ -37,11 +38,6 @@ def holds_store(path: str | os.PathLike[str]) -> bool:
         return (expanded(path) / MANIFEST).is_file()
     except OSError as error:
         raise StoreError(f"{path}: {error.strerror}; give another --store") from None
-
-
-def expanded(path: str | os.PathLike[str]) -> Path:
-    """The path with `~` in full; of a user there is not, as it is."""
-    return Path(os.path.expanduser(path))
 
 
 def sample_fingerprint(sample: Sample) -> str:

@@ -17,8 +17,9 @@ from torch import Tensor
 from fillm.capture import PerSampleGradients
 from fillm.data import SampleSet
 from fillm.errors import StoreError
+from fillm.paths import expanded
 from fillm.runs.state_files import file_sha256, sync, write_json
-from fillm.statistics.store import SketchStore, expanded, holds_store
+from fillm.statistics.store import SketchStore, holds_store
 from fillm.statistics.store_block import OpenBatch, OpenBlock
 from fillm.statistics.store_format import (
     BLOCKS,

@@ -4,11 +4,11 @@ import os
 import random
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from fillm.data import Row, SampleSet
 from fillm.documents import read_text
 from fillm.errors import DataError
+from fillm.paths import expanded
 
 REFUSALS: tuple[str, ...] = (
     "I don't know.",
@@ -55,7 +55,7 @@ def read_refusals(path: str | os.PathLike[str] | None) -> tuple[str, ...]:
     if path is None:
         return REFUSALS
     try:
-        lines = read_text(Path(os.path.expanduser(path))).splitlines()
+        lines = read_text(expanded(path)).splitlines()
     except OSError as error:
         raise DataError(f"--idk {path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from fillm.paths import out_path
 from fillm.runs import RunFolder
 from fillm.runs.folder import read_stage, read_state
-from fillm.runs.paths import out_path
 
 
 class FollowedFolder:

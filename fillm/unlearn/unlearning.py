@@ -133,12 +133,8 @@ def carry_out(job: Job) -> UnlearnResult:
             raise NumericsError(
                 f"forget and retain loss are {after.forget} and {after.retain} after the last step; {step}"
             )
-        if verification.mask_applied and not outcome.stopped and after.forget - before.forget < HARDLY_MOVED:
-            more = "--eta" if job.config.loss in (INFLUENCE, TASK_VECTOR) else "--lr, or more --epochs,"
-            job.console.warn(
-                f"forget loss {before.forget:.4f} before and {after.forget:.4f} after: next to nothing is forgotten; "
-                f"a larger {more} forgets more"
-            )
+        if verification.mask_applied and not outcome.stopped:
+            _tell_of_little(job, before.forget, after.forget)
     return UnlearnResult(
         model=model,
         mask=job.mask,
@@ -151,6 +147,17 @@ def carry_out(job: Job) -> UnlearnResult:
         log=outcome.log,
         savings=outcome.savings,
         seconds=outcome.seconds,
+    )
+
+
+def _tell_of_little(job: Job, before: float, after: float) -> None:
+    """Warns where the forget loss has hardly risen, with the option that makes it rise more."""
+    if after - before >= HARDLY_MOVED:
+        return
+    more = "--eta" if job.config.loss in (INFLUENCE, TASK_VECTOR) else "--lr, or more --epochs,"
+    job.console.warn(
+        f"forget loss {before:.4f} before and {after:.4f} after: next to nothing is forgotten; a larger {more} "
+        "forgets more"
     )
 
 

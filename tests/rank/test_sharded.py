@@ -102,6 +102,19 @@ def test_the_ranking_is_that_of_the_whole_model(processes, started, as_they_have
         assert_same(tmp_path / name, tmp_path / "whole" / name)
 
 
+def assert_sharded_as_whole(started, model: Path, runs: dict[str, list[str]], folder: Path) -> None:
+    """Two processes that share a model rank as one that has all of it, with every run's settings."""
+    jobs = []
+    for name, further in runs.items():
+        argv = [*started(folder / name, "llama", *further), "--model", str(model)]
+        assert main([*argv, "--out", str(folder / "whole" / name)]) == 0, name
+        jobs.append({"argv": [*argv, "--shard"]})
+    codes, said = run_jobs(2, jobs, folder)
+    assert codes == [[0, 0]] * len(jobs), said
+    for name in runs:
+        assert_same(folder / name, folder / "whole" / name)
+
+
 @pytest.mark.slow
 def test_a_stack_of_experts_is_complete_when_its_layer_is(started, as_they_have, tmp_path) -> None:
     """Every expert is a use of the stack; gpt-oss stores it as one tensor, which shards take."""
@@ -112,15 +125,7 @@ def test_a_stack_of_experts_is_complete_when_its_layer_is(started, as_they_have,
     transformers.GptOssForCausalLM(config).save_pretrained(tmp_path / "oss")
     word_tokenizer().save_pretrained(tmp_path / "oss")
     runs = {"u": ["--save-update"], "in groups": ["--groups", "2", "--gradient-checkpointing"]}
-    jobs = []
-    for name, further in runs.items():
-        argv = [*started(tmp_path / name, "llama", *further), "--model", str(tmp_path / "oss")]
-        assert main([*argv, "--out", str(tmp_path / "whole" / name)]) == 0, name
-        jobs.append({"argv": [*argv, "--shard"]})
-    codes, said = run_jobs(2, jobs, tmp_path)
-    assert codes == [[0, 0]] * len(jobs), said
-    for name in runs:
-        assert_same(tmp_path / name, tmp_path / "whole" / name)
+    assert_sharded_as_whole(started, tmp_path / "oss", runs, tmp_path)
 
 
 @pytest.mark.slow
@@ -135,15 +140,7 @@ def test_tensors_that_no_gradient_reaches_are_unused(started, as_they_have, tmp_
     word_tokenizer().save_pretrained(tmp_path / "bart")
     alone, mixed = ["--include", "*encoder_attn*"], ["--include", "*layers.0.encoder_attn*,*layers.1.fc1*"]
     runs = {"alone": alone, "mixed": mixed, "mixed, in groups": [*mixed, "--groups", "2"]}
-    jobs = []
-    for name, further in runs.items():
-        argv = [*started(tmp_path / name, "llama", *further), "--model", str(tmp_path / "bart")]
-        assert main([*argv, "--out", str(tmp_path / "whole" / name)]) == 0, name
-        jobs.append({"argv": [*argv, "--shard"]})
-    codes, said = run_jobs(2, jobs, tmp_path)
-    assert codes == [[0, 0]] * len(jobs), said
-    for name in runs:
-        assert_same(tmp_path / name, tmp_path / "whole" / name)
+    assert_sharded_as_whole(started, tmp_path / "bart", runs, tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,14 @@
-"""Where a run is to write, from what somebody typed."""
+"""Paths as somebody types them."""
 
 import os
 from pathlib import Path
 
 from fillm.errors import RunFolderError
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """The path with `~` in full; of a user there is not, as it is."""
+    return Path(os.path.expanduser(path))
 
 
 def out_path(out: str | os.PathLike[str]) -> Path:
@@ -21,6 +26,6 @@ def out_path(out: str | os.PathLike[str]) -> Path:
     except UnicodeEncodeError:
         raise RunFolderError(f"--out {told!r}: is not UTF-8; name another folder") from None
     try:
-        return Path(os.path.expanduser(told)).resolve()
+        return expanded(told).resolve()
     except (OSError, RuntimeError) as error:  # until python 3.13 the latter, of links in a circle
         raise RunFolderError(f"--out {told}: leads nowhere ({error}); name another folder") from None

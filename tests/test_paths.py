@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fillm.errors import RunFolderError
-from fillm.runs.paths import out_path
+from fillm.paths import out_path
 
 
 @pytest.mark.parametrize(
